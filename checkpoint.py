@@ -1,0 +1,214 @@
+"""Checkpoints: one file that appears by an atomic rename, is verified when read, and fits every
+parallel layout.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import Settings, UserError, flat, settings_from
+from model import GPTModel
+from step import RunState
+
+FORMAT = 1
+_PLAIN_STATE = ("step", "tokens", "best_val_loss", "wandb_run_id")
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+    args: Settings,
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Writes the whole run to `path`: at any moment the file is the whole old one or the whole new
+    one.
+
+    model: the bare module, not a DDP wrapper. data: what the run trains and validates on. Raises
+    UserError where the file can't be written; what was at `path` before is then untouched.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    content = {
+        "format": FORMAT,
+        "model": model.state_dict(),
+        "optimizer": {names[id(p)]: dict(s) for p, s in optimizer.state.items()},
+        "scaler": state.scaler.state_dict(),
+        **{key: getattr(state, key) for key in _PLAIN_STATE},
+        "settings": {**flat(args), "resume": False},
+        "data": data or {},
+    }
+    target = Path(os.path.realpath(path))  # a symbolic link stays one
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+        if args.keep_every and state.step % args.keep_every == 0:
+            _keep(target, state.step)
+    except (OSError, RuntimeError) as reason:  # torch.save hides a full disk in a RuntimeError
+        temporary.unlink(missing_ok=True)
+        cause = reason if isinstance(reason, OSError) else reason.__context__ or reason
+        raise UserError(
+            f"cannot write the checkpoint {target}: {cause}; free space or change --checkpoint-path"
+        ) from reason
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power failure."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _keep(target: Path, step: int) -> None:
+    """A second name for this checkpoint, which the next save won't replace:
+    `name.step000500.pt`.
+    """
+    kept = target.with_name(f"{target.stem}.step{step:06d}{target.suffix}")
+    kept.unlink(missing_ok=True)
+    try:
+        os.link(target, kept)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(target, kept)
+
+
+def read_checkpoint(path: str | Path, lazily: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU, checked byte by byte. Never runs code from the file.
+    Raises UserError.
+
+    lazily: leave the tensors on disk and unchecked, for reading the settings alone.
+    """
+    if not os.path.isfile(path):
+        raise UserError(
+            f"{path}: " + ("not a plain file" if os.path.exists(path) else "no such checkpoint")
+        )
+    try:
+        if not lazily:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load itself does not look at the checksums
+            if damaged:
+                raise UserError(f"{path}: the checkpoint is damaged (wrong checksum of {damaged})")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as reason:
+        raise UserError(
+            f"{path}: not a checkpoint, or damaged ({str(reason).splitlines()[0][:120]})"
+        ) from reason
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path}: checkpoint format {found!r:.40}, this version reads {FORMAT}")
+    return content
+
+
+def saved_settings(path: str | Path) -> dict[str, Any]:
+    """The flat settings stored in a checkpoint. Raises UserError."""
+    return read_checkpoint(path, lazily=True)["settings"]
+
+
+def load_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    state: RunState | None = None,
+    data: dict[str, Any] | None = None,
+) -> RunState:
+    """Fills model and optimizer from a checkpoint and returns how far its run had come. Raises
+    UserError.
+
+    Parameters and their moments are matched by name, and names, shapes and data compared before
+    anything is changed.
+    """
+    content = read_checkpoint(path)
+    _compare_and_fill(path, model, content, data or {})
+    if optimizer is not None:
+        _load_optimizer(path, model, optimizer, content["optimizer"])
+    state = state or RunState()
+    for key in _PLAIN_STATE:
+        setattr(state, key, content[key])
+    if state.scaler.is_enabled() and content["scaler"]:
+        state.scaler.load_state_dict(content["scaler"])
+    return state
+
+
+def _compare_and_fill(
+    path: str | Path, model: nn.Module, content: dict[str, Any], data: dict[str, Any]
+) -> None:
+    wanted, found = model.state_dict(), content["model"]
+    problems = [f"{k} is missing" for k in wanted.keys() - found.keys()]
+    problems += [f"{k} is unknown" for k in found.keys() - wanted.keys()]
+    problems += [
+        f"{k} is {tuple(found[k].shape)}, expected {tuple(wanted[k].shape)}"
+        for k in wanted.keys() & found.keys()
+        if found[k].shape != wanted[k].shape
+    ]
+    for part, now in data.items():
+        was = content["data"].get(part, {})
+        problems += [
+            f"{part} data: {k} was {was.get(k)!r}, is {now[k]!r}"
+            for k in now
+            if was.get(k) != now[k]
+        ]
+    if problems:
+        more = f" (+{len(problems) - 8} more)" if len(problems) > 8 else ""
+        raise UserError(f"{path} does not fit this run: {'; '.join(sorted(problems)[:8])}{more}")
+    model.load_state_dict(found)
+
+
+def _load_optimizer(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+) -> None:
+    parameters = dict(model.named_parameters())
+    for name, moments in saved.items():
+        p = parameters.get(name)
+        wrong = [k for k, v in moments.items() if p is None or (v.ndim and v.shape != p.shape)]
+        if wrong:
+            raise UserError(
+                f"{path}: optimizer state of {name} ({', '.join(wrong)}) does not fit the model"
+            )
+        optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
+
+
+def load_model(path: str | Path) -> tuple[GPTModel, Settings, dict[str, Any]]:
+    """(model on the CPU, settings of its run, record of its data) of a checkpoint. Raises
+    UserError.
+    """
+    content = read_checkpoint(path)
+    settings = settings_from(content["settings"])
+    model = GPTModel(settings.model)
+    _compare_and_fill(path, model, content, {})
+    return model, settings, content["data"]
+
+
+def set_aside(path: str | Path) -> Path | None:
+    """Renames what an earlier run left at `path` to a free numbered name, which it returns; None
+    if there is nothing.
+    """
+    old = Path(path)
+    if not os.path.lexists(old):
+        return None
+    number = 1
+    while os.path.lexists(new := old.with_name(f"{old.stem}.{number}{old.suffix}")):
+        number += 1
+    os.rename(old, new)
+    return new

@@ -1,0 +1,147 @@
+"""The command line, made from the dataclasses of config.py: one flag for each field."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from config import (
+    PRESETS,
+    GPTConfig,
+    Settings,
+    UserError,
+    choose,
+    default_checkpoint,
+    settings_from,
+)
+
+
+def parse_settings(
+    script: str,
+    argv: list[str],
+    world: int = 1,
+    saved: Callable[[str], Mapping[str, Any]] | None = None,
+) -> Settings:
+    """Settings of a trainer from its command line. Raises UserError.
+
+    script: "train_minimal" or "train_ddp", for the default paths. world: number of processes, for
+    the global batch. saved(path): the flat settings stored in a checkpoint, asked for with
+    --resume.
+    """
+    typed = parse_flags(Settings, f"{script}.py", argv)
+    path = typed.get("checkpoint_path") or default_checkpoint(script)
+    if typed.get("resume") and saved is not None:
+        if "preset" in typed:
+            raise UserError(
+                "--preset with --resume: the run keeps its own settings; give single flags to "
+                "change them"
+            )
+        base = dict(saved(path))
+        if typed.get("no_amp") or typed.get("bf16"):
+            base.pop("precision", None)
+    else:
+        base = dict(choose("preset", typed.get("preset", "quickstart"), PRESETS))
+        if typed.get("data_mode") == "fineweb_npy" or typed.get("train_npy"):
+            base.pop("tokenizer_name", None)  # shards need none, and its files may not be at hand
+        if "num_steps" in typed:
+            base["warmup_steps"] = min(base["warmup_steps"], typed["num_steps"] // 10)
+    values = {**base, **typed, "checkpoint_path": path}
+    if not values.get("max_position_embeddings"):
+        values["max_position_embeddings"] = values.get("seq_len", 128)
+    return _settle_batch(settings_from(values), typed, world)
+
+
+def _settle_batch(args: Settings, typed: Mapping[str, Any], world: int) -> Settings:
+    """The global batch, and micro-batches that divide it. A size that was typed is kept or
+    refused, never bent.
+    """
+    total, micro, accum = args.global_batch_size, args.batch_size, typed.get("grad_accum_steps", 0)
+    if "global_batch_size" not in typed and (accum or not args.resume):
+        if accum or "batch_size" in typed or not total:
+            total = micro * (accum or 1) * world
+        else:
+            total = world * max(
+                1, round(total / world)
+            )  # a preset's size, on a world it did not foresee
+    rows = total // world
+    if "batch_size" not in typed:
+        micro = max(n for n in range(1, min(micro, max(rows, 1)) + 1) if rows % n == 0)
+    if total != rows * world or rows % micro or (accum and accum != rows // micro):
+        wanted = f"{world} ranks x batch_size {micro} x " + (
+            f"grad_accum_steps {accum}" if accum else "a whole number"
+        )
+        raise UserError(
+            f"global_batch_size={total} is not {wanted}; try a multiple of "
+            f"{world * micro * (accum or 1)}"
+        )
+    return dataclasses.replace(
+        args, global_batch_size=total, batch_size=micro, grad_accum_steps=rows // micro
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; --help lists all flags")
+
+
+def parse_flags(kind: type, program: str, argv: list[str]) -> dict[str, Any]:
+    """What the user typed, and nothing else: field name -> value. Raises UserError for flags and
+    values that don't fit.
+    """
+    parser = _Parser(
+        prog=program,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    classes = (GPTConfig, kind) if kind is Settings else (kind,)
+    for owner in classes:
+        hints = typing.get_type_hints(owner)
+        for field in dataclasses.fields(owner):
+            if field.metadata:
+                _add_flag(parser, field, hints[field.name])
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [s for s in parser._option_string_actions if s.startswith("--")]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=2)
+        raise UserError(
+            f"unknown argument {unknown[0]}"
+            + (f"; did you mean {' or '.join(close)}?" if close else "; --help lists all flags")
+        )
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(known).items()}
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any) -> None:
+    name = "--" + field.name.replace("_", "-")
+    default = "" if field.default in ((), "", False) else f" (default {field.default})"
+    choices = " {" + ",".join(field.metadata["choices"]) + "}" if field.metadata["choices"] else ""
+    text = (field.metadata["help"] + choices + default).replace("%", "%%")
+    if kind is bool and not field.name.startswith("no_"):
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+    elif kind is bool:
+        parser.add_argument(name, action="store_true", help=text)
+    elif typing.get_origin(kind) is tuple:
+        parser.add_argument(name, nargs="+", metavar="FILE", help=text)
+    else:
+        parser.add_argument(name, type=kind, metavar=field.name.split("_")[-1].upper(), help=text)
+
+
+def run_script(body: Callable[[list[str]], None]) -> None:
+    """Runs a script's body on the command line; a user's mistake ends it with one line and exit
+    code 2.
+    """
+    try:
+        body(sys.argv[1:])
+    except UserError as mistake:
+        rank = os.environ.get("RANK", "0")
+        print(("" if rank == "0" else f"rank {rank}: ") + f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; continue from the last checkpoint with --resume", file=sys.stderr)
+        sys.exit(130)

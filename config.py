@@ -1,0 +1,362 @@
+"""Every setting, once: dataclasses that check themselves, and presets. cli.py makes the flags.
+
+A setting is one line, `name: type = flag(default, "help, with its unit")`: the flag `--name`, its
+help, its type check and its place in every checkpoint follow from it. What wins: what the user
+typed, then the checkpoint (with --resume) or the preset, then the default of the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake of the user: one line that says what was given, what is allowed, what to try."""
+
+
+def flag(default: Any, help: str, *choices: str, at_least: float | None = None) -> Any:
+    """One setting: default, help of its flag with the unit, and the values that it may take."""
+    metadata = {"help": help, "choices": choices, "at_least": at_least}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# fmt: off
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a `GPTModel`. With no argument: GPT-2 small (Radford et al. 2019, table 2)."""
+
+    arch: str = flag("gpt2", "architecture of the blocks", "gpt2", "modern")
+    vocab_size: int = flag(50257, "token ids that exist; 0 = as the tokenizer", at_least=0)
+    max_position_embeddings: int = flag(1024, "longest input, tokens", at_least=1)
+    n_layers: int = flag(12, "blocks", at_least=1)
+    n_heads: int = flag(12, "attention heads per block", at_least=1)
+    d_model: int = flag(768, "width of the residual stream", at_least=1)
+    d_ff: int = flag(0, "hidden width of the MLP; 0 = 4 x d_model", at_least=0)
+    dropout: float = flag(0.0, "probability of dropping an activation", at_least=0)
+    use_activation_checkpoint: bool = flag(False, "recompute blocks backward to save memory")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.d_ff == 0:
+            object.__setattr__(self, "d_ff", 4 * self.d_model)
+        if self.d_model % self.n_heads:
+            near = sorted(
+                (n for n in range(1, 2 * self.n_heads + 1) if self.d_model % n == 0),
+                key=lambda n: (abs(n - self.n_heads), -n),
+            )[:2]
+            raise UserError(
+                f"n_heads={self.n_heads} does not divide d_model={self.d_model}; "
+                f"try {' or '.join(map(str, sorted(near)))}"
+            )
+        if self.arch == "modern" and (self.d_model // self.n_heads) % 2:
+            raise UserError(
+                f"d_model/n_heads={self.d_model // self.n_heads} is odd, and rotary positions "
+                "need an "
+                "even width per head; try another n_heads"
+            )
+        if not self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1; try 0.1")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a training run, complete and checked; `cli.parse_settings` makes one."""
+
+    model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
+
+    preset: str = flag("quickstart", "named set of defaults; explicit flags win")
+    seed: int = flag(1337, "seed of initial weights, dropout and sampling", at_least=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: str = flag("auto", "of matrix products; auto = bf16 or fp16 on CUDA, else fp32",
+                          "auto", "fp32", "bf16", "fp16")
+    no_amp: bool = flag(False, "same as --precision fp32")
+    bf16: bool = flag(False, "same as --precision bf16")
+    compile: str = flag("auto", "torch.compile; auto = on CUDA", "auto", "on", "off")
+
+    data_mode: str = flag("auto", "kind of data; auto = by the data flags",
+                          "auto", "text", "fineweb_npy", "toy")
+    train_data: tuple[str, ...] = flag((), "UTF-8 text files; none = source of Python's library")
+    val_data: tuple[str, ...] = flag((), "text files held out; none = last part of the text")
+    train_npy: tuple[str, ...] = flag((), "token shards: .npy, or llm.c .bin")
+    val_npy: tuple[str, ...] = flag((), "token shards held out; none = last part of train-npy")
+    use_toy_data: bool = flag(False, "random tokens: nothing to learn, everything to test")
+    tokenizer_name: str = flag("", "bytes or gpt2; none = bytes for text, none for shards")
+    val_ratio: float = flag(0.1, "part of the tokens held out without val files", at_least=0)
+    max_tokens: int = flag(0, "train on at most this many tokens; 0 = all", at_least=0)
+    val_max_tokens: int = flag(0, "validate on at most this many tokens; 0 = all", at_least=0)
+    data_seed: int = flag(-1, "seed of the order of the data; -1 = seed", at_least=-1)
+    cache_dir: str = flag("~/.cache/rosetrainer", "folder of the tokenized texts")
+
+    batch_size: int = flag(12, "sequences per rank and micro-step", at_least=1)
+    grad_accum_steps: int = flag(0, "micro-steps per optimizer step; 0 = as needed", at_least=0)
+    global_batch_size: int = flag(0, "sequences per optimizer step, over all ranks; 0 = "
+                                  "batch-size x grad-accum-steps x ranks", at_least=0)
+    seq_len: int = flag(128, "tokens per sequence; all but the first are scored", at_least=2)
+    num_steps: int = flag(1000, "optimizer steps of the whole run", at_least=1)
+    optimizer: str = flag("adamw", "update rule", "adamw", "muon")
+    lr: float = flag(1e-3, "peak learning rate, after warm-up", at_least=0)
+    min_lr: float = flag(-1.0, "learning rate at the end; -1 = a tenth of lr", at_least=-1)
+    lr_scheduler: str = flag("cosine", "course after warm-up; wsd = stable, then linear decay",
+                             "none", "cosine", "linear", "wsd")
+    warmup_steps: int = flag(100, "steps of linear warm-up", at_least=0)
+    decay_ratio: float = flag(0.2, "part of num_steps in which wsd decays", at_least=0)
+    weight_decay: float = flag(0.1, "decoupled decay of matrices; vectors have none", at_least=0)
+    beta1: float = flag(0.9, "AdamW: decay of the mean gradient", at_least=0)
+    beta2: float = flag(0.95, "AdamW: decay of the mean squared gradient", at_least=0)
+    grad_clip_norm: float = flag(1.0, "largest global gradient norm; 0 = no limit", at_least=0)
+
+    eval_steps: int = flag(100, "steps between evaluations; always at the end", at_least=1)
+    log_steps: int = flag(10, "steps between metrics records", at_least=1)
+    save_steps: int = flag(500, "steps between checkpoints; always at the end", at_least=1)
+    keep_every: int = flag(0, "steps between checkpoints kept for good; 0 = none", at_least=0)
+    checkpoint_path: str = flag("", "checkpoint file; none = in checkpoints/")
+    resume: bool = flag(False, "continue the checkpoint, with its settings where none is typed")
+    log_dir: str = flag("logs", "folder of the text log, the metrics and the loss picture")
+    sample_prompt: str = flag("", "text to continue at each evaluation; none = only at the end")
+    sample_tokens: int = flag(120, "tokens of each sample", at_least=1)
+    use_profiler: bool = flag(False, "profile a few steps; the trace goes to log-dir")
+    use_wandb: bool = flag(False, "report to Weights & Biases")
+    wandb_project: str = flag("rosetrainer", "Weights & Biases project")
+    wandb_run_name: str = flag("", "Weights & Biases run name; none = chosen by it")
+    wandb_mode: str = flag("online", "Weights & Biases mode", "online", "offline", "disabled")
+
+    parallel: str = flag("ddp", "how train_ddp.py spreads the model", "ddp", "fsdp")
+    use_tensor_parallel: bool = flag(False, "one tensor-parallel group of all processes")
+    tensor_parallel_size: int = flag(1, "processes that share each layer", at_least=1)
+    timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self._settle_aliases()
+        self._check_data()
+        self._check_schedule()
+        if self.seq_len > self.model.max_position_embeddings:
+            raise UserError(
+                f"seq_len={self.seq_len} is beyond max_position_embeddings="
+                f"{self.model.max_position_embeddings}; lower --seq-len or raise "
+                "--max-position-embeddings"
+            )
+        for name, default, given in (
+            ("parallel", "ddp", self.parallel),
+            ("tensor_parallel_size", 1, self.tensor_parallel_size),
+            ("use_tensor_parallel", False, self.use_tensor_parallel),
+            ("optimizer", "adamw", self.optimizer),
+        ):
+            if given != default:
+                raise UserError(f"{name}={given} is not available yet; leave it at {default}")
+
+    def _settle_aliases(self) -> None:
+        for alias, precision in (("no_amp", "fp32"), ("bf16", "bf16")):
+            if getattr(self, alias):
+                if self.precision not in ("auto", precision):
+                    raise UserError(
+                        f"--{alias.replace('_', '-')} contradicts precision={self.precision}; "
+                        "give one"
+                    )
+                object.__setattr__(self, "precision", precision)
+                object.__setattr__(self, alias, False)
+        if self.min_lr < 0:
+            object.__setattr__(self, "min_lr", self.lr / 10)
+        if self.data_seed < 0:
+            object.__setattr__(self, "data_seed", self.seed)
+
+    def _check_data(self) -> None:
+        kinds = {"text": self.train_data, "fineweb_npy": self.train_npy, "toy": self.use_toy_data}
+        given = [kind for kind, value in kinds.items() if value]
+        if self.data_mode == "auto":
+            object.__setattr__(self, "data_mode", given[0] if given else "text")
+        if given and given != [self.data_mode]:
+            raise UserError(
+                f"data_mode={self.data_mode} with data for {' and '.join(given)}; "
+                "give one of --train-data, --train-npy, --use-toy-data"
+            )
+        if self.data_mode == "fineweb_npy" and not self.train_npy:
+            raise UserError("data_mode=fineweb_npy needs --train-npy FILE...")
+        if (self.val_data and self.data_mode != "text") or (
+            self.val_npy and self.data_mode != "fineweb_npy"
+        ):
+            raise UserError(
+                f"{'--val-data' if self.val_data else '--val-npy'} does not fit "
+                f"data_mode={self.data_mode}; text goes with text, shards with shards"
+            )
+        if not (self.val_data or self.val_npy) and not 0 < self.val_ratio < 1:
+            raise UserError(
+                f"val_ratio={self.val_ratio} must lie between 0 and 1 where no validation files "
+                "are given; try 0.1"
+            )
+
+    def _check_schedule(self) -> None:
+        if self.min_lr > self.lr:
+            raise UserError(f"min_lr={self.min_lr} is above lr={self.lr}; lower it")
+        if self.warmup_steps >= self.num_steps:
+            raise UserError(
+                f"warmup_steps={self.warmup_steps} must be below num_steps={self.num_steps}; "
+                f"try --warmup-steps {self.num_steps // 10}"
+            )
+        if not self.decay_ratio <= 1:
+            raise UserError(f"decay_ratio={self.decay_ratio} must be at most 1; try 0.2")
+        for name in ("beta1", "beta2"):
+            if not getattr(self, name) < 1:
+                raise UserError(
+                    f"{name}={getattr(self, name)} must be at least 0 and below 1; try 0.9"
+                )
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Settings of eval.py; what is not given comes from the checkpoint."""
+
+    checkpoint_path: tuple[str, ...] = flag((), "one or more checkpoint files")
+    data_mode: str = flag("auto", "kind of data", "auto", "text", "fineweb_npy", "toy")
+    val_data: tuple[str, ...] = flag((), "text files to evaluate on, whole")
+    val_npy: tuple[str, ...] = flag((), "token shards to evaluate on, whole")
+    tokenizer_name: str = flag("", "tokenizer of val-data; none = that of the checkpoint")
+    max_tokens: int = flag(0, "evaluate on at most this many tokens; 0 = all", at_least=0)
+    seq_len: int = flag(0, "tokens per sequence; 0 = as in training", at_least=0)
+    batch_size: int = flag(0, "sequences per rank and forward pass; 0 = as before", at_least=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    no_amp: bool = flag(False, "float32, whatever the training used")
+    seed: int = flag(-1, "accepted for symmetry: evaluation draws nothing", at_least=-1)
+    cache_dir: str = flag("", "folder of the tokenized texts; none = as in training")
+    log_dir: str = flag("logs", "folder of eval.log and eval.jsonl")
+    timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.checkpoint_path:
+            raise UserError("eval.py needs --checkpoint-path FILE...; a run prints it at its end")
+        if self.seq_len == 1:
+            raise UserError("seq_len=1 leaves nothing to predict; try the length used in training")
+        if self.val_data and self.val_npy:
+            raise UserError("--val-data and --val-npy are two data sets; evaluate one at a time")
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Settings of generate.py."""
+
+    checkpoint_path: str = flag("checkpoints/minigpt_single.pt", "checkpoint file")
+    prompt: str = flag("\n", "text to continue")
+    tokenizer_name: str = flag("", "tokenizer; none = that of the checkpoint")
+    max_new_tokens: int = flag(300, "tokens to write", at_least=1)
+    num_samples: int = flag(1, "continuations to write", at_least=1)
+    temperature: float = flag(0.8, "0 = always the likeliest token; 1 = as predicted", at_least=0)
+    top_k: int = flag(50, "draw among this many likeliest tokens; 0 = all", at_least=0)
+    seed: int = flag(1337, "seed of the draws", at_least=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+_GPT2 = dict(
+    arch="gpt2", vocab_size=50257, max_position_embeddings=1024, seq_len=1024,
+    tokenizer_name="gpt2", batch_size=8, global_batch_size=480, num_steps=20_000,
+    warmup_steps=700, eval_steps=250, save_steps=1000, val_max_tokens=1_048_576,
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Learns visibly in about a minute on two CPU cores.
+    "quickstart": dict(
+        arch="modern", vocab_size=0, max_position_embeddings=0, n_layers=4, n_heads=4, d_model=128,
+        seq_len=128, batch_size=12, global_batch_size=12, num_steps=500, lr=2e-3, warmup_steps=50,
+        eval_steps=100, save_steps=100, val_max_tokens=100_000,
+    ),
+    "toy": dict(
+        arch="gpt2", vocab_size=10_000, max_position_embeddings=0, n_layers=2, n_heads=4,
+        d_model=128, d_ff=512, dropout=0.1, seq_len=32, batch_size=8, num_steps=50, lr=3e-4,
+        warmup_steps=5, eval_steps=10, log_steps=1, val_max_tokens=10_000,
+    ),
+    # Shapes: Radford et al. 2019, table 2. Learning rates: Brown et al. 2020, table 2.1.
+    "gpt2-small": dict(_GPT2, n_layers=12, n_heads=12, d_model=768, lr=6e-4),
+    "gpt2-medium": dict(_GPT2, n_layers=24, n_heads=16, d_model=1024, lr=3e-4),
+    "gpt2-large": dict(_GPT2, n_layers=36, n_heads=20, d_model=1280, lr=2.5e-4),
+    "gpt2-xl": dict(_GPT2, n_layers=48, n_heads=25, d_model=1600, lr=2e-4),
+}
+# fmt: on
+
+
+def default_checkpoint(script: str) -> str:
+    """Where a trainer saves unless told otherwise."""
+    return f"checkpoints/minigpt_{'ddp' if script == 'train_ddp' else 'single'}.pt"
+
+
+def settings_from(values: Mapping[str, Any]) -> Settings:
+    """Settings from a flat mapping, as a checkpoint stores it. Raises UserError for unknown
+    names and bad values.
+    """
+    names = {f.name for f in dataclasses.fields(GPTConfig)}
+    model = {k: v for k, v in values.items() if k in names}
+    run = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k not in names}
+    unknown = sorted(
+        set(run) - {f.name for f in dataclasses.fields(Settings)} | ({"model"} & set(run))
+    )
+    if unknown:
+        raise UserError(
+            f"unknown settings {', '.join(unknown)}; were they written by another version?"
+        )
+    return Settings(model=GPTConfig(**model), **run)
+
+
+def flat(args: Settings) -> dict[str, Any]:
+    """The settings as one flat mapping of plain values; the inverse of `settings_from`."""
+    values = dataclasses.asdict(args)
+    return {
+        **values.pop("model"),
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
+    }
+
+
+def with_vocab(args: Settings, vocab_size: int, tokenizer_name: str) -> Settings:
+    """The same settings with what the data settles: the tokenizer's name, and a vocabulary size
+    that holds its ids.
+    """
+    if args.model.vocab_size and args.model.vocab_size < vocab_size:
+        raise UserError(
+            f"vocab_size={args.model.vocab_size} is below the tokenizer's {vocab_size} ids; "
+            f"try --vocab-size {vocab_size}"
+        )
+    model = dataclasses.replace(args.model, vocab_size=args.model.vocab_size or vocab_size)
+    return dataclasses.replace(args, model=model, tokenizer_name=tokenizer_name)
+
+
+def check_fields(settings: Any) -> None:
+    """Raises UserError where a field has the wrong type, is not finite, or lies outside of what
+    its flag allows.
+    """
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, kind = getattr(settings, field.name), hints[field.name]
+        if kind is float and type(value) is int:
+            value = float(value)
+            object.__setattr__(settings, field.name, value)
+        accepted = tuple if typing.get_origin(kind) is tuple else kind
+        if type(value) is not accepted or (
+            accepted is tuple and not all(type(v) is str for v in value)
+        ):
+            raise UserError(
+                f"{field.name}={value!r:.80} must be of type {getattr(kind, '__name__', kind)}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{field.name}={value} must be a finite number")
+        choices, at_least = field.metadata.get("choices"), field.metadata.get("at_least")
+        if choices:
+            choose(field.name, value, dict.fromkeys(choices))
+        if at_least is not None and value < at_least:
+            raise UserError(f"{field.name}={value} must be at least {at_least}")
+        if isinstance(value, int) and value > 2**62:
+            raise UserError(f"{field.name}={value} is absurdly large")
+
+
+def choose(name: str, given: str, allowed: Mapping[str, Any]) -> Any:
+    if given not in allowed:
+        close = difflib.get_close_matches(given, allowed, n=2, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(f"{name}={given!r:.80} is not one of {', '.join(allowed)}{hint}")
+    return allowed[given]

@@ -1,0 +1,118 @@
+"""What a run computes on, and why: device, precision of the matrix products, and whether
+torch.compile is used.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from config import UserError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A torch device with the precision of its matrix products, and the reason of both for
+    people to read.
+    """
+
+    torch: torch.device
+    precision: str  # fp32, bf16 or fp16
+    why: str
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of every forward pass: parameters stay float32, matrix products run in
+        `precision`.
+        """
+        dtype = _DTYPES[self.precision]
+        return torch.autocast(self.torch.type, dtype, enabled=self.precision != "fp32")
+
+    @property
+    def amp(self) -> bool:
+        """Whether matrix products run in less than float32."""
+        return self.precision != "fp32"
+
+
+def pick_device(name: str = "auto", precision: str = "auto", local_rank: int = 0) -> Device:
+    """The device called name, or the best one found, and its precision. Raises UserError for what
+    is not there.
+
+    local_rank: which of several GPUs this process takes when name leaves that open.
+    """
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    kind = next(k for k in found if found[k]) if name == "auto" else name.split(":")[0]
+    if kind not in found:
+        raise UserError(f"device={name!r:.40} is not one of auto, cpu, cuda, cuda:N, mps")
+    if not found[kind]:
+        raise UserError(
+            f"device={name}, but torch {torch.__version__} finds none here; try --device cpu"
+        )
+    if kind == "cuda":
+        index = int(name[5:]) if name[5:].isdigit() else local_rank
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"GPU {index} wanted, but this machine has {torch.cuda.device_count()}; "
+                "start at most that many processes on it"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+        label = torch.cuda.get_device_name(device)
+    else:
+        device = torch.device(kind)
+        label = f"{torch.get_num_threads()} threads" if kind == "cpu" else "Apple GPU"
+    chosen = (
+        "as asked"
+        if name != "auto"
+        else "no CUDA or MPS device found"
+        if kind == "cpu"
+        else "found"
+    )
+    settled, reason = _settle_precision(precision, kind)
+    return Device(device, settled, f"{device} ({label}; {chosen}), {settled} ({reason})")
+
+
+def _settle_precision(precision: str, kind: str) -> tuple[str, str]:
+    if precision != "auto":
+        return precision, "as asked"
+    if kind == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "the GPU computes it natively"
+        return "fp16", "the GPU has no bf16 units"
+    return "fp32", "the default on this kind of device"
+
+
+def wants_compile(compile: str, device: Device) -> bool:
+    """Whether to compile the model. Raises UserError where it was asked for and there is no
+    compiler.
+    """
+    if compile == "off" or (compile == "auto" and device.torch.type != "cuda"):
+        return False
+    if any(shutil.which(c) for c in ("c++", "g++", "clang++", "cl")):
+        return True
+    if compile == "on":
+        raise UserError(
+            "--compile on needs a C++ compiler (g++ or clang++), and none is found; try --compile "
+            "auto"
+        )
+    return False
+
+
+def seed_dropout(device: Device, seed: int) -> None:
+    """Starts the random numbers of dropout anew; 2 us where torch.manual_seed, which seeds every
+    device, takes 200.
+    """
+    if device.torch.type == "cuda":
+        torch.cuda.default_generators[device.torch.index].manual_seed(seed)
+    elif device.torch.type == "mps":
+        torch.mps.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

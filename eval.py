@@ -1,0 +1,164 @@
+"""Evaluation: `evaluate(...)`, used by the trainers, and the command line `python eval.py
+--checkpoint-path FILE...`.
+
+The number of processes and the batch size change neither which tokens are scored nor, beyond
+float32 rounding inside the model, any of the results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoint import load_model, saved_settings
+from cli import parse_flags, run_script
+from config import EvalSettings, Settings, UserError, settings_from
+from dataset import TokenDataset, open_validation, same_data
+from device import Device, pick_device
+from model import GPTModel
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Of one evaluation. bpb is None where the text behind the tokens is not known."""
+
+    loss: float  # nats per token
+    loss_se: float  # its standard error
+    ppl: float  # perplexity, exp(loss); inf where that overflows
+    bpb: float | None  # bits per byte of text
+    tokens: int  # scored
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPTModel,
+    val: TokenDataset,
+    batch_size: int,
+    device: Device,
+    rank: int = 0,
+    world: int = 1,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> EvalResult:
+    """Loss of the model on every token of `val` but the first, each scored once, over all ranks
+    together.
+
+    reduce(sums): adds a float64 vector over the ranks. The standard error takes windows as the
+    independent samples, since tokens of one window are not (ratio estimator: Cochran 1977, sec.
+    2.11). The model's mode is left as it was.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(7, dtype=torch.float64)
+    for ids, labels in val.batches(batch_size, rank, world):
+        with device.autocast():
+            ids_there, labels_there = ids.to(device.torch), labels.to(device.torch)
+            nll = model(ids_there, labels=labels_there, reduction="none", return_logits=False)[1]
+        scored = labels[:, 1:] != -100
+        n, s = (
+            scored.sum(1).double(),
+            nll.cpu().double().sum(1),
+        )  # (B,) tokens and nats of each window
+        n_bytes = _bytes_of(labels[:, 1:][scored], val)
+        sums += torch.stack(
+            [
+                s.sum(),
+                n.sum(),
+                n_bytes,
+                n.new_tensor(len(n)),
+                (s * s).sum(),
+                (s * n).sum(),
+                (n * n).sum(),
+            ]
+        )
+    model.train(was_training)
+    nll, tokens, n_bytes, windows, ss, sn, nn = reduce(sums).tolist()
+    loss = nll / tokens
+    spread = max(ss - 2 * loss * sn + loss * loss * nn, 0.0)  # sum over windows of (s - loss n)^2
+    return EvalResult(
+        loss=loss,
+        loss_se=math.sqrt(spread * windows / max(windows - 1, 1)) / tokens,
+        ppl=perplexity(loss),
+        bpb=nll / math.log(2) / n_bytes if n_bytes else None,
+        tokens=int(tokens),
+    )
+
+
+def _bytes_of(ids: Tensor, val: TokenDataset) -> Tensor:
+    if val.tokenizer is None:
+        return torch.zeros((), dtype=torch.float64)
+    table = val.tokenizer.token_bytes
+    known = ids.numpy()[ids.numpy() < len(table)]
+    return torch.tensor(float(np.take(table, known).sum()), dtype=torch.float64)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or inf where a float64 can't hold it."""
+    return math.exp(loss) if loss < 709 else math.inf if loss == loss else math.nan
+
+
+def validation_of(args: EvalSettings, settings: Settings, data: dict[str, Any]) -> TokenDataset:
+    """What to evaluate a checkpoint on: the data it recorded, or the files that the flags name.
+    Raises UserError.
+    """
+    name = args.tokenizer_name or settings.tokenizer_name
+    if settings.tokenizer_name and name != settings.tokenizer_name:
+        raise UserError(
+            f"tokenizer_name={name}, but the checkpoint was trained with {settings.tokenizer_name}"
+        )
+    if args.val_data and not name:
+        raise UserError(
+            "the checkpoint names no tokenizer for --val-data; say which with --tokenizer-name"
+        )
+    changes: dict[str, Any] = {"tokenizer_name": name}
+    changes |= {k: getattr(args, k) for k in ("seq_len", "cache_dir") if getattr(args, k)}
+    if args.val_data or args.val_npy:
+        mode = "text" if args.val_data else "fineweb_npy"
+        changes |= {
+            "data_mode": mode,
+            "val_data": args.val_data,
+            "val_npy": args.val_npy,
+            "val_max_tokens": 0,
+            "train_data": (),
+            "train_npy": args.val_npy,
+            "use_toy_data": False,
+        }
+    elif args.data_mode not in ("auto", settings.data_mode):
+        raise UserError(
+            f"data_mode={args.data_mode}, but the checkpoint recorded {settings.data_mode} data; "
+            "name the files with --val-data or --val-npy"
+        )
+    val = open_validation(dataclasses.replace(settings, **changes))
+    if not (args.val_data or args.val_npy):
+        same_data(data.get("val", {}), val)
+    return val.limited(args.max_tokens)
+
+
+def main(args: EvalSettings) -> None:
+    """Evaluates each checkpoint, alone or under torchrun; rank 0 prints and logs the results."""
+    from distributed import process_group, sum_ranks  # below this module in the layout:
+    from run_log import report_evaluations  # only the command line needs them
+
+    saved = [settings_from(saved_settings(path)) for path in args.checkpoint_path]  # all readable?
+    results = []
+    with process_group(args.device, args.timeout_seconds) as ranks:
+        for path, settings in zip(args.checkpoint_path, saved, strict=True):
+            precision = "fp32" if args.no_amp else settings.precision
+            device = pick_device(args.device, precision, ranks.local_rank)
+            model, _, data = load_model(path)
+            val = validation_of(args, settings, data)
+            size = args.batch_size or settings.batch_size
+            model.to(device.torch)
+            results.append(evaluate(model, val, size, device, ranks.rank, ranks.world, sum_ranks))
+        if ranks.rank == 0:
+            report_evaluations(args.log_dir, args.checkpoint_path, results)
+
+
+if __name__ == "__main__":
+    run_script(lambda argv: main(EvalSettings(**parse_flags(EvalSettings, "eval.py", argv))))

@@ -1,0 +1,112 @@
+"""Next-token cross-entropy in chunks: the (tokens, V) logits never exist at once, forward or
+backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # a label with this value is not scored
+_CHUNK_LOGITS = 1 << 24  # logits that exist at once: 64 MiB in float32
+
+
+def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Next-token cross-entropy in nats, summed, and the number of scored tokens (Radford et al.
+    2019, sec. 2).
+
+    hidden (B, T, C) float; weight (V, C) float; labels (B, T) int64, -100 not scored. Position t
+    predicts label t + 1. Returns two float32 scalars; the first has gradients for hidden and
+    weight. Raises ValueError if the (B, T) parts differ.
+    """
+    hidden, labels = _shifted(hidden, labels)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        total = _ChunkedSum.apply(hidden, weight, labels, _compute_dtype(hidden))
+    else:
+        total = _token_losses(hidden, weight, labels).sum()
+    return total, (labels != IGNORE).sum().float()
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The same loss per position, for evaluation: (B, T - 1) float32 nats, 0 where not scored,
+    without gradients.
+    """
+    flat_hidden, flat_labels = _shifted(hidden, labels)
+    return _token_losses(flat_hidden, weight, flat_labels).view(labels.shape[0], -1)
+
+
+def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions that predict something and what they predict: (N, C) and (N,) for N = B (T - 1)."""
+    if hidden.shape[:2] != labels.shape:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} must share (B, T)"
+        )
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    return max(16, _CHUNK_LOGITS // weight.shape[0])
+
+
+def _token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    rows = _chunk_rows(weight)
+    parts = []
+    for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
+        logits = F.linear(h, weight).float()  # (rows, V)
+        parts.append(F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="none"))
+    return torch.cat(parts)
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """The summed loss whose forward pass also makes the gradients, so that no logit is kept or
+    computed twice.
+
+    The gradient of the sum with respect to a chunk's logits is softmax(logits) - onehot(label),
+    known as soon as the logits are. The matrix products run in `dtype` (that of autocast); softmax
+    and sums in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, dtype):  # type: ignore[no-untyped-def]
+        total = torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        rows = _chunk_rows(weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = weight.to(dtype)
+            for start in range(0, len(labels), rows):
+                h, y = hidden[start : start + rows].to(dtype), labels[start : start + rows]
+                scored = y != IGNORE
+                target = y.where(scored, 0)[:, None]  # (rows, 1)
+                logits = (h @ w.T).float()  # (rows, V)
+                log_z = logits.logsumexp(-1, keepdim=True)
+                total += ((log_z - logits.gather(1, target)).squeeze(1) * scored).sum()
+                logits.sub_(log_z).exp_()  # softmax, in place
+                logits.scatter_add_(1, target, torch.full_like(log_z, -1.0))
+                d_logits = logits.mul_(scored[:, None]).to(dtype)
+                if d_hidden is not None:
+                    d_hidden[start : start + rows] = d_logits @ w
+                if d_weight is not None:
+                    if dtype == d_weight.dtype:
+                        d_weight.addmm_(d_logits.T, h)
+                    else:
+                        d_weight += d_logits.T @ h
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):  # type: ignore[no-untyped-def]
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden * d_total,
+            None if d_weight is None else d_weight * d_total,
+            None,
+            None,
+        )

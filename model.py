@@ -1,0 +1,247 @@
+"""The GPT model: tokens to logits and loss. Knows no rank, file or optimizer.
+
+Shapes: B batch, T tokens, C channels (d_model), H heads, D channels per head (C / H), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from config import GPTConfig
+from loss import IGNORE, next_token_loss, token_losses
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, eq. 34): turns channel pairs (i, i + D/2) of x
+    (B, H, T, D).
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def rotary_table(positions: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (positions, width / 2) float32; base 10000 as in the paper."""
+    frequency = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+class Attention(nn.Module):
+    """Causal self-attention. The rows of `qkv` are ordered head by head (H, 3, D): a slice of it
+    is whole heads.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        gpt2 = config.arch == "gpt2"
+        self.width, self.dropout, self.qk_norm = (
+            config.d_model // config.n_heads,
+            config.dropout,
+            not gpt2,
+        )
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=gpt2)
+        self.proj = nn.Linear(config.d_model, config.d_model, bias=gpt2)
+
+    def forward(
+        self, x: Tensor, allowed: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (-1, 3, self.width)).transpose(1, 2).unbind(3)
+        )  # (B, H, T, D)
+        if self.qk_norm:  # keeps the attention logits bounded (Dehghani et al. 2023, sec. 2.1)
+            q, k = F.rms_norm(q, (self.width,)), F.rms_norm(k, (self.width,))
+        if rotary is not None:
+            q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=allowed,
+            is_causal=allowed is None,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """Two matrices with GELU in its tanh form (gpt2) or squared ReLU (modern; So et al. 2021,
+    sec. 3) between them.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        gpt2 = config.arch == "gpt2"
+        self.gelu = gpt2
+        self.fc = nn.Linear(config.d_model, config.d_ff, bias=gpt2)
+        self.proj = nn.Linear(config.d_ff, config.d_model, bias=gpt2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x)
+        return self.proj(F.gelu(h, approximate="tanh") if self.gelu else F.relu(h).square())
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.norm_1, self.attn = make_norm(config), Attention(config)
+        self.norm_2, self.mlp = make_norm(config), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, allowed: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        x = x + self.drop(self.attn(self.norm_1(x), allowed, rotary))
+        return x + self.drop(self.mlp(self.norm_2(x)))
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """LayerNorm with gain and bias (gpt2), or RMSNorm without parameters (modern)."""
+    if config.arch == "gpt2":
+        return nn.LayerNorm(config.d_model, eps=1e-5)
+    return nn.RMSNorm(config.d_model, elementwise_affine=False)
+
+
+class GPTModel(nn.Module):
+    """A GPT in one of two architectures (`config.arch`):
+
+    gpt2: learned positions, LayerNorm, GELU, biases, head tied to the embedding (Radford et al.
+    2019). modern: rotary positions, RMSNorm, QK-norm, squared ReLU, no biases, separate head,
+    zero-initialised projections.
+
+    seed: of the initial weights; None draws them from torch's global generator.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int | None = None) -> None:
+        super().__init__()
+        if not config.vocab_size:
+            raise ValueError(
+                "vocab_size=0 stands for the tokenizer's; give its number to build a model"
+            )
+        gpt2 = config.arch == "gpt2"
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.d_model) if gpt2 else None
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm_f = make_norm(config)
+        self.lm_head = None if gpt2 else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if not gpt2:
+            cos, sin = rotary_table(
+                config.max_position_embeddings, config.d_model // config.n_heads
+            )
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self.init_weights(None if seed is None else torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draws fresh weights. The first loss is ln(V) within 0.1, for both architectures and every
+        width.
+
+        gpt2: N(0, 0.02), residual projections over sqrt(2 layers) (Radford et al. 2019, sec. 2.3).
+        One deviation: a fresh model's logits have variance C std^2 and raise the first loss by half
+        of it, 0.15 nats at C = 768. So the embedding's std is lowered above C = 375, to keep that
+        variance at 0.15. modern: N(0, 1 / fan_in); residual projections and head start at zero
+        (Zhang et al. 2019).
+        """
+        config = self.config
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            elif config.arch == "modern":
+                if name.endswith(("proj.weight", "lm_head.weight")):
+                    p.zero_()
+                else:
+                    p.normal_(
+                        0, 1.0 if name == "wte.weight" else p.shape[1] ** -0.5, generator=generator
+                    )
+            else:
+                std = 0.02
+                if name.endswith("proj.weight"):
+                    std /= math.sqrt(2 * config.n_layers)
+                elif name == "wte.weight":
+                    std = min(std, math.sqrt(0.15 / config.d_model))
+                p.normal_(0, std, generator=generator)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        reduction: str = "mean",
+        return_logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(logits (B, T, V) or None, loss or None). The shift is inside: position t predicts
+        labels[:, t + 1].
+
+        input_ids (B, T) int64; attention_mask (B, T), 0 = padding, neither attended to nor scored;
+        labels (B, T) int64, -100 = not scored. reduction of the loss, nats per token: "mean" or
+        "sum", () float32; "none", (B, T - 1) float32 without gradients. With return_logits=False
+        they are never made. Raises ValueError for too long input.
+        """
+        hidden = self.hidden_states(input_ids, attention_mask)
+        weight = self.output_weight
+        logits = F.linear(hidden, weight) if return_logits else None
+        if labels is None:
+            return logits, None
+        if attention_mask is not None:
+            labels = labels.masked_fill(attention_mask == 0, IGNORE)
+        if reduction == "none":
+            return logits, token_losses(hidden, weight, labels)
+        total, count = next_token_loss(hidden, weight, labels)
+        return logits, total if reduction == "sum" else total / count.clamp(min=1)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The normalised output of the last block, from which the head predicts: (B, T, C)."""
+        T = input_ids.shape[1]
+        if self.config.max_position_embeddings < T:
+            raise ValueError(
+                f"input of {T} tokens, but "
+                f"max_position_embeddings={self.config.max_position_embeddings}"
+            )
+        x = self.wte(input_ids)  # (B, T, C)
+        if self.wpe is not None:
+            x, rotary = x + self.wpe.weight[:T], None
+        else:
+            x, rotary = F.rms_norm(x, x.shape[-1:]), (self.cos[:T], self.sin[:T])
+        x, allowed = self.drop(x), causal_and_padding(attention_mask)
+        recompute = self.config.use_activation_checkpoint and self.training
+        for block in self.blocks:
+            if recompute:
+                x = checkpoint(block, x, allowed, rotary, use_reentrant=False)
+            else:
+                x = block(x, allowed, rotary)
+        return self.norm_f(x)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix (V, C) that turns hidden states into logits: the embedding itself where the
+        head is tied.
+        """
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def num_parameters(self) -> int:
+        """Trainable numbers, a tied matrix counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def causal_and_padding(attention_mask: Tensor | None) -> Tensor | None:
+    """Which key each query may see: (B, 1, T, T) bool, or None where plain causal attention says it
+    all.
+
+    A position always sees itself, so that a row of padding has something to attend to and never
+    becomes NaN.
+    """
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    T = attention_mask.shape[1]
+    square = torch.ones(T, T, dtype=torch.bool, device=attention_mask.device)
+    seen = square.tril() & attention_mask.bool()[:, None, None, :]
+    return seen | torch.eye(T, dtype=torch.bool, device=attention_mask.device)

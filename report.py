@@ -1,0 +1,51 @@
+"""Pictures of runs, from their metrics files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file. A last line that a crash cut short is left out."""
+    records = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def draw_losses(jsonl: Path, picture: Path) -> None:
+    """Train and validation loss over steps, with tokens along the top, as a PNG."""
+    from matplotlib.figure import Figure  # here, since only the end of a run needs it
+
+    records = read_records(jsonl)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for event, name, style in (("train", "train_loss", "-"), ("eval", "val_loss", "o-")):
+        points = [
+            (r["step"], r[name]) for r in records if r["event"] == event and r[name] is not None
+        ]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True),
+                style,
+                label=name.replace("_", " "),
+                linewidth=1,
+                markersize=4,
+            )
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)")
+    last = max((r for r in records if r.get("step")), key=lambda r: r["step"], default=None)
+    if last:
+        per_step = last["tokens"] / last["step"]
+        top = axes.secondary_xaxis(
+            "top", functions=(lambda s: s * per_step, lambda t: t / per_step)
+        )
+        top.set_xlabel("tokens seen")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(picture, dpi=120)

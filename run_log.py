@@ -1,0 +1,347 @@
+"""What a run tells: terminal, text log, metrics (JSONL), loss picture and Weights & Biases.
+
+The only place that formats a metric. The JSONL is the truth: all else shows numbers of its records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import set_aside
+from config import Settings, UserError, default_checkpoint, flat
+from dataset import TokenDataset
+from device import Device
+from eval import EvalResult
+from model import GPTModel
+from report import draw_losses, read_records
+from step import RunState, StepStats
+from wandb_log import WandB
+
+
+class RunLog:
+    """Tells what happens, on global rank 0; on the other ranks every method does nothing.
+
+    Timings cover fetching and computing of steps, never evaluation, sampling or saving: the clock
+    runs from the end of one report to the next train(), and anything else is reported right after a
+    train() (see `step.due`).
+    """
+
+    def __init__(
+        self,
+        script: str,
+        args: Settings,
+        state: RunState,
+        device: Device,
+        model: GPTModel,
+        train: TokenDataset,
+        val: TokenDataset,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.script, self.args, self.device, self.world = script, args, device, world
+        self.on, self.epoch_windows = rank == 0, len(train)
+        if not self.on:
+            return
+        base = Path(args.log_dir) / script
+        self.text_path, self.jsonl_path = base.with_suffix(".log"), base.with_suffix(".jsonl")
+        self.record: dict[str, Any] = {}  # of the last update reported
+        self.steps_reported, self.line_time = state.step, time.perf_counter()
+        try:
+            base.parent.mkdir(parents=True, exist_ok=True)
+            self.text = open(self.text_path, "a", encoding="utf-8")  # noqa: SIM115
+            self.bar = tqdm(
+                total=args.num_steps,
+                initial=state.step,
+                unit="step",
+                disable=None,
+                dynamic_ncols=True,
+            )
+            if args.resume:
+                _cut_back(self.jsonl_path, state.step)
+                self.line(f"resumed {args.checkpoint_path} at step {state.step}")
+            else:
+                for old in (Path(args.checkpoint_path), self.jsonl_path):
+                    if new := set_aside(old):
+                        self.line(f"{old} of an earlier run is now {new}")
+            self.jsonl = open(self.jsonl_path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as reason:
+            raise UserError(
+                f"cannot write {reason.filename}: {reason.strerror}; try --log-dir"
+            ) from reason
+        self._header(model, train, val)
+        run = {
+            "settings": flat(args),
+            "train": train.describe(),
+            "val": val.describe(),
+            "environment": self.environment(),
+        }
+        if not args.resume:
+            self._write({"event": "run", **run})
+        self.wandb = WandB(args, state, run, self.line) if args.use_wandb else None
+        self.profiler = _start_profiler(base, device) if args.use_profiler else None
+        self.restart_clock()
+
+    def _header(self, model: GPTModel, train: TokenDataset, val: TokenDataset) -> None:
+        args, config = self.args, self.args.model
+        ranks = f", {self.world} processes" if self.world > 1 else ""
+        epochs = args.num_steps * args.global_batch_size / len(train)
+        tokenizer = train.tokenizer.name if train.tokenizer else "none"
+        self.line(f"device: {self.device.why}{ranks}")
+        self.line(
+            f"data: {train.source.name}; tokenizer: {tokenizer}; {train.num_tokens:,} tokens to "
+            "train on, "
+            f"{val.num_tokens:,} held out for validation"
+        )
+        self.line(
+            f"model: {config.arch}, {config.n_layers} layers, {config.n_heads} heads, "
+            f"{config.d_model} channels, "
+            f"vocabulary {config.vocab_size:,}: {model.num_parameters():,} parameters"
+        )
+        self.line(
+            f"run: preset {args.preset}, {args.num_steps} steps of {args.global_batch_size} x "
+            f"{args.seq_len} tokens "
+            f"({epochs:.2g} epochs), {args.optimizer}, lr {args.lr:g}, seed {args.seed}"
+        )
+
+    def environment(self) -> dict[str, Any]:
+        """Where the run ran. Names versions and hardware, never environment variables: those
+        hold secrets.
+        """
+        return {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "device": self.device.why,
+            "processes": self.world,
+        }
+
+    def restart_clock(self) -> None:
+        """Leaves out of the timings what was done since the last report."""
+        self.mark = time.perf_counter()
+
+    def line(self, text: str) -> None:
+        """One line for people, on the terminal and in the text log."""
+        if not self.on:
+            return
+        stamped = time.strftime("[%Y-%m-%d %H:%M:%S] ") + text
+        tqdm.write(stamped)
+        sys.stdout.flush()
+        print(stamped, file=self.text, flush=True)
+
+    def tick(self) -> None:
+        """After each update: tells the profiler where one ends."""
+        if self.on and self.profiler:
+            self.profiler.step()
+
+    def train(self, state: RunState, stats: StepStats) -> None:
+        """Records the update just finished, of which stats holds the sums over ranks. Waits for
+        the device.
+        """
+        if not self.on:
+            return
+        loss, norm = float(stats.nll_sum) / stats.n_tokens, float(stats.grad_norm)  # waits here
+        seconds, steps = time.perf_counter() - self.mark, state.step - self.steps_reported
+        rate = steps * stats.n_tokens / seconds
+        timing = {"step_seconds": seconds / steps, "tokens_per_sec": rate}
+        values = {"train_loss": loss, "lr": stats.lr, "grad_norm": norm}
+        self.steps_reported, self.record = state.step, {**values, **timing}
+        self._write(
+            {"event": "train", "step": state.step, "tokens": state.tokens, **values, "time": timing}
+        )
+        if self.wandb:
+            rates = {"tokens_per_sec_per_rank": rate / self.world, "global_tokens_per_sec": rate}
+            amp = {"amp": int(self.device.amp), "bf16": int(self.device.precision == "bf16")}
+            self.wandb.log(
+                {
+                    "train/loss": loss,
+                    "grad_norm": norm,
+                    "lr": stats.lr,
+                    "tokens": state.tokens,
+                    **rates,
+                    **amp,
+                },
+                state,
+            )
+        if not math.isfinite(norm):
+            self.line(f"step {state.step}: the gradient norm is {norm}; the update was skipped")
+        self.bar.update(state.step - self.bar.n)
+        self.bar.set_postfix_str(f"train loss {loss:.4f}")
+        if (
+            self.bar.disable
+            and state.step % self.args.eval_steps
+            and state.step < self.args.num_steps
+        ):
+            print(f"step {state.step} / {self.args.num_steps} | train loss: {loss:.4f}", flush=True)
+        self.restart_clock()
+
+    def eval(self, state: RunState, result: EvalResult) -> None:
+        """Records an evaluation and prints the one line that says how the run stands."""
+        if result.loss < state.best_val_loss:  # a NaN is never the best
+            state.best_val_loss = result.loss
+        if not self.on:
+            return
+        values = {
+            "loss": result.loss,
+            "loss_se": result.loss_se,
+            "ppl": result.ppl,
+            "bpb": result.bpb,
+        }
+        record = {f"val_{k}": v for k, v in {**values, "tokens": result.tokens}.items()}
+        self._write({"event": "eval", "step": state.step, "tokens": state.tokens, **record})
+        if self.wandb:
+            self.wandb.log({f"val/{k}": values[k] for k in ("loss", "ppl", "bpb")}, state)
+        self.line(self._eval_line(state, result))
+        self.line_time = time.perf_counter()
+        self.restart_clock()
+
+    def _eval_line(self, state: RunState, result: EvalResult) -> str:
+        def last(name: str, digits: int, scale: float = 1.0, unit: str = "") -> str:
+            known = name in self.record
+            return f"{self.record[name] * scale:.{digits}f}{unit}" if known else "n/a"
+
+        args, dt = self.args, time.perf_counter() - self.line_time
+        epoch = 1 + max(state.step * args.global_batch_size - 1, 0) // self.epoch_windows
+        fields = {
+            "lr": last("lr", 6),
+            "step time": last("step_seconds", 2),
+            "toks/s (per rank)": last("tokens_per_sec", 2, 1 / self.world),
+            "grad norm": last("grad_norm", 4),
+            "train loss": last("train_loss", 4),
+            "val loss": f"{result.loss:.4f}",
+            "val ppl": f"{result.ppl:.2f}",
+            "val bpb": "n/a" if result.bpb is None else f"{result.bpb:.4f}",
+            "tokens": f"{state.tokens}",
+            "dt": f"{dt:.2f}s",
+            "eta": last("step_seconds", 2, (args.num_steps - state.step) / 3600, "h"),
+            "amp": self.device.amp,
+        }
+        text = " | ".join(f"{name}: {value}" for name, value in fields.items())
+        return f"epoch {epoch} step {state.step} / {args.num_steps} | {text}"
+
+    def sample(self, text: str | None) -> None:
+        """Shows what the model writes; None = nothing can be shown."""
+        if self.on and text is not None:
+            self.line("sample: " + text.replace("\n", "\n    "))
+            self.restart_clock()
+
+    def saved(self, state: RunState) -> None:
+        """Says that the checkpoint of this step is safe on disk."""
+        if self.on:
+            self.line(f"saved {self.args.checkpoint_path} at step {state.step}")
+            self.restart_clock()
+
+    def finish(self, state: RunState) -> None:
+        """Draws the loss picture, says what can be done next, and closes everything."""
+        if not self.on:
+            return
+        self.bar.close()
+        picture = self.jsonl_path.with_suffix(".png")
+        draw_losses(self.jsonl_path, picture)
+        self.line(f"wrote {self.text_path}, {self.jsonl_path} and {picture}")
+        path = self.args.checkpoint_path
+        launch = "python" if self.world == 1 else f"torchrun --nproc-per-node={self.world}"
+        where = (
+            ""
+            if path == default_checkpoint(self.script)
+            else f" --checkpoint-path {shlex.quote(path)}"
+        )
+        steps = max(self.args.num_steps, state.step) * 2
+        self.line(f"evaluate: python eval.py --checkpoint-path {shlex.quote(path)}")
+        self.line(f"continue: {launch} {self.script}.py --resume --num-steps {steps}{where}")
+        self.line(
+            f"sample:   python generate.py --checkpoint-path {shlex.quote(path)} --prompt 'Every "
+            "effort moves you'"
+        )
+        if self.wandb:
+            self.wandb.finish()
+        self.text.close()
+        self.jsonl.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.jsonl.write(to_json(record) + "\n")
+        self.jsonl.flush()
+
+
+def to_json(record: dict[str, Any]) -> str:
+    """One line of JSON; numbers that JSON lacks (NaN, infinities) become null."""
+    clean = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+    }
+    return json.dumps(clean)
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Drops the records beyond `step`: the resumed run will make them again."""
+    if path.exists():
+        kept = [r for r in read_records(path) if r.get("step", 0) <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(to_json(r) + "\n" for r in kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _start_profiler(base: Path, device: Device) -> Any:
+    """Records updates 6 to 8 into a trace for chrome://tracing or Perfetto."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.torch.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    profiler = torch.profiler.profile(
+        activities=kinds,
+        schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(f"{base}_trace.json"),
+    )
+    profiler.start()
+    return profiler
+
+
+def report_evaluations(log_dir: str, paths: Sequence[str], results: Sequence[EvalResult]) -> None:
+    """Prints the results of eval.py, as lines for one checkpoint, as a table for several;
+    appends them to its logs.
+    """
+    rows = [
+        {
+            "checkpoint": path,
+            "avg_loss": f"{r.loss:.6f}",
+            "loss_se": f"{r.loss_se:.6f}",
+            "ppl": f"{r.ppl:.4f}",
+            "bpb": "n/a" if r.bpb is None else f"{r.bpb:.6f}",
+            "tokens": str(r.tokens),
+        }
+        for path, r in zip(paths, results, strict=True)
+    ]
+    if len(rows) == 1:
+        lines = [f"{name}: {value}" for name, value in rows[0].items()]
+    else:
+        widths = {k: max(len(k), *(len(row[k]) for row in rows)) for k in rows[0]}
+        header = {k: k for k in widths}
+        lines = [
+            "  ".join(row[k].ljust(widths[k]) for k in widths).rstrip() for row in (header, *rows)
+        ]
+    print("\n".join(lines), flush=True)
+    folder = Path(log_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "eval.log", "a", encoding="utf-8") as text:
+            text.writelines(time.strftime("[%Y-%m-%d %H:%M:%S] ") + line + "\n" for line in lines)
+        with open(folder / "eval.jsonl", "a", encoding="utf-8") as jsonl:
+            for path, r in zip(paths, results, strict=True):
+                jsonl.write(
+                    to_json({"event": "eval", "checkpoint": path, **dataclasses.asdict(r)}) + "\n"
+                )
+    except OSError as reason:
+        raise UserError(
+            f"cannot write {reason.filename}: {reason.strerror}; try --log-dir"
+        ) from reason

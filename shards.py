@@ -1,0 +1,191 @@
+"""Streams of token ids, read by position: files of ids (`TokenShards`) or computed ones
+(`ToyTokens`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from config import UserError
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """The SplitMix64 finalizer: a bijection of uint64 that scatters neighbours (Steele et al.
+    2014, fig. 17).
+    """
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_of(*numbers: int) -> int:
+    """One 64-bit number from several, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+
+
+class Source(Protocol):
+    """A stream of `num_tokens` token ids."""
+
+    name: str
+    num_tokens: int
+    vocab_size: int  # every id is below it
+    fingerprint: str  # changes when the content does
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Ids of positions start .. start + count - 1: (count,) of an integer type, each one of
+        the vocabulary.
+        """
+        ...
+
+
+class ToyTokens:
+    """Random ids below vocab_size: a function of (seed, position), so each visit of a sample
+    finds the same ones.
+    """
+
+    def __init__(self, num_tokens: int, vocab_size: int, seed: int) -> None:
+        self.num_tokens, self.vocab_size, self.seed = (
+            num_tokens,
+            vocab_size,
+            np.uint64(hash_of(seed)),
+        )
+        self.name = "random tokens"
+        self.fingerprint = f"toy-{num_tokens}-{vocab_size}-{seed}"
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        return (
+            mix(np.arange(start, start + count, dtype=np.uint64) ^ self.seed)
+            % np.uint64(self.vocab_size)
+        ).astype(np.int64)
+
+
+class TokenShards:
+    """Files of token ids, in the order given, as one stream. Raises UserError for files that are
+    not what they should be.
+
+    Read with pread, not through a memory map: just as lazy, and a file that shrinks while open
+    gives an error that names it, where a map would kill the process with SIGBUS.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], vocab_size: int, name: str = "") -> None:
+        self.vocab_size = vocab_size
+        self.shards = [_Shard(Path(p)) for p in paths]
+        self.starts = np.cumsum([0] + [s.count for s in self.shards])
+        self.num_tokens = int(self.starts[-1])
+        self.name = name or ", ".join(str(s.path) for s in self.shards[:3]) + (
+            ", ..." if len(self.shards) > 3 else ""
+        )
+        self.fingerprint = hashlib.blake2b(
+            b"".join(s.digest() for s in self.shards), digest_size=16
+        ).hexdigest()
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        parts, stop = [], start + count
+        for i in range(int(np.searchsorted(self.starts, start, "right")) - 1, len(self.shards)):
+            first = int(self.starts[i])
+            parts.append(
+                self.shards[i].read(
+                    max(start - first, 0),
+                    min(stop, int(self.starts[i + 1])) - first,
+                    self.vocab_size,
+                )
+            )
+            if stop <= self.starts[i + 1]:
+                break
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class _Shard:
+    """One file of token ids: NumPy .npy (1-D uint16, uint32, int32) or llm.c .bin (magic
+    20240520 or 20240801).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            if not path.is_file():
+                raise UserError(
+                    f"{path}: " + ("not a plain file" if path.exists() else "no such file")
+                )
+            self.fd = os.open(path, os.O_RDONLY)
+            with open(path, "rb") as file:
+                self.offset, self.dtype, self.count = self._header(file)
+        except OSError as reason:
+            raise UserError(f"{path}: cannot be read: {reason.strerror}") from reason
+        size = os.fstat(self.fd).st_size
+        expected = self.offset + self.count * self.dtype.itemsize
+        if size != expected:
+            raise UserError(
+                f"{path}: has {size} bytes, but its header stands for {expected}; is it cut off?"
+            )
+
+    def _header(self, file: BinaryIO) -> tuple[int, np.dtype[Any], int]:
+        """Offset of the first id in bytes, type of an id, number of ids."""
+        start = file.read(1024)
+        if start[:6] == b"\x93NUMPY":
+            file.seek(0)
+            return self._npy_header(file)
+        words = np.frombuffer(start[:12].ljust(12, b"\0"), "<i4")
+        for magic, version, dtype in ((20240520, 1, "<u2"), (20240801, 7, "<u4")):
+            if words[0] == magic:
+                if words[1] != version or len(start) < 1024:
+                    raise UserError(
+                        f"{self.path}: llm.c header of version {words[1]}, expected {version}, "
+                        "1024 bytes"
+                    )
+                return 1024, np.dtype(dtype), int(words[2])
+        raise UserError(
+            f"{self.path}: is neither a NumPy .npy file nor an llm.c .bin file: it starts with "
+            f"{start[:8]!r}; for text use --train-data"
+        )
+
+    def _npy_header(self, file: BinaryIO) -> tuple[int, np.dtype[Any], int]:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read(file)
+        except ValueError as reason:
+            raise UserError(f"{self.path}: damaged .npy header: {str(reason)[:100]}") from reason
+        if len(shape) != 1 or dtype.str not in ("<u2", "<u4", "<i4"):
+            raise UserError(
+                f"{self.path}: holds {dtype} of shape {shape}, expected 1-D uint16, uint32 or int32"
+            )
+        return file.tell(), dtype, shape[0]
+
+    def read(self, start: int, stop: int, vocab_size: int) -> np.ndarray:
+        """Ids of positions start .. stop - 1 of this file."""
+        size = self.dtype.itemsize
+        data = os.pread(self.fd, (stop - start) * size, self.offset + start * size)
+        if len(data) != (stop - start) * size:
+            raise UserError(
+                f"{self.path}: ends before token {stop}, which its header promises; did it shrink?"
+            )
+        ids = np.frombuffer(data, self.dtype)
+        if len(ids) and (ids.max() >= vocab_size or ids.min() < 0):
+            bad = int(np.argmax((ids >= vocab_size) | (ids < 0)))
+            raise UserError(
+                f"{self.path}: token {start + bad} is {ids[bad]}, outside of the vocabulary "
+                f"0..{vocab_size - 1}; was it made with another tokenizer? --vocab-size raises "
+                "the limit"
+            )
+        return ids
+
+    def digest(self) -> bytes:
+        """Of the size and of 64 blocks spread over the file: notices another file at once,
+        whatever its size.
+        """
+        size = os.fstat(self.fd).st_size
+        seen = hashlib.blake2b(f"{self.dtype.str} {self.count} {size}".encode(), digest_size=16)
+        for i in range(64):
+            seen.update(os.pread(self.fd, 4096, i * max(size - 4096, 0) // 63))
+        return seen.digest()

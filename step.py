@@ -1,0 +1,165 @@
+"""One optimizer step: forward, backward, accumulation, clipping, update. The only place where
+gradients are made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from config import Settings, UserError
+from device import Device, seed_dropout
+from optim import lr_at
+from shards import hash_of
+
+_FP16_RETRIES = (
+    30  # 2**16, the first scale, is below 2**-14 by then: the gradients themselves are broken
+)
+_BAD_UPDATES_IN_A_ROW = 5
+
+
+@dataclass
+class RunState:
+    """How far a run has come. All else that a step needs follows from the settings and `step`."""
+
+    step: int = 0  # updates finished
+    tokens: int = 0  # tokens scored by them, over all ranks
+    best_val_loss: float = math.inf  # nats per token
+    wandb_run_id: str = ""
+    scaler: torch.amp.GradScaler = field(
+        default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
+    )
+    bad_in_row: Tensor | None = None  # () float32: updates skipped since the last good one
+
+    @classmethod
+    def fresh(cls, device: Device) -> RunState:
+        """The state of a run that has not begun; fp16 gets its loss scaler."""
+        return cls(
+            scaler=torch.amp.GradScaler(device.torch.type, enabled=device.precision == "fp16")
+        )
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Of one update, as tensors that are not waited for: read them when they are logged, not
+    before.
+    """
+
+    nll_sum: Tensor  # () float32: nats over this rank's scored tokens
+    n_tokens: int  # scored tokens over all ranks
+    grad_norm: Tensor  # () float32: global norm before clipping
+    lr: float
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is to be done after an update. Anything due is logged too, so that timings never
+    include it.
+    """
+
+    log: bool
+    eval: bool
+    sample: bool
+    save: bool
+
+
+def due(step: int, args: Settings) -> Due:
+    """What is due when `step` updates are finished; at the last step, all of it."""
+    last = step == args.num_steps
+    evaluate = last or step % args.eval_steps == 0
+    keep = args.keep_every > 0 and step % args.keep_every == 0
+    save = last or keep or step % args.save_steps == 0
+    sample = last or (evaluate and bool(args.sample_prompt))
+    return Due(evaluate or save or step % args.log_steps == 0, evaluate, sample, save)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Tensor,
+    args: Settings,
+    state: RunState,
+    device: Device,
+    rank: int = 0,
+    world: int = 1,
+    no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> StepStats:
+    """One update on this rank's rows of the global batch; advances `state`.
+
+    batch (rows, T) int64, split into micro-batches of args.batch_size. no_sync(): the context in
+    which a backward pass keeps its gradients to itself; the last one of a step, outside of it,
+    averages them over the `world` ranks. With fp16, an update whose gradients overflow is tried
+    again with half the loss scale, so that neither the data nor the schedule moves on. Otherwise an
+    update with a non-finite gradient is skipped on all ranks, weights and moments untouched. Raises
+    UserError when that does not end.
+    """
+    lr = lr_at(state.step, args)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    n_tokens = args.global_batch_size * (args.seq_len - 1)  # windows are always full
+    clip = args.grad_clip_norm or math.inf
+    for _ in range(_FP16_RETRIES):
+        nll_sum = _backward(model, batch, args, state, device, rank, world / n_tokens, no_sync)
+        state.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        bad = (~norm.isfinite()).float()
+        optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state.scaler.update()
+        if not state.scaler.is_enabled() or not bad:
+            break
+    else:
+        raise UserError(
+            f"step {state.step}: fp16 gradients overflow at any loss scale; try --bf16 or a lower "
+            "--lr"
+        )
+    state.bad_in_row = bad if state.bad_in_row is None else (state.bad_in_row + 1) * bad
+    state.step += 1
+    state.tokens += n_tokens
+    return StepStats(nll_sum, n_tokens, norm, lr)
+
+
+def _backward(
+    model: nn.Module,
+    batch: Tensor,
+    args: Settings,
+    state: RunState,
+    device: Device,
+    rank: int,
+    scale: float,
+    no_sync: Callable[[], AbstractContextManager[object]],
+) -> Tensor:
+    """Adds the gradients of scale x the summed loss over the micro-batches; returns that sum."""
+    micro_batches = batch.split(args.batch_size)
+    nll_sum = torch.zeros((), device=device.torch)
+    for i, ids in enumerate(micro_batches):
+        if args.model.dropout:
+            # Of the run, the step, and the place in the global batch: no rank and no resume
+            # changes the masks.
+            seed_dropout(device, hash_of(args.seed, state.step, rank * len(micro_batches) + i))
+        ids = ids.to(device.torch, non_blocking=True)  # (B, T)
+        with nullcontext() if i == len(micro_batches) - 1 else no_sync():
+            with device.autocast():
+                nll = model(ids, labels=ids, reduction="sum", return_logits=False)[1]
+            state.scaler.scale(nll * scale).backward()
+        nll_sum += nll.detach()
+    return nll_sum
+
+
+def check_finite(state: RunState, args: Settings) -> None:
+    """Raises UserError after several skipped updates in a row. Waits for the device, so call it
+    when logging.
+    """
+    if state.bad_in_row is not None and state.bad_in_row >= _BAD_UPDATES_IN_A_ROW:
+        raise UserError(
+            f"step {state.step}: the gradients of the last {int(state.bad_in_row)} updates were "
+            "not finite, and all "
+            f"were skipped; continue from {args.checkpoint_path} with a lower --lr, or with "
+            "--precision fp32"
+        )

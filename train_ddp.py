@@ -1,0 +1,62 @@
+"""Trains the same GPT on many processes: `torchrun --nproc-per-node=N train_ddp.py`.
+
+The page of train_minimal.py with the lines that make it distributed: `diff train_minimal.py
+train_ddp.py`.
+"""
+
+from checkpoint import load_checkpoint, save_checkpoint, saved_settings
+from cli import parse_settings, run_script
+from config import Settings
+from dataset import open_data
+from device import pick_device, wants_compile
+from distributed import Ranks, process_group, ranks_of_torchrun, sum_ranks, summed, wrap
+from eval import evaluate
+from generate import sample
+from model import GPTModel
+from optim import make_optimizer
+from run_log import RunLog
+from step import RunState, check_finite, due, train_step
+
+
+def main(args: Settings, ranks: Ranks) -> None:
+    device = pick_device(args.device, args.precision, ranks.local_rank)
+    rank, world = ranks.rank, ranks.world
+    train, val, args = open_data(args)  # fills in vocab_size
+    data = {"train": train.describe(), "val": val.describe()}
+    model = GPTModel(args.model, seed=args.seed).to(device.torch)
+    optimizer = make_optimizer(model, args)
+    state = RunState.fresh(device)
+    if args.resume:
+        load_checkpoint(args.checkpoint_path, model, optimizer, state, data)
+    if wants_compile(args.compile, device):
+        model.compile()
+    ddp = wrap(model, device)  # the same weights, but its backward pass averages over ranks
+    log = RunLog("train_ddp", args, state, device, model, train, val, rank, world)
+    if state.step == 0:
+        log.eval(state, evaluate(model, val, args.batch_size, device, rank, world, sum_over_ranks))
+    while state.step < args.num_steps:  # step = updates finished, everywhere
+        batch = train.global_batch(state.step, args, rank, world)  # this rank's rows of it
+        stats = train_step(ddp, optimizer, batch, args, state, device, rank, world, ddp.no_sync)
+        log.tick()
+        now = due(state.step, args)
+        if now.log:
+            log.train(state, summed(stats))
+            check_finite(state, args)
+        if now.eval:
+            log.eval(state, evaluate(model, val, args.batch_size, device, rank, world, sum_ranks))
+        if now.sample:
+            log.sample(sample(model, train.tokenizer, args, device))
+        if now.save and rank == 0:
+            save_checkpoint(args.checkpoint_path, model, optimizer, state, args, data)
+            log.saved(state)
+    log.finish(state)
+
+
+def launch(argv: list[str]) -> None:
+    args = parse_settings("train_ddp", argv, ranks_of_torchrun().world, saved_settings)
+    with process_group(args.device, args.timeout_seconds) as ranks:
+        main(args, ranks)
+
+
+if __name__ == "__main__":
+    run_script(launch)

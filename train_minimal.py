@@ -1,0 +1,51 @@
+"""Trains a GPT on one device: `python train_minimal.py`. All flags: `--help`. Many processes:
+train_ddp.py.
+"""
+
+from checkpoint import load_checkpoint, save_checkpoint, saved_settings
+from cli import parse_settings, run_script
+from config import Settings
+from dataset import open_data
+from device import pick_device, wants_compile
+from eval import evaluate
+from generate import sample
+from model import GPTModel
+from optim import make_optimizer
+from run_log import RunLog
+from step import RunState, check_finite, due, train_step
+
+
+def main(args: Settings) -> None:
+    device = pick_device(args.device, args.precision)
+    train, val, args = open_data(args)  # fills in vocab_size
+    data = {"train": train.describe(), "val": val.describe()}
+    model = GPTModel(args.model, seed=args.seed).to(device.torch)
+    optimizer = make_optimizer(model, args)
+    state = RunState.fresh(device)
+    if args.resume:
+        load_checkpoint(args.checkpoint_path, model, optimizer, state, data)
+    if wants_compile(args.compile, device):
+        model.compile()
+    log = RunLog("train_minimal", args, state, device, model, train, val)
+    if state.step == 0:
+        log.eval(state, evaluate(model, val, args.batch_size, device))
+    while state.step < args.num_steps:  # step = updates finished, everywhere
+        batch = train.global_batch(state.step, args)  # a function of (seed, step), nothing else
+        stats = train_step(model, optimizer, batch, args, state, device)
+        log.tick()
+        now = due(state.step, args)
+        if now.log:
+            log.train(state, stats)
+            check_finite(state, args)
+        if now.eval:
+            log.eval(state, evaluate(model, val, args.batch_size, device))
+        if now.sample:
+            log.sample(sample(model, train.tokenizer, args, device))
+        if now.save:
+            save_checkpoint(args.checkpoint_path, model, optimizer, state, args, data)
+            log.saved(state)
+    log.finish(state)
+
+
+if __name__ == "__main__":
+    run_script(lambda argv: main(parse_settings("train_minimal", argv, saved=saved_settings)))

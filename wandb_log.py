@@ -1,0 +1,73 @@
+"""Weights & Biases, so that nothing that it or the network does can stop or change a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from config import Settings
+from step import RunState
+
+_START_SECONDS = 8  # that it may take to start; with its own overhead, 10
+_FINISH_SECONDS = 30  # that uploads may take at the end
+
+
+class WandB:
+    """Weights & Biases on the side: whatever it or the network does, the run goes on and its
+    numbers are the same.
+    """
+
+    def __init__(
+        self, args: Settings, state: RunState, config: dict[str, Any], say: Callable[[str], None]
+    ) -> None:
+        self.say, self.run = say, None
+        for mode in dict.fromkeys((args.wandb_mode, "offline")):
+            try:
+                import wandb
+
+                self.run = wandb.init(
+                    project=args.wandb_project,
+                    name=args.wandb_run_name or None,
+                    id=state.wandb_run_id or None,
+                    resume="allow" if state.wandb_run_id else None,
+                    mode=mode,
+                    config=config,
+                    settings=wandb.Settings(
+                        init_timeout=_START_SECONDS,
+                        login_timeout=_START_SECONDS,
+                        finish_timeout=_FINISH_SECONDS,
+                        silent=True,
+                    ),
+                )
+                break
+            except Exception as reason:  # of many kinds; none of them is worth a run
+                say(
+                    f"wandb {mode} did not start: {_first_line(reason)}"
+                    + ("" if mode == "offline" else "; now offline")
+                )
+        if self.run is not None:
+            state.wandb_run_id = self.run.id
+            self.run.define_metric("*", step_metric="step")
+            say(f"wandb: {self.run.url or 'offline run in ' + os.path.dirname(self.run.dir)}")
+
+    def log(self, values: dict[str, Any], state: RunState) -> None:
+        """Reports values at the current step, which is the x axis."""
+        self._guarded(lambda run: run.log({**values, "step": state.step}))
+
+    def finish(self) -> None:
+        """Ends the run; waits for uploads no longer than finish_timeout."""
+        self._guarded(lambda run: run.finish())
+
+    def _guarded(self, call: Callable[[Any], object]) -> None:
+        if self.run is None:
+            return
+        try:
+            call(self.run)
+        except Exception as reason:
+            self.run = None
+            self.say(f"wandb stopped: {_first_line(reason)}; training goes on without it")
+
+
+def _first_line(reason: Exception) -> str:
+    return f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
