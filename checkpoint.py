@@ -8,6 +8,8 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +50,45 @@ def save_checkpoint(
     }
     target = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = target.with_name(target.name + ".tmp")
-    try:
+    with _says_why(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
         if args.keep_every and state.step % args.keep_every == 0:
             _keep(target, state.step)
+
+
+@contextmanager
+def _says_why(target: Path) -> Iterator[None]:
+    """Turns failures of writing into one line with their cause and what to do."""
+    try:
+        yield
     except (OSError, RuntimeError) as reason:  # torch.save hides a full disk in a RuntimeError
-        temporary.unlink(missing_ok=True)
         cause = reason if isinstance(reason, OSError) else reason.__context__ or reason
         raise UserError(
             f"cannot write the checkpoint {target}: {cause}; free space or change --checkpoint-path"
         ) from reason
+
+
+def prepare_checkpoint(path: str | Path, resume: bool) -> Path | None:
+    """Proves that checkpoints can be written there, before time is spent. Raises UserError.
+
+    A new run sets aside what an earlier one left and returns its new name, else None.
+    """
+    target = Path(os.path.realpath(path))
+    with _says_why(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe = target.with_name(target.name + ".tmp")
+        probe.touch()
+        probe.unlink()
+        return None if resume else set_aside(path)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -170,8 +195,8 @@ def _compare_and_fill(
             if was.get(k) != now[k]
         ]
     if problems:
-        more = f" (+{len(problems) - 8} more)" if len(problems) > 8 else ""
-        raise UserError(f"{path} does not fit this run: {'; '.join(sorted(problems)[:8])}{more}")
+        more = f" (+{len(problems) - 20} more)" if len(problems) > 20 else ""
+        raise UserError(f"{path} does not fit this run: {'; '.join(sorted(problems)[:20])}{more}")
     model.load_state_dict(found)
 
 
@@ -180,11 +205,13 @@ def _load_optimizer(
 ) -> None:
     parameters = dict(model.named_parameters())
     for name, moments in saved.items():
-        p = parameters.get(name)
-        wrong = [k for k, v in moments.items() if p is None or (v.ndim and v.shape != p.shape)]
+        if name not in parameters:
+            raise UserError(f"{path}: optimizer state of {name}, a parameter that the model lacks")
+        p = parameters[name]
+        wrong = [k for k, v in moments.items() if v.ndim and v.shape != p.shape]
         if wrong:
             raise UserError(
-                f"{path}: optimizer state of {name} ({', '.join(wrong)}) does not fit the model"
+                f"{path}: optimizer state of {name} ({', '.join(wrong)}) is not shaped like it"
             )
         optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
 

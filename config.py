@@ -293,7 +293,9 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     """
     names = {f.name for f in dataclasses.fields(GPTConfig)}
     model = {k: v for k, v in values.items() if k in names}
-    run = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k not in names}
+    run: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k not in names
+    }
     unknown = sorted(
         set(run) - {f.name for f in dataclasses.fields(Settings)} | ({"model"} & set(run))
     )
@@ -347,7 +349,7 @@ def check_fields(settings: Any) -> None:
             raise UserError(f"{field.name}={value} must be a finite number")
         choices, at_least = field.metadata.get("choices"), field.metadata.get("at_least")
         if choices:
-            choose(field.name, value, dict.fromkeys(choices))
+            choose(field.name, str(value), dict.fromkeys(choices))
         if at_least is not None and value < at_least:
             raise UserError(f"{field.name}={value} must be at least {at_least}")
         if isinstance(value, int) and value > 2**62:

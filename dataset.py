@@ -58,7 +58,7 @@ def permute(positions: np.ndarray, n: int, key: int) -> np.ndarray:
     return x.astype(np.int64)
 
 
-class TokenDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class TokenDataset(torch.utils.data.Dataset):
     """The windows of tokens start .. stop - 1 of a source. len() counts the whole ones, used in
     training.
     """

@@ -76,10 +76,12 @@ def wrap(model: GPTModel, device: Device) -> DistributedDataParallel:
 
 def sum_ranks(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, the same on each; alone, the tensor itself."""
-    if dist.is_initialized():
-        values = values.clone()
-        dist.all_reduce(values)
-    return values
+    if not dist.is_initialized():
+        return values
+    there = "cuda" if dist.get_backend() == "nccl" else values.device  # NCCL adds on GPUs only
+    total = values.to(there, copy=True)
+    dist.all_reduce(total)
+    return total.to(values.device)
 
 
 def summed(stats: StepStats) -> StepStats:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,9 @@ from cli import parse_flags, run_script
 from config import EvalSettings, Settings, UserError, settings_from
 from dataset import TokenDataset, open_validation, same_data
 from device import Device, pick_device
+from loss import IGNORE
 from model import GPTModel
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -55,30 +56,16 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(7, dtype=torch.float64)
+    there, sums = device.torch, torch.zeros(7, dtype=torch.float64)
     for ids, labels in val.batches(batch_size, rank, world):
         with device.autocast():
-            ids_there, labels_there = ids.to(device.torch), labels.to(device.torch)
-            nll = model(ids_there, labels=labels_there, reduction="none", return_logits=False)[1]
-        scored = labels[:, 1:] != -100
-        n, s = (
-            scored.sum(1).double(),
-            nll.cpu().double().sum(1),
-        )  # (B,) tokens and nats of each window
-        n_bytes = _bytes_of(labels[:, 1:][scored], val)
-        sums += torch.stack(
-            [
-                s.sum(),
-                n.sum(),
-                n_bytes,
-                n.new_tensor(len(n)),
-                (s * s).sum(),
-                (s * n).sum(),
-                (n * n).sum(),
-            ]
-        )
+            nll = model(ids.to(there), None, labels.to(there), "none", return_logits=False)[1]
+        scored = labels[:, 1:] != IGNORE
+        s, n = nll.cpu().double().sum(1), scored.sum(1).double()  # (B,) nats, tokens of each window
+        sums[:6] += torch.stack((s, n, s * s, s * n, n * n, torch.ones_like(n))).sum(1)
+        sums[6] += _bytes_of(labels[:, 1:][scored], val.tokenizer)
     model.train(was_training)
-    nll, tokens, n_bytes, windows, ss, sn, nn = reduce(sums).tolist()
+    nll, tokens, ss, sn, nn, windows, n_bytes = reduce(sums).tolist()
     loss = nll / tokens
     spread = max(ss - 2 * loss * sn + loss * loss * nn, 0.0)  # sum over windows of (s - loss n)^2
     return EvalResult(
@@ -90,12 +77,12 @@ def evaluate(
     )
 
 
-def _bytes_of(ids: Tensor, val: TokenDataset) -> Tensor:
-    if val.tokenizer is None:
-        return torch.zeros((), dtype=torch.float64)
-    table = val.tokenizer.token_bytes
-    known = ids.numpy()[ids.numpy() < len(table)]
-    return torch.tensor(float(np.take(table, known).sum()), dtype=torch.float64)
+def _bytes_of(ids: Tensor, tokenizer: Tokenizer | None) -> int:
+    """Bytes of text that these ids stand for; 0 where that is not known."""
+    if tokenizer is None:
+        return 0
+    table = tokenizer.token_bytes
+    return int(table[ids.numpy()[ids.numpy() < len(table)]].sum())
 
 
 def perplexity(loss: float) -> float:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def generate(
 
 
 def continue_text(
-    model: GPTModel, tokenizer: Tokenizer, prompt: str, device: Device, **options: int | float
+    model: GPTModel, tokenizer: Tokenizer, prompt: str, device: Device, **options: Any
 ) -> str:
     """The prompt and what the model writes after it. options: those of `generate`,
     max_new_tokens among them.
@@ -65,7 +67,7 @@ def continue_text(
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_token]
     out = generate(
         model, torch.tensor([ids]), device=device, vocab_size=tokenizer.vocab_size, **options
-    )  # type: ignore[arg-type]
+    )
     return tokenizer.decode(out[0].tolist())
 
 

@@ -118,6 +118,9 @@ class GPTModel(nn.Module):
     seed: of the initial weights; None draws them from torch's global generator.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: GPTConfig, seed: int | None = None) -> None:
         super().__init__()
         if not config.vocab_size:

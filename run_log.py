@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import set_aside
+from checkpoint import prepare_checkpoint, set_aside
 from config import Settings, UserError, default_checkpoint, flat
 from dataset import TokenDataset
 from device import Device
@@ -69,13 +69,15 @@ class RunLog:
                 disable=None,
                 dynamic_ncols=True,
             )
+            aside = {args.checkpoint_path: prepare_checkpoint(args.checkpoint_path, args.resume)}
             if args.resume:
                 _cut_back(self.jsonl_path, state.step)
                 self.line(f"resumed {args.checkpoint_path} at step {state.step}")
             else:
-                for old in (Path(args.checkpoint_path), self.jsonl_path):
-                    if new := set_aside(old):
-                        self.line(f"{old} of an earlier run is now {new}")
+                aside[str(self.jsonl_path)] = set_aside(self.jsonl_path)
+            for old, new in aside.items():
+                if new:
+                    self.line(f"{old} of an earlier run is now {new}")
             self.jsonl = open(self.jsonl_path, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as reason:
             raise UserError(

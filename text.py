@@ -141,7 +141,7 @@ def _text_pieces(path: Path) -> Iterator[tuple[str, int]]:
                 yield _decoded(path, kept[: cuts[-1]], done), cuts[-1]
                 kept, done = kept[cuts[-1] :], done + cuts[-1]
     if done + len(kept) == 0:
-        raise UserError(f"{path}: is empty")
+        raise UserError(f"{path} is empty; give a file with text")
     if kept:
         yield _decoded(path, kept, done), len(kept)
 

@@ -33,7 +33,7 @@ def main(args: Settings, ranks: Ranks) -> None:
     ddp = wrap(model, device)  # the same weights, but its backward pass averages over ranks
     log = RunLog("train_ddp", args, state, device, model, train, val, rank, world)
     if state.step == 0:
-        log.eval(state, evaluate(model, val, args.batch_size, device, rank, world, sum_over_ranks))
+        log.eval(state, evaluate(model, val, args.batch_size, device, rank, world, sum_ranks))
     while state.step < args.num_steps:  # step = updates finished, everywhere
         batch = train.global_batch(state.step, args, rank, world)  # this rank's rows of it
         stats = train_step(ddp, optimizer, batch, args, state, device, rank, world, ddp.no_sync)

@@ -22,7 +22,8 @@ class WandB:
         self, args: Settings, state: RunState, config: dict[str, Any], say: Callable[[str], None]
     ) -> None:
         self.say, self.run = say, None
-        for mode in dict.fromkeys((args.wandb_mode, "offline")):
+        modes: list[Any] = list(dict.fromkeys((args.wandb_mode, "offline")))
+        for mode in modes:
             try:
                 import wandb
 

@@ -1,0 +1,111 @@
+"""What the tests share: small settings, small models, a way to run a script as a user would."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+
+from cli import parse_settings  # noqa: E402
+from config import GPTConfig, Settings  # noqa: E402
+from device import Device  # noqa: E402
+
+torch.set_num_threads(1)  # tiny models: threads only wait for each other
+
+CPU = Device(torch.device("cpu"), "fp32", "test")
+
+
+def tiny(arch: str = "gpt2", **changes: Any) -> GPTConfig:
+    """A model that computes in milliseconds."""
+    shape = {
+        "vocab_size": 97,
+        "max_position_embeddings": 16,
+        "n_layers": 2,
+        "n_heads": 2,
+        "d_model": 16,
+    }
+    return GPTConfig(**{"arch": arch, **shape, **changes})
+
+
+def toy_settings(*flags: str, world: int = 1, **changes: Any) -> Settings:
+    """Settings on random tokens, parsed from flags as a script does."""
+    base = [
+        "--use-toy-data",
+        "--arch",
+        "gpt2",
+        "--vocab-size",
+        "97",
+        "--seq-len",
+        "16",
+        "--n-layers",
+        "2",
+        "--n-heads",
+        "2",
+    ]
+    base += ["--d-model", "16", "--batch-size", "4", "--num-steps", "20", "--device", "cpu"]
+    return dataclasses.replace(
+        parse_settings("train_minimal", base + list(flags), world), **changes
+    )
+
+
+@pytest.fixture
+def shared_text() -> Path:
+    path = SHARED / "data" / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+@pytest.fixture
+def gpt2_files(monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = SHARED / "tiktoken_cache"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not there")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    return folder
+
+
+class Program:
+    """Runs the project's scripts in a folder of their own, with no home cache and one thread a process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {**os.environ, "HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+        self.env.pop("CUDA_VISIBLE_DEVICES", None)
+
+    def __call__(
+        self, script: str, *flags: str, ranks: int = 0, ok: bool = True, **env: str
+    ) -> str:
+        """What the script printed (both streams). ranks: start so many with torchrun. ok: it must succeed."""
+        start = [sys.executable]
+        if ranks:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        done = subprocess.run(
+            [*start, str(ROOT / script), *flags],
+            cwd=self.folder,
+            env={**self.env, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=90,
+        )
+        if ok:
+            assert done.returncode == 0, done.stdout
+        else:
+            assert done.returncode != 0, done.stdout
+        return done.stdout
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    return Program(tmp_path)

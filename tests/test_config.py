@@ -1,0 +1,209 @@
+import dataclasses
+
+import pytest
+
+from cli import parse_flags, parse_settings
+from config import PRESETS, GPTConfig, Settings, UserError, flat, settings_from
+
+DESIGN_FLAGS = [
+    "--vocab-size",
+    "--max-position-embeddings",
+    "--n-layers",
+    "--n-heads",
+    "--d-model",
+    "--d-ff",
+    "--dropout",
+    "--use-tensor-parallel",
+    "--use-activation-checkpoint",
+    "--batch-size",
+    "--seq-len",
+    "--num-steps",
+    "--lr",
+    "--no-amp",
+    "--bf16",
+    "--checkpoint-path",
+    "--resume",
+    "--lr-scheduler",
+    "--warmup-steps",
+    "--use-profiler",
+    "--seed",
+    "--grad-accum-steps",
+    "--grad-clip-norm",
+    "--train-data",
+    "--val-data",
+    "--val-ratio",
+    "--eval-steps",
+    "--data-mode",
+    "--train-npy",
+    "--val-npy",
+    "--tokenizer-name",
+    "--use-toy-data",
+    "--max-tokens",
+    "--val-max-tokens",
+    "--data-seed",
+    "--use-wandb",
+    "--wandb-project",
+    "--wandb-run-name",
+    "--preset",
+    "--device",
+    "--arch",
+    "--optimizer",
+    "--precision",
+    "--compile",
+    "--global-batch-size",
+    "--min-lr",
+    "--weight-decay",
+    "--beta1",
+    "--beta2",
+    "--log-steps",
+    "--save-steps",
+    "--keep-every",
+    "--sample-prompt",
+    "--parallel",
+    "--tensor-parallel-size",
+    "--wandb-mode",
+    "--timeout-seconds",
+]
+
+
+def parse(*flags, **options):
+    return parse_settings("train_minimal", list(flags), **options)
+
+
+def message(*flags, **options):
+    with pytest.raises(UserError) as caught:
+        parse(*flags, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_flag_of_the_design_exists():
+    fields = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(Settings)}
+    fields |= {"--" + f.name.replace("_", "-") for f in dataclasses.fields(GPTConfig)}
+    assert set(DESIGN_FLAGS) <= fields
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_complete_and_explicit_flags_win_over_it(preset):
+    args = parse("--preset", preset, "--lr", "0.123")
+    assert args.lr == 0.123
+    assert args.model.n_layers == PRESETS[preset]["n_layers"]
+    assert args.model.max_position_embeddings >= args.seq_len
+
+
+def test_toy_preset_is_the_one_of_the_articles():
+    args = parse("--preset", "toy")
+    model = args.model
+    shape = (
+        model.vocab_size,
+        model.n_layers,
+        model.n_heads,
+        model.d_model,
+        model.d_ff,
+        model.dropout,
+    )
+    assert shape == (10_000, 2, 4, 128, 512, 0.1)
+    assert (args.seq_len, args.batch_size, args.num_steps, args.lr) == (32, 8, 50, 3e-4)
+
+
+def test_settings_survive_a_checkpoint():
+    args = parse("--preset", "gpt2-small", "--train-data", "a.txt", "b.txt")
+    assert settings_from(flat(args)) == args
+
+
+def test_no_flag_is_a_tuple_by_accident():
+    for value in flat(parse()).values():
+        assert type(value) in (int, float, str, bool, list)
+
+
+def test_global_batch_from_ranks_and_accumulation():
+    assert parse("--batch-size", "4", "--grad-accum-steps", "3", world=2).global_batch_size == 24
+    assert parse("--batch-size", "4", world=2).global_batch_size == 8
+
+
+def test_typed_global_batch_is_split_or_refused_with_the_arithmetic():
+    args = parse("--global-batch-size", "24", "--batch-size", "4", world=3)
+    assert (args.batch_size, args.grad_accum_steps) == (4, 2)
+    said = message("--global-batch-size", "25", "--batch-size", "4", world=3)
+    assert (
+        "global_batch_size=25" in said
+        and "3 ranks x batch_size 4" in said
+        and "multiple of 12" in said
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 7, 8, 16, 64])
+def test_presets_start_on_any_number_of_processes(world):
+    for preset in PRESETS:
+        args = parse("--preset", preset, world=world)
+        assert args.global_batch_size == args.batch_size * args.grad_accum_steps * world
+
+
+def test_resume_keeps_the_global_batch_on_another_number_of_processes():
+    saved = flat(parse("--batch-size", "4", "--grad-accum-steps", "3", "--lr", "0.5"))
+    args = parse("--resume", world=4, saved=lambda path: saved)
+    assert (args.global_batch_size, args.batch_size, args.lr) == (12, 3, 0.5)
+    assert "global_batch_size=12" in message("--resume", world=5, saved=lambda path: saved)
+
+
+def test_resume_takes_typed_flags_over_saved_ones():
+    saved = flat(parse("--no-amp"))
+    args = parse("--resume", "--bf16", "--num-steps", "900", saved=lambda path: saved)
+    assert (args.precision, args.num_steps) == ("bf16", 900)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--n-heads", "5"], "n_heads=5 does not divide d_model=128; try 4 or 8"),
+        (["--seq-len", "256", "--max-position-embeddings", "128"], "seq_len=256 is beyond"),
+        (["--num-steps", "0"], "num_steps=0 must be at least 1"),
+        (["--batch-size", "-3"], "batch_size=-3 must be at least 1"),
+        (["--d-model", "-8"], "d_model=-8 must be at least 1"),
+        (["--lr", "nan"], "lr=nan must be a finite number"),
+        (["--lr", "fast"], "invalid float value: 'fast'"),
+        (["--dropout", "1.0"], "dropout=1.0"),
+        (["--beta2", "1"], "beta2=1.0"),
+        (["--min-lr", "1"], "min_lr=1.0 is above lr"),
+        (["--warmup-steps", "900"], "warmup_steps=900 must be below num_steps"),
+        (["--val-ratio", "1.5"], "val_ratio=1.5 must lie between 0 and 1"),
+        (["--preset", "quikstart"], "did you mean quickstart?"),
+        (["--lr-schedular", "cosine"], "did you mean --lr-scheduler"),
+        (["--lr-scheduler", "cosin"], "did you mean cosine?"),
+        (["--bf16", "--no-amp"], "contradicts"),
+        (["--precision", "fp16", "--bf16"], "contradicts"),
+        (["--data-mode", "fineweb_npy"], "needs --train-npy"),
+        (["--use-toy-data", "--train-data", "x.txt"], "give one of"),
+        (["--train-data", "x.txt", "--val-npy", "y.npy"], "text goes with text"),
+        (["--preset", "toy", "--resume"], "--preset with --resume"),
+        (["--optimizer", "muon"], "not available yet"),
+        (["--parallel", "fsdp"], "not available yet"),
+        (["--tensor-parallel-size", "2"], "not available yet"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(flags, said):
+    assert said in message(*flags, saved=lambda path: {})
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"n_layers": "12"}, "n_layers='12' must be of type int"),
+        ({"n_layers": True}, "must be of type int"),
+        ({"lr": float("inf")}, "finite"),
+        ({"vocab_size": 10**30}, "absurdly large"),
+        ({"evil": 1}, "unknown settings evil"),
+        ({"model": {}}, "unknown settings model"),
+    ],
+)
+def test_settings_of_a_hostile_file_are_refused(values, said):
+    with pytest.raises(UserError) as caught:
+        settings_from(values)
+    assert said in str(caught.value)
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(Settings, "train_minimal.py", ["--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in DESIGN_FLAGS)

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from conftest import CPU
+
+import device as device_module
+from config import UserError
+from device import pick_device, seed_dropout, wants_compile
+
+
+def test_without_gpu_auto_is_the_cpu_in_float32_and_says_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    device = pick_device()
+    assert (device.torch.type, device.precision, device.amp) == ("cpu", "fp32", False)
+    assert "no CUDA or MPS device found" in device.why
+
+
+@pytest.mark.parametrize("bf16, wanted", [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_gets_bf16_where_it_has_it_and_each_rank_its_own(monkeypatch, bf16, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    device = pick_device(local_rank=3)
+    assert device.torch == torch.device("cuda", 3) and device.precision == wanted
+    assert pick_device("cuda:1", local_rank=3).torch.index == 1
+    with pytest.raises(UserError, match="GPU 4 wanted, but this machine has 4"):
+        pick_device(local_rank=4)
+
+
+@pytest.mark.parametrize(
+    "name, said", [("tpu", "not one of"), ("cuda", "finds none here; try --device cpu")]
+)
+def test_a_device_that_is_not_there_is_an_error(monkeypatch, name, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=said):
+        pick_device(name)
+
+
+def test_compile_needs_a_compiler_only_when_asked(monkeypatch):
+    monkeypatch.setattr(device_module.shutil, "which", lambda name: None)
+    assert not wants_compile("auto", CPU) and not wants_compile("off", CPU)
+    with pytest.raises(UserError, match="needs a C"):
+        wants_compile("on", CPU)
+
+
+def test_dropout_seed_decides_the_masks():
+    x, masks = torch.ones(100), []
+    for seed in (3, 4, 3):
+        seed_dropout(CPU, seed)
+        masks.append(torch.nn.functional.dropout(x))
+    assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])

@@ -1,0 +1,115 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import CPU
+from test_step import Run
+
+from distributed import sum_ranks, wrap
+from report import read_records
+from step import train_step
+
+TINY = (
+    "--use-toy-data --vocab-size 97 --seq-len 16 --n-layers 2 --n-heads 2 --d-model 16 --device cpu"
+)
+TINY += " --eval-steps 10 --log-steps 1 --val-max-tokens 2000 --lr 0.01"
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    yield
+    dist.destroy_process_group()
+
+
+def count_syncs(ddp):
+    calls = []
+
+    def hook(_, bucket):
+        calls.append(bucket.index())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    ddp.register_comm_hook(None, hook)
+    return calls
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_gradients_are_synchronised_once_per_optimizer_step(group, accumulation):
+    run = Run("--grad-accum-steps", str(accumulation))
+    ddp = wrap(run.model, CPU)
+    calls = count_syncs(ddp)
+    for step in range(4):
+        batch = run.train.global_batch(step, run.args)
+        train_step(ddp, run.optimizer, batch, run.args, run.state, CPU, no_sync=ddp.no_sync)
+    assert (
+        calls == [0] * 4
+    )  # one bucket, once a step; on every micro-step it would be 4 x accumulation
+
+
+def test_sums_stay_float64_and_leave_their_input_alone(group):
+    values = torch.tensor([1e9 + 0.25], dtype=torch.float64)
+    assert sum_ranks(values).item() == 1e9 + 0.25 and sum_ranks(values) is not values
+
+
+@pytest.mark.parametrize("flags", ["--dropout 0", "--dropout 0.2 --arch gpt2"])
+def test_two_ranks_match_one_process_with_twice_the_accumulation(program, flags):
+    common = f"{TINY} {flags} --num-steps 30 --batch-size 4".split()
+    program("train_minimal.py", *common, "--grad-accum-steps", "2")
+    program("train_ddp.py", *common, "--grad-accum-steps", "1", ranks=2)
+    one, two = (
+        read_records(program.folder / f"logs/{s}.jsonl") for s in ("train_minimal", "train_ddp")
+    )
+    assert len(one) == len(two) == 1 + 30 + 4
+    for a, b in zip(one[1:], two[1:], strict=True):
+        for name in ("train_loss", "grad_norm", "lr", "val_loss", "val_loss_se"):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-4), (a, b)
+        assert (a["step"], a["tokens"]) == (b["step"], b["tokens"])
+        assert a.get("val_tokens", 1999) == b.get("val_tokens", 1999) == 1999
+
+
+def test_evaluation_is_the_trainers_on_any_number_of_processes_and_any_batch_size(program):
+    program("train_minimal.py", *f"{TINY} --num-steps 12 --warmup-steps 2 --batch-size 8".split())
+    last = read_records(program.folder / "logs/train_minimal.jsonl")[-1]
+    for ranks, batch in ((0, 1), (0, 64), (2, 7), (3, 7)):
+        program(
+            "eval.py",
+            "--checkpoint-path",
+            "checkpoints/minigpt_single.pt",
+            "--batch-size",
+            str(batch),
+            ranks=ranks,
+        )
+    lines = (program.folder / "logs/eval.jsonl").read_text().splitlines()
+    assert len(lines) == 4  # rank 0 alone writes
+    for found in map(json.loads, lines):
+        assert found["tokens"] == last["val_tokens"] == 1999
+        assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+        assert found["ppl"] == pytest.approx(math.exp(last["val_loss"]), rel=1e-5)
+
+
+def test_a_checkpoint_of_two_ranks_continues_on_one_and_back(program):
+    common = f"{TINY} --checkpoint-path c.pt --save-steps 4".split()
+    program(
+        "train_ddp.py", *common, "--num-steps", "8", "--batch-size", "2", "--seed", "5", ranks=2
+    )
+    program("train_minimal.py", "--resume", "--checkpoint-path", "c.pt", "--num-steps", "12")
+    out = program(
+        "train_ddp.py", "--resume", "--checkpoint-path", "c.pt", "--num-steps", "16", ranks=4
+    )
+    assert "resumed c.pt at step 12" in out and "16 steps of 4 x 16 tokens" in out
+    refused = program(
+        "train_ddp.py",
+        "--resume",
+        "--checkpoint-path",
+        "c.pt",
+        "--num-steps",
+        "20",
+        ranks=3,
+        ok=False,
+    )
+    assert "global_batch_size=4 is not 3 ranks" in refused

@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, tiny, toy_settings
+
+from dataset import TextDatasetForCausalLM, TokenDataset, build_tokenizer, open_data
+from eval import EvalResult, evaluate, perplexity
+from model import GPTModel
+from run_log import report_evaluations
+
+
+def awake_model(**changes):
+    model = GPTModel(tiny(**changes), seed=1)
+    with torch.no_grad():
+        model.wte.weight.mul_(40)
+    return model
+
+
+@pytest.fixture
+def val():
+    whole = open_data(toy_settings())[1]
+    return TokenDataset(whole.source, 16, whole.start, whole.start + 1234)
+
+
+def test_loss_is_the_mean_over_scored_tokens(val):
+    model = awake_model()
+    total, count = 0.0, 0
+    for ids, labels in val.batches(1):
+        logits = model(ids)[0].double()
+        total += F.cross_entropy(
+            logits[:, :-1].flatten(0, 1),
+            labels[:, 1:].flatten(),
+            ignore_index=-100,
+            reduction="sum",
+        ).item()
+        count += (labels[:, 1:] != -100).sum().item()
+    result = evaluate(model, val, 8, CPU)
+    assert result.tokens == count == 1233
+    assert result.loss == pytest.approx(total / count, rel=1e-6)
+    assert result.ppl == pytest.approx(math.exp(result.loss))
+
+
+def test_batch_size_and_ranks_change_nothing(val):
+    model = awake_model()
+    one = evaluate(model, val, 8, CPU)
+    for batch_size in (1, 7, 64):
+        for world in (1, 2, 3):
+            shares = []
+
+            def share(sums, shares=shares):
+                shares.append(sums)
+                return torch.ones(7)
+
+            for rank in range(world):
+                evaluate(model, val, batch_size, CPU, rank, world, share)
+            whole = torch.stack(shares).sum(0)
+            joint = evaluate(model, val, batch_size, CPU, 0, world, lambda _, whole=whole: whole)
+            assert joint.tokens == one.tokens
+            assert joint.loss == pytest.approx(one.loss, rel=1e-7)
+            assert joint.loss_se == pytest.approx(one.loss_se, rel=1e-5)
+
+
+def test_standard_error_is_that_of_independent_windows(val):
+    # For windows of equal length the ratio estimator is the plain standard error of the window means.
+    model, means = awake_model(), []
+    even = TokenDataset(val.source, 16, val.start, val.start + 60 * 15 + 1)
+    for ids, labels in even.batches(1):
+        means.append(model(ids, labels=labels)[1].item())
+    means = torch.tensor(means, dtype=torch.float64)
+    assert len(means) == 60
+    assert evaluate(model, even, 8, CPU).loss_se == pytest.approx(
+        (means.std() / 60**0.5).item(), rel=1e-4
+    )
+
+
+def test_bits_per_byte_divides_by_bytes_of_text(tmp_path):
+    (tmp_path / "a.txt").write_text("some text, nothing else\n" * 20)
+    val = TextDatasetForCausalLM([tmp_path / "a.txt"], build_tokenizer("bytes"), 16, tmp_path)
+    result = evaluate(awake_model(vocab_size=257), val, 4, CPU)
+    # 480 bytes and the end token, which is scored but stands for no byte; the first byte is not scored.
+    assert result.tokens == 480
+    assert result.bpb == pytest.approx(result.loss * 480 / 479 / math.log(2))
+
+
+def test_bits_per_byte_is_unknown_without_a_tokenizer(val):
+    assert evaluate(awake_model(), val, 8, CPU).bpb is None
+
+
+def test_mode_and_random_state_are_left_as_they_were(val):
+    model = awake_model(dropout=0.5)
+    state = torch.get_rng_state()
+    first = evaluate(model.train(), val, 8, CPU)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert evaluate(model.eval(), val, 8, CPU) == first and not model.training
+
+
+def test_perplexity_overflows_to_inf_and_keeps_nan():
+    assert perplexity(1000.0) == math.inf
+    assert math.isnan(perplexity(math.nan))
+    assert perplexity(0.0) == 1.0
+
+
+def test_several_checkpoints_make_a_table(tmp_path, capsys):
+    results = [EvalResult(2.5, 0.1, 12.18, 3.6, 99), EvalResult(800.0, 0.0, math.inf, None, 99)]
+    report_evaluations(str(tmp_path), ["a.pt", "longer.pt"], results)
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 3 and rows[0].split()[:2] == ["checkpoint", "avg_loss"]
+    assert rows[1].index("2.5") == rows[2].index("800")
+    assert "inf" in rows[2] and "n/a" in rows[2]
+    assert (tmp_path / "eval.log").read_text().count("\n") == 3
+    assert len((tmp_path / "eval.jsonl").read_text().splitlines()) == 2

@@ -1,0 +1,100 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import loss
+from loss import next_token_loss, token_losses
+
+
+@pytest.fixture(autouse=True)
+def many_chunks(monkeypatch):
+    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 97 * 16)  # 16 rows of logits at a time
+
+
+def problem(seed=0, B=3, T=30, C=16, V=97):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(B, T, C, generator=g).requires_grad_()
+    weight = torch.randn(V, C, generator=g).requires_grad_()
+    labels = torch.randint(0, V, (B, T), generator=g)
+    labels[0, 5:12] = -100
+    return hidden, weight, labels
+
+
+def plain(hidden, weight, labels, reduction="sum"):
+    logits = F.linear(hidden, weight).float()[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction)
+
+
+def gradients(value, *inputs):
+    return torch.autograd.grad(value, inputs)
+
+
+def test_value_and_gradients_are_those_of_the_plain_loss():
+    hidden, weight, labels = problem()
+    total, count = next_token_loss(hidden, weight, labels)
+    reference = plain(hidden, weight, labels)
+    assert count.item() == 3 * 29 - 7
+    torch.testing.assert_close(total, reference, rtol=1e-6, atol=0)
+    for mine, theirs in zip(
+        gradients(total / count, hidden, weight),
+        gradients(reference / count, hidden, weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_autocast_keeps_sums_in_float32(dtype, bound):
+    hidden, weight, labels = problem()
+    with torch.autocast("cpu", dtype):
+        total, _ = next_token_loss(hidden, weight, labels)
+    assert total.dtype == torch.float32
+    reference = plain(hidden, weight, labels)
+    assert abs(total.item() / reference.item() - 1) < 1e-3
+    for mine, theirs in zip(
+        gradients(total, hidden, weight), gradients(reference, hidden, weight), strict=True
+    ):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).norm() < bound * theirs.norm()
+
+
+def test_nothing_scored_gives_zero_and_no_nan():
+    hidden, weight, labels = problem()
+    total, count = next_token_loss(hidden, weight, torch.full_like(labels, -100))
+    assert (total.item(), count.item()) == (0, 0)
+    assert all(g.abs().max() == 0 for g in gradients(total, hidden, weight))
+
+
+def test_logits_never_exist_at_once(monkeypatch):
+    seen = []
+    original = torch.Tensor.logsumexp
+    monkeypatch.setattr(
+        torch.Tensor,
+        "logsumexp",
+        lambda self, *a, **k: (seen.append(self.shape), original(self, *a, **k))[1],
+    )
+    next_token_loss(*problem())
+    assert len(seen) == 6 and all(shape[0] <= 16 for shape in seen)  # 87 rows in chunks of 16
+
+
+def test_per_token_losses_add_up_to_the_sum():
+    hidden, weight, labels = problem()
+    losses = token_losses(hidden, weight, labels)
+    assert losses.shape == (3, 29) and not losses.requires_grad
+    assert losses[0, 4:11].abs().max() == 0
+    torch.testing.assert_close(
+        losses.sum(), plain(hidden, weight, labels).detach(), rtol=1e-6, atol=0
+    )
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    hidden, weight, labels = problem()
+    total, _ = next_token_loss(hidden.detach(), weight, labels)
+    total.backward()
+    assert hidden.grad is None and weight.grad is not None
+
+
+def test_shapes_must_match():
+    hidden, weight, labels = problem()
+    with pytest.raises(ValueError, match="share"):
+        next_token_loss(hidden, weight, labels[:, :-1])

@@ -1,0 +1,373 @@
+"""The scripts as a user runs them."""
+
+import math
+import re
+import runpy
+import shlex
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from report import read_records
+
+SMALL = "--n-layers 1 --n-heads 2 --d-model 16 --seq-len 16 --batch-size 4 --num-steps 6 --eval-steps 3 --device cpu"
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Runs a script in this process: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "my text.txt"
+    path.write_text("".join(f"line {i} of a text that is short\n" for i in range(300)))
+    return str(path)
+
+
+def train(script, *flags, code=0):
+    done, out, err = script("train_minimal.py", *SMALL.split(), *flags)
+    assert done == code, err
+    return out
+
+
+def test_no_argument_run_and_the_commands_that_it_prints(program):
+    # As `python train_minimal.py`, only shorter; then what it tells the user to type, typed.
+    out = program(
+        "train_minimal.py", "--num-steps", "20", "--val-max-tokens", "5000", "--sample-tokens", "20"
+    )
+    lines = out.splitlines()
+    assert "device: cpu" in lines[0] and "fp32 (" in lines[0]
+    assert "source of the Python standard library" in lines[1] and "tokens to train on" in lines[1]
+    assert "parameters" in lines[2]
+    assert any("sample: " in line for line in lines) and any(
+        "saved checkpoints/" in line for line in lines
+    )
+    assert (program.folder / "logs/train_minimal.png").stat().st_size > 10_000
+    first, *_, last = (
+        r for r in read_records(program.folder / "logs/train_minimal.jsonl") if "val_bpb" in r
+    )
+    assert first["val_bpb"] == pytest.approx(math.log2(257), abs=0.1) and last["val_bpb"] < 6.5
+    commands = [shlex.split(line.split(": ", 2)[-1].strip()) for line in lines[-3:]]
+    assert [c[1] for c in commands] == ["eval.py", "train_minimal.py", "generate.py"]
+    results = [program(*c[1:]) for c in commands]
+    assert f"avg_loss: {last['val_loss']:.6f}" in results[0] and "tokens: 4999" in results[0]
+    assert (
+        "resumed checkpoints/minigpt_single.pt at step 20" in results[1]
+        and "step 40 / 40" in results[1]
+    )
+    assert results[2].startswith("Every effort moves you")
+
+
+def test_toy_data_stays_at_ln_of_the_vocabulary(script):
+    code, _, err = script(
+        "train_minimal.py", "--use-toy-data", "--preset", "toy", "--device", "cpu"
+    )
+    assert code == 0, err
+    for record in read_records_of():
+        for name in ("train_loss", "val_loss"):
+            if name in record:
+                assert abs(record[name] - math.log(10_000)) < 0.1
+
+
+def read_records_of(name="train_minimal"):
+    from pathlib import Path
+
+    return read_records(Path("logs") / f"{name}.jsonl")
+
+
+def losses():
+    return [r["train_loss"] for r in read_records_of() if r["event"] == "train"]
+
+
+def test_evaluating_sampling_profiling_and_logging_change_no_bit_of_training(script, text):
+    common = ["--train-data", text, "--dropout", "0.2", "--log-steps", "1"]
+    train(script, *common)
+    plain, weights = losses(), torch.load("checkpoints/minigpt_single.pt")["model"]
+    train(script, *common, "--eval-steps", "1", "--sample-prompt", "x", "--use-profiler", "--save-steps", "2",
+          "--use-wandb", "--wandb-mode", "offline")  # fmt: skip
+    assert losses() == plain
+    again = torch.load("checkpoints/minigpt_single.pt")["model"]
+    assert all(torch.equal(weights[k], again[k]) for k in weights)
+
+
+def test_resumed_run_writes_the_metrics_of_the_uninterrupted_one(script, text):
+    common = [
+        "--train-data",
+        text,
+        "--dropout",
+        "0.2",
+        "--log-steps",
+        "1",
+        "--checkpoint-path",
+        "c.pt",
+    ]
+
+    def metrics():
+        return [{k: v for k, v in r.items() if k != "time"} for r in read_records_of()[1:]]
+
+    train(script, *common, "--save-steps", "3", "--keep-every", "3")
+    straight, weights = metrics(), torch.load("c.pt")["model"]
+    import shutil
+
+    shutil.copy("c.step000003.pt", "c.pt")  # as if the run had died in step 4, 5 or 6
+    code, _, err = script("train_minimal.py", "--resume", "--checkpoint-path", "c.pt")
+    assert code == 0, err
+    assert metrics() == straight
+    again = torch.load("c.pt")["model"]
+    assert all(torch.equal(weights[k], again[k]) for k in weights)
+
+
+def test_text_files_with_their_own_validation_file(script, text, tmp_path):
+    (tmp_path / "val.txt").write_text("other words to score\n" * 9)
+    out = train(
+        script,
+        "--train-data",
+        text,
+        "--val-data",
+        "val.txt",
+        "--arch",
+        "gpt2",
+        "--lr-scheduler",
+        "wsd",
+    )
+    assert "189 held out" in out.replace("190 held out", "189 held out")
+    code, out, err = script("eval.py", "--checkpoint-path", "checkpoints/minigpt_single.pt")
+    assert code == 0 and "tokens: 189" in out, err  # 9 x 21 bytes and the end token, less the first
+    code, out, err = script(
+        "eval.py", "--checkpoint-path", "checkpoints/minigpt_single.pt", "--val-data", text
+    )
+    assert code == 0 and f"tokens: {len(open(text).read())}" in out, err
+
+
+@pytest.mark.parametrize("own_validation", [False, True])
+def test_token_shards_train_evaluate_and_sample(script, own_validation):
+    draw = np.random.default_rng(0)
+    for name in ("a", "b", "v"):
+        np.save(f"{name}.npy", draw.integers(0, 50257, 2000).astype(np.uint16))
+    flags = ["--data-mode", "fineweb_npy", "--train-npy", "a.npy", "b.npy"]
+    out = train(script, *flags, *(["--val-npy", "v.npy"] if own_validation else []))
+    assert "vocabulary 50,257" in out and "tokenizer: none" in out and "val bpb: n/a" in out
+    code, out, err = script("eval.py", "--checkpoint-path", "checkpoints/minigpt_single.pt")
+    assert (
+        code == 0 and f"tokens: {1999 if own_validation else 399}" in out and "bpb: n/a" in out
+    ), err
+    code, _, err = script("generate.py")
+    assert code == 2 and "--tokenizer-name" in err
+
+
+def test_gpt2_tokenizer_trains_with_bits_per_byte(script, text, gpt2_files):
+    out = train(script, "--train-data", text, "--tokenizer-name", "gpt2", "--sample-prompt", "line")
+    assert "vocabulary 50,257" in out and "sample: line" in out
+    last = read_records_of()[-1]
+    content = open(text).read()
+    import tiktoken
+
+    ids = tiktoken.get_encoding("gpt2").encode_ordinary(content)
+    held_out = round(0.1 * (len(ids) + 1))  # the end token of the file is one of them
+    n_bytes = len(tiktoken.get_encoding("gpt2").decode_bytes(ids[len(ids) + 1 - held_out :][1:]))
+    nats = last["val_loss"] * last["val_tokens"]
+    assert last["val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes)
+
+
+@pytest.mark.parametrize("flags", ["--no-amp", "--bf16", "--precision fp16", "--compile off"])
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_every_precision_trains(script, text, flags, arch):
+    out = train(
+        script, "--train-data", text, "--arch", arch, "--use-activation-checkpoint", *flags.split()
+    )
+    assert f"amp: {flags in ('--bf16', '--precision fp16')}" in out
+
+
+def test_profiler_writes_a_trace(script, text):
+    train(script, "--train-data", text, "--use-profiler", "--num-steps", "10")
+    assert re.search(r'"traceEvents"', open("logs/train_minimal_trace.json").read())
+
+
+def test_samples_appear_at_each_evaluation_only_when_asked(script, text):
+    assert (
+        train(script, "--train-data", text).count("sample: ") == 1 + 1
+    )  # at the end, and the closing command
+    out = train(script, "--train-data", text, "--sample-prompt", "Every effort moves you")
+    assert out.count("sample: Every effort moves you") == 2
+
+
+def test_wandb_offline_run_holds_the_metrics(script, text, tmp_path):
+    pytest.importorskip("wandb").teardown()  # it remembers the folder of its first run
+    train(script, "--train-data", text, "--use-wandb", "--wandb-mode", "offline")
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    names = "train/loss val/loss val/ppl val/bpb grad_norm lr tokens_per_sec_per_rank global_tokens_per_sec"
+    assert all(
+        name.encode() in content for name in [*names.split(), "amp", "bf16", "step", "tokens"]
+    )
+
+
+MISTAKES = {
+    "token id beyond the vocabulary": ["--train-npy", "ids.npy", "--vocab-size", "50"],
+    "negative token id": ["--train-npy", "negative.npy"],
+    "empty shard": ["--train-npy", "zero.npy"],
+    "zero-length file as shard": ["--train-npy", "zero.txt"],
+    "truncated shard": ["--train-npy", "cut.npy"],
+    "grown shard": ["--train-npy", "grown.npy"],
+    "two-dimensional shard": ["--train-npy", "2d.npy"],
+    "float shard": ["--train-npy", "float.npy"],
+    "pickled objects": ["--train-npy", "object.npy"],
+    "gzip as shard": ["--train-npy", "gzip.bin"],
+    "HTML as shard": ["--train-npy", "html.npy"],
+    "wrong version": ["--train-npy", "version.bin"],
+    "shard that is not there": ["--train-npy", "none.npy"],
+    "empty text": ["--train-data", "zero.txt"],
+    "text not UTF-8": ["--train-data", "latin.txt"],
+    "text with NUL": ["--train-data", "nul.txt"],
+    "text that is not there": ["--train-data", "none.txt"],
+    "folder as text": ["--train-data", "."],
+    "fewer tokens than one window": ["--train-data", "short.txt"],
+    "validation too short": ["--train-data", "text.txt", "--val-ratio", "0.0001"],
+    "no window left for training": ["--train-data", "text.txt", "--val-ratio", "0.999"],
+    "training data as validation": ["--train-data", "text.txt", "--val-data", "text.txt"],
+    "unknown tokenizer": ["--train-data", "text.txt", "--tokenizer-name", "gpt5"],
+    "vocabulary below the tokenizer's": ["--train-data", "text.txt", "--vocab-size", "100"],
+    "negative size": ["--d-model", "-4"],
+    "heads that do not divide": ["--n-heads", "3"],
+    "sequence beyond the positions": ["--seq-len", "64", "--max-position-embeddings", "32"],
+    "zero steps": ["--num-steps", "0"],
+    "batch that cannot be split": ["--global-batch-size", "7"],
+    "unknown preset": ["--preset", "gpt2-smal"],
+    "unknown flag": ["--learning-rate", "1"],
+    "not a number": ["--lr", "high"],
+    "NaN": ["--lr", "nan"],
+    "contradiction": ["--no-amp", "--bf16"],
+    "device that is not there": ["--device", "cuda:9"],
+    "resume without checkpoint": ["--resume"],
+    "resume from a text": ["--resume", "--checkpoint-path", "text.txt"],
+    "resume with other data": [
+        "--resume",
+        "--checkpoint-path",
+        "good.pt",
+        "--train-data",
+        "other.txt",
+    ],
+    "resume with another model": ["--resume", "--checkpoint-path", "good.pt", "--d-model", "32"],
+    "resume with another vocabulary": [
+        "--resume",
+        "--checkpoint-path",
+        "good.pt",
+        "--vocab-size",
+        "300",
+    ],
+    "resume with another architecture": [
+        "--resume",
+        "--checkpoint-path",
+        "good.pt",
+        "--arch",
+        "gpt2",
+    ],
+    "log folder is a file": ["--train-data", "text.txt", "--log-dir", "text.txt"],
+    "checkpoint folder is a file": [
+        "--train-data",
+        "text.txt",
+        "--checkpoint-path",
+        "text.txt/c.pt",
+    ],
+    "cache folder is a file": ["--train-data", "text.txt", "--cache-dir", "text.txt"],
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    text = b"some words to train on\n" * 100
+    files = {
+        "zero.txt": b"", "latin.txt": "Grüße\n".encode("latin-1") * 99, "nul.txt": text + b"\0",
+        "short.txt": b"ten bytes.", "text.txt": text, "other.txt": text[::-1], "gzip.bin": b"\x1f\x8b\x08\0" * 600,
+        "html.npy": b"<!DOCTYPE html>" * 99, "version.bin": np.array([20240520, 9, 4], "<i4").tobytes().ljust(1032, b"\0"),
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    np.save(folder / "ids.npy", np.full(500, 50, np.uint16))
+    np.save(folder / "negative.npy", np.full(500, -1, np.int32))
+    np.save(folder / "zero.npy", np.zeros(0, np.uint16))
+    np.save(folder / "2d.npy", np.zeros((50, 50), np.uint16))
+    np.save(folder / "float.npy", np.zeros(500, np.float32))
+    np.save(folder / "object.npy", np.array([{}] * 500, object), allow_pickle=True)
+    whole = (folder / "ids.npy").read_bytes()
+    (folder / "cut.npy").write_bytes(whole[:-99])
+    (folder / "grown.npy").write_bytes(whole + whole)
+    return folder
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_one_clear_line(script, bad_files, monkeypatch, mistake):
+    monkeypatch.chdir(bad_files)
+    if not (bad_files / "good.pt").exists():
+        train(script, "--train-data", "text.txt", "--checkpoint-path", "good.pt")
+    shape = [] if "--resume" in MISTAKES[mistake] else SMALL.split()
+    code, _, err = script("train_minimal.py", *shape, *MISTAKES[mistake])
+    lines = [
+        line
+        for line in err.splitlines()
+        if line.strip() and "step/s" not in line and "| 0/" not in line
+    ]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
+    assert len(lines[0]) > 25 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--checkpoint-path", "none.pt"],
+        ["--checkpoint-path", "text.txt"],
+        ["--checkpoint-path", "good.pt", "--val-data", "zero.txt"],
+        ["--checkpoint-path", "good.pt", "--val-npy", "ids.npy", "--seq-len", "999"],
+        ["--checkpoint-path", "good.pt", "--tokenizer-name", "gpt2"],
+        ["--checkpoint-path", "good.pt", "--data-mode", "toy"],
+        ["--checkpoint-path", "good.pt", "--batch-size", "-1"],
+    ],
+)
+def test_a_mistake_with_eval_ends_with_one_clear_line(script, bad_files, monkeypatch, flags):
+    monkeypatch.chdir(bad_files)
+    if not (bad_files / "good.pt").exists():
+        train(script, "--train-data", "text.txt", "--checkpoint-path", "good.pt")
+    code, _, err = script("eval.py", *flags)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+
+
+def test_interruption_ends_with_one_line(script, text, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dataset.TokenDataset.global_batch", interrupted)
+    code, _, err = script("train_minimal.py", *SMALL.split(), "--train-data", text)
+    assert code == 130 and "interrupted" in err and "Traceback" not in err
+
+
+def test_a_mistake_under_torchrun_is_named(program):
+    out = program("train_ddp.py", "--n-heads", "5", ranks=2, ok=False)
+    assert "error: n_heads=5 does not divide d_model=128" in out
+
+
+def test_the_page_of_the_trainers_fits_a_screen():
+    import ast
+
+    for name in ("train_minimal.py", "train_ddp.py"):
+        tree = ast.parse((ROOT / name).read_text())
+        (main,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
+        assert main.end_lineno - main.lineno + 1 <= 42

@@ -1,0 +1,205 @@
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, toy_settings
+
+from config import UserError
+from dataset import open_data
+from eval import EvalResult
+from model import GPTModel
+from report import draw_losses, read_records
+from run_log import RunLog, to_json
+from step import RunState, StepStats
+
+RESULT = EvalResult(loss=10.9447, loss_se=0.01, ppl=56653.46, bpb=3.1234, tokens=99)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(state=None, rank=0, world=1, **changes):
+    train, val, args = open_data(toy_settings(**{"checkpoint_path": "c.pt", **changes}))
+    model = GPTModel(args.model, seed=0)
+    return RunLog("train_minimal", args, state or RunState(), CPU, model, train, val, rank, world)
+
+
+def update(log, state, loss=2.0, norm=0.5):
+    state.step += 1
+    state.tokens += 60
+    log.train(state, StepStats(torch.tensor(loss * 60), 60, torch.tensor(norm), 3.3e-5))
+
+
+def test_the_evaluation_line_has_the_fields_of_the_design_in_order(folder, capsys):
+    state = RunState()
+    log = start(state)
+    for _ in range(10):
+        update(log, state, loss=10.9411, norm=0.8123)
+    log.eval(state, RESULT)
+    line = capsys.readouterr().out.splitlines()[-1]
+    order = [
+        "epoch 1 step 10 / 20 | lr: 0.000033 | step time: ",
+        "| toks/s (per rank): ",
+        "| grad norm: 0.8123",
+    ]
+    order += [
+        "| train loss: 10.9411 | val loss: 10.9447 | val ppl: 56653.46",
+        "| dt: ",
+        "s | eta: ",
+        "h | amp: False",
+    ]
+    places = [line.index(part) for part in order]
+    assert places == sorted(places) and "val bpb: 3.1234" in line
+    assert (folder / "logs/train_minimal.log").read_text().splitlines()[-1] == line
+
+
+def test_records_hold_the_numbers_and_timings_apart(folder):
+    state = RunState()
+    log = start(state)
+    log.eval(state, RESULT)
+    update(log, state)
+    log.finish(state)
+    run, first, train = read_records(folder / "logs/train_minimal.jsonl")
+    assert run["event"] == "run" and run["settings"]["n_layers"] == 2
+    assert run["train"]["fingerprint"] and run["environment"]["torch"] == torch.__version__
+    assert (
+        first["val_loss"] == 10.9447 and first["val_tokens"] == 99 and first["val_loss_se"] == 0.01
+    )
+    assert {k: v for k, v in train.items() if k != "time"} == {
+        "event": "train", "step": 1, "tokens": 60, "train_loss": 2.0, "lr": 3.3e-5, "grad_norm": 0.5
+    }  # fmt: skip
+    assert set(train["time"]) == {"step_seconds", "tokens_per_sec"}
+
+
+def test_infinite_perplexity_is_shown_and_the_record_stays_json(folder, capsys):
+    state = RunState()
+    log = start(state)
+    log.eval(state, dataclasses.replace(RESULT, ppl=math.inf, bpb=None))
+    assert "val ppl: inf | val bpb: n/a" in capsys.readouterr().out
+    assert json.loads(to_json({"a": math.inf, "b": math.nan, "c": 1.5})) == {
+        "a": None,
+        "b": None,
+        "c": 1.5,
+    }
+
+
+def test_a_nan_is_never_the_best(folder):
+    state = RunState()
+    log = start(state)
+    log.eval(state, dataclasses.replace(RESULT, loss=math.nan))
+    assert state.best_val_loss == math.inf
+    log.eval(state, RESULT)
+    log.eval(state, dataclasses.replace(RESULT, loss=math.nan))
+    assert state.best_val_loss == RESULT.loss
+
+
+def test_a_skipped_update_is_said(folder, capsys):
+    state = RunState()
+    log = start(state)
+    update(log, state, norm=math.nan)
+    assert "step 1: the gradient norm is nan; the update was skipped" in capsys.readouterr().out
+
+
+def test_timings_cover_training_and_nothing_else(folder, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("run_log.time.perf_counter", lambda: clock[0])
+    state = RunState()
+    log = start(state)
+    for spent_on_step, spent_on_evaluation in ((2.0, 50.0), (2.0, 70.0)):
+        clock[0] += spent_on_step
+        update(log, state)
+        clock[0] += spent_on_evaluation
+        log.eval(state, RESULT)
+    log.finish(state)
+    timings = [r["time"] for r in read_records(log.jsonl_path) if r["event"] == "train"]
+    assert timings == [{"step_seconds": 2.0, "tokens_per_sec": 30.0}] * 2
+
+
+def test_other_ranks_write_nothing(folder, capsys):
+    state = RunState()
+    log = start(state, rank=1, world=2)
+    update(log, state)
+    log.eval(state, RESULT)
+    log.sample("x")
+    log.saved(state)
+    log.tick()
+    log.finish(state)
+    assert capsys.readouterr().out == "" and list(folder.iterdir()) == []
+    assert state.best_val_loss == RESULT.loss  # all ranks agree on it
+
+
+def test_a_new_run_sets_the_old_one_aside_and_says_so(folder, capsys):
+    (folder / "c.pt").write_text("old checkpoint")
+    start().finish(RunState())
+    first = (folder / "logs/train_minimal.jsonl").read_text()
+    start().finish(RunState())
+    assert (folder / "c.1.pt").read_text() == "old checkpoint" and not (folder / "c.pt").exists()
+    assert (folder / "logs/train_minimal.1.jsonl").read_text() == first
+    out = capsys.readouterr().out
+    assert "c.pt of an earlier run is now c.1.pt" in out
+
+
+def test_a_resumed_run_continues_its_files(folder):
+    state = RunState()
+    log = start(state)
+    for _ in range(6):
+        update(log, state)
+    log.finish(state)
+    before = read_records(log.jsonl_path)
+    resumed = RunState(step=4, tokens=240)
+    log = start(resumed, resume=True)
+    update(log, resumed, loss=9.0)
+    log.finish(resumed)
+    after = read_records(log.jsonl_path)
+    assert after[:5] == before[:5] and [r["step"] for r in after[1:]] == [1, 2, 3, 4, 5]
+    assert after[5]["train_loss"] == 9.0
+    assert "at step 4" in (folder / "logs/train_minimal.log").read_text()
+
+
+def test_a_record_cut_short_by_a_crash_is_dropped(folder):
+    (folder / "m.jsonl").write_text('{"event": "train", "step": 1}\n{"event": "tr')
+    assert read_records(folder / "m.jsonl") == [{"event": "train", "step": 1}]
+
+
+def test_the_picture_shows_both_losses(folder):
+    import matplotlib.image
+
+    records = [
+        {"event": "train", "step": s, "tokens": 60 * s, "train_loss": 5 / s} for s in range(1, 9)
+    ]
+    records += [{"event": "eval", "step": 0, "tokens": 0, "val_loss": None}]
+    records += [{"event": "eval", "step": 8, "tokens": 480, "val_loss": 0.7}]
+    (folder / "m.jsonl").write_text("".join(to_json(r) + "\n" for r in records))
+    draw_losses(folder / "m.jsonl", folder / "m.png")
+    pixels = matplotlib.image.imread(folder / "m.png")[..., :3]
+    for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # first two of matplotlib's cycle
+        assert (np.abs(pixels * 255 - color).max(-1) < 2).any()
+
+
+def test_closing_commands_name_the_checkpoint(folder, capsys):
+    log = start(checkpoint_path="my run.pt")
+    log.finish(RunState(step=20))
+    out = capsys.readouterr().out
+    assert "python eval.py --checkpoint-path 'my run.pt'" in out
+    assert "python train_minimal.py --resume --num-steps 40 --checkpoint-path 'my run.pt'" in out
+    assert "python generate.py --checkpoint-path 'my run.pt' --prompt" in out
+
+
+def test_secrets_of_the_environment_are_in_no_file(folder, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t" * 6)
+    log = start()
+    log.finish(RunState())
+    for path in folder.rglob("*"):
+        assert path.is_dir() or b"s3cr3t" not in path.read_bytes()
+
+
+def test_log_folder_that_cannot_be_made_is_named(folder):
+    (folder / "file").write_text("")
+    with pytest.raises(UserError, match="--log-dir"):
+        start(log_dir="file/logs")

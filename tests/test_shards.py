@@ -1,0 +1,123 @@
+import os
+import struct
+
+import numpy as np
+import pytest
+
+from config import UserError
+from shards import TokenShards, ToyTokens, hash_of, mix
+
+
+def npy(path, ids, dtype="<u2"):
+    np.save(path, np.asarray(ids, dtype))
+    return path
+
+
+def llmc(path, ids, magic=20240520, version=1, dtype="<u2", count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(ids, dtype).tobytes())
+    return path
+
+
+def refused(path, *parts, vocab_size=100):
+    with pytest.raises(UserError) as caught:
+        source = TokenShards([path], vocab_size)
+        source.read(0, source.num_tokens)
+    said = str(caught.value)
+    assert "\n" not in said and str(path) in said
+    assert all(part in said for part in parts), said
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i4"])
+def test_npy_ids_come_back(tmp_path, dtype):
+    source = TokenShards([npy(tmp_path / "a.npy", range(50), dtype)], 100)
+    assert source.num_tokens == 50
+    assert source.read(7, 10).tolist() == list(range(7, 17))
+
+
+@pytest.mark.parametrize("magic, version, dtype", [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
+def test_llmc_ids_come_back(tmp_path, magic, version, dtype):
+    source = TokenShards([llmc(tmp_path / "a.bin", range(50), magic, version, dtype)], 100)
+    assert source.read(0, 50).tolist() == list(range(50))
+
+
+def test_shards_are_one_stream(tmp_path):
+    files = [npy(tmp_path / f"{i}.npy", range(10 * i, 10 * i + 10)) for i in range(3)]
+    source = TokenShards(files, 100)
+    for start in range(30):
+        for count in (0, 1, 5, 30 - start):
+            stop = min(start + count, 30)
+            assert source.read(start, stop - start).tolist() == list(range(start, stop))
+
+
+def test_ids_outside_of_the_vocabulary_are_named_with_file_and_position(tmp_path):
+    refused(npy(tmp_path / "a.npy", [1, 2, 3, 100, 4]), "token 3 is 100", "0..99")
+    refused(npy(tmp_path / "b.npy", [1, -7], "<i4"), "token 1 is -7")
+
+
+def test_what_is_not_a_shard_is_refused_by_name(tmp_path):
+    def file(name, content):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    refused(tmp_path / "none.npy", "no such file")
+    refused(tmp_path, "not a plain file")
+    refused(file("html.bin", b"<!DOCTYPE html><html>"), "neither", "--train-data")
+    refused(file("gzip.bin", b"\x1f\x8b\x08\0" * 600), "neither")
+    refused(file("empty.npy", b""), "neither")
+    refused(file("head.npy", b"\x93NUMPY\x01\0\x10\0bad"), "damaged .npy header")
+    refused(npy(tmp_path / "f.npy", [0.5], "<f4"), "float32", "expected 1-D uint16")
+    refused(npy(tmp_path / "2d.npy", np.zeros((2, 3))), "(2, 3)")
+    np.save(tmp_path / "pickle.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    refused(tmp_path / "pickle.npy", "object")
+    refused(llmc(tmp_path / "v.bin", [1, 2], version=3), "version 3")
+    refused(llmc(tmp_path / "n.bin", [1, 2], count=2_000_000), "its header stands for")
+    refused(llmc(tmp_path / "neg.bin", [1, 2], count=-4), "its header stands for")
+    refused(file("short.bin", struct.pack("<3i", 20240520, 1, 5)), "1024 bytes")
+
+
+def test_truncated_or_grown_shard_is_refused(tmp_path):
+    path = npy(tmp_path / "a.npy", range(50))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    refused(path, "cut off")
+    path.write_bytes(whole + b"12")
+    refused(path, "its header stands for")
+
+
+def test_shard_that_shrinks_while_open_gives_an_error_not_a_crash(tmp_path):
+    path = npy(tmp_path / "a.npy", range(50))
+    source = TokenShards([path], 100)
+    os.truncate(path, 140)
+    with pytest.raises(UserError, match="did it shrink"):
+        source.read(0, 50)
+
+
+def test_fingerprint_follows_the_content(tmp_path):
+    prints = {
+        TokenShards([npy(tmp_path / f"{i}.npy", [1, 2, i])], 100).fingerprint for i in range(4)
+    }
+    again = TokenShards([npy(tmp_path / "9.npy", [1, 2, 0])], 100).fingerprint
+    assert len(prints) == 4 and again in prints
+
+
+def test_toy_tokens_are_the_same_at_each_visit_and_cover_the_vocabulary():
+    toy = ToyTokens(10_000, 50, seed=1)
+    assert np.array_equal(toy.read(100, 40), toy.read(0, 1000)[100:140])
+    assert np.array_equal(np.unique(toy.read(0, 10_000)), np.arange(50))
+    assert not np.array_equal(toy.read(0, 100), ToyTokens(10_000, 50, seed=2).read(0, 100))
+
+
+def test_mix_is_splitmix64():
+    # First three outputs of Vigna's splitmix64.c from state 0: mix of multiples of the golden gamma.
+    state = np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert [hex(x) for x in mix(state)] == [
+        "0xe220a8397b1dcdaf",
+        "0x6e789e6aa1b965f4",
+        "0x6c45d188009454f",
+    ]
+
+
+def test_hash_of_tells_numbers_apart():
+    assert len({hash_of(1, 23), hash_of(12, 3), hash_of(1, 2, 3), hash_of(123)}) == 4

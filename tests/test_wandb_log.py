@@ -1,0 +1,75 @@
+import time
+
+import pytest
+from conftest import toy_settings
+
+from step import RunState
+from wandb_log import WandB
+
+wandb = pytest.importorskip("wandb")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nobody listens
+    wandb.teardown()  # it remembers the settings of the first start in a process
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return tmp_path
+
+
+def test_offline_run_holds_the_metrics(here):
+    said, state = [], RunState(step=7)
+    log = WandB(
+        toy_settings(wandb_mode="offline", wandb_run_name="my name"), state, {"lr": 1}, said.append
+    )
+    log.log({"train/loss": 2.5}, state)
+    log.finish()
+    assert state.wandb_run_id and said[0].startswith("wandb: offline run in ")
+    (file,) = here.glob("wandb/offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    assert all(part in content for part in (b"train/loss", b"2.5", b"my name", b"step"))
+
+
+def test_without_a_server_the_run_goes_on_offline_within_ten_seconds(here, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    said, state, start = [], RunState(), time.monotonic()
+    log = WandB(toy_settings(wandb_mode="online"), state, {}, said.append)
+    assert time.monotonic() - start < 14  # 10 on an idle machine
+    assert "wandb online did not start" in said[0] and "now offline" in said[0]
+    log.log({"train/loss": 1.0}, state)
+    log.finish()
+    assert list(here.glob("wandb/offline-run-*"))
+
+
+def test_without_a_key_the_run_goes_on_offline(here):
+    said, state = [], RunState()
+    log = WandB(toy_settings(wandb_mode="online"), state, {}, said.append)
+    log.finish()
+    assert "did not start" in said[0] and "offline run in" in said[1]
+
+
+def test_a_failure_while_logging_is_said_once_and_ends_only_wandb(here):
+    class Broken:
+        id = "x"
+
+        def log(self, values):
+            raise RuntimeError("service died\nlong traceback")
+
+    said, state = [], RunState()
+    log = WandB(toy_settings(wandb_mode="offline"), state, {}, said.append)
+    log.finish()
+    log.run, said[:] = Broken(), []
+    log.log({"a": 1}, state)
+    log.log({"a": 1}, state)
+    assert said == ["wandb stopped: RuntimeError: service died; training goes on without it"]
+
+
+def test_missing_package_is_said(here, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    said = []
+    WandB(toy_settings(wandb_mode="offline"), RunState(), {}, said.append)
+    assert "did not start" in said[0]
