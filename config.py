@@ -151,6 +151,11 @@ class Settings:
             if given != default:
                 raise UserError(f"{name}={given} is not available yet; leave it at {default}")
 
+    @property
+    def has_val_files(self) -> bool:
+        """Whether validation has files of its own."""
+        return bool(self.val_data or self.val_npy)
+
     def _settle_aliases(self) -> None:
         for alias, precision in (("no_amp", "fp32"), ("bf16", "bf16")):
             if getattr(self, alias):
@@ -185,7 +190,7 @@ class Settings:
                 f"{'--val-data' if self.val_data else '--val-npy'} does not fit "
                 f"data_mode={self.data_mode}; text goes with text, shards with shards"
             )
-        if not (self.val_data or self.val_npy) and not 0 < self.val_ratio < 1:
+        if not self.has_val_files and not 0 < self.val_ratio < 1:
             raise UserError(
                 f"val_ratio={self.val_ratio} must lie between 0 and 1 where no validation files "
                 "are given; try 0.1"
@@ -265,7 +270,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Learns visibly in about a minute on two CPU cores.
     "quickstart": dict(
         arch="modern", vocab_size=0, max_position_embeddings=0, n_layers=4, n_heads=4, d_model=128,
-        seq_len=128, batch_size=12, global_batch_size=12, num_steps=500, lr=2e-3, warmup_steps=50,
+        seq_len=128, batch_size=12, global_batch_size=12, num_steps=500, lr=3e-3, warmup_steps=50,
         eval_steps=100, save_steps=100, val_max_tokens=100_000,
     ),
     "toy": dict(

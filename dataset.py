@@ -229,45 +229,44 @@ def open_source(args: Settings, held_out: bool = False) -> TokenDataset:
 
 def open_validation(args: Settings) -> TokenDataset:
     """What the settings hold out: their validation files, or the last part of the training data.
+
     Raises UserError.
     """
-    if args.val_data or args.val_npy:
-        val = open_source(args, held_out=True)
-    else:
-        val = open_source(args).split(args.val_ratio)[1]
-    val = val.limited(args.val_max_tokens)
+    return _held_out(args, open_source(args, held_out=args.has_val_files))
+
+
+def _held_out(args: Settings, source: TokenDataset) -> TokenDataset:
+    val = source if args.has_val_files else source.split(args.val_ratio)[1]
     if val.num_tokens < 2:
         raise UserError(
-            f"the validation part has {val.num_tokens} tokens, too few to score one; give more "
-            "data, "
-            "or raise --val-ratio"
+            f"the validation part has {val.num_tokens} tokens, too few to score one; "
+            "give more data, or raise --val-ratio"
         )
-    return val
+    return val.limited(args.val_max_tokens)
 
 
 def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
-    """(training part, validation part, settings with what the data settles filled in). Raises
-    UserError.
+    """(training part, validation part, settings with what the data settles filled in).
+
+    Raises UserError.
     """
-    val, whole = open_validation(args), open_source(args)
-    if args.val_data or args.val_npy:
-        train = whole
-        shared = {os.path.realpath(p) for p in args.train_data + args.train_npy} & {
-            os.path.realpath(p) for p in args.val_data + args.val_npy
-        }
-        if shared:
-            raise UserError(
-                f"{sorted(shared)[0]} is named for training and for validation; use other files, "
-                "or none "
-                "for validation (--val-ratio then holds out a part)"
-            )
-    else:
-        train = whole.split(args.val_ratio)[0]
+    train_files, val_files = (
+        {os.path.realpath(p) for p in paths}
+        for paths in (args.train_data + args.train_npy, args.val_data + args.val_npy)
+    )
+    for path in sorted(train_files & val_files):
+        raise UserError(
+            f"{path} is named for training and for validation; use other files, or none for "
+            "validation (--val-ratio then holds out a part)"
+        )
+    whole = open_source(args)
+    val = _held_out(args, open_source(args, held_out=True) if args.has_val_files else whole)
+    train = whole if args.has_val_files else whole.split(args.val_ratio)[0]
     train = train.limited(args.max_tokens)
     if not len(train):
         raise UserError(
-            f"the training part has {train.num_tokens} tokens, fewer than one window of seq_len="
-            f"{args.seq_len}; give more data, or lower --seq-len or --val-ratio"
+            f"the training part has {train.num_tokens} tokens, fewer than one window of "
+            f"seq_len={args.seq_len}; give more data, or lower --seq-len or --val-ratio"
         )
     if args.sample_prompt and not whole.tokenizer:
         raise UserError(
