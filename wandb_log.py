@@ -50,7 +50,8 @@ class WandB:
         if self.run is not None:
             state.wandb_run_id = self.run.id
             self.run.define_metric("*", step_metric="step")
-            say(f"wandb: {self.run.url or 'offline run in ' + os.path.dirname(self.run.dir)}")
+            where = os.path.dirname(self.run.dir)
+            say(f"wandb: offline run in {where}" if self.run.offline else f"wandb: {self.run.url}")
 
     def log(self, values: dict[str, Any], state: RunState) -> None:
         """Reports values at the current step, which is the x axis."""
