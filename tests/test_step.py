@@ -57,6 +57,17 @@ def test_accumulation_gives_the_update_of_one_large_batch(arch):
         assert other == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_gradient_is_that_of_the_mean_loss(accumulation):
+    # AdamW and clipping hide a wrong scale of the gradients, so look at their norm itself.
+    run = Run("--global-batch-size", "12", "--batch-size", str(12 // accumulation))
+    batch = run.train.global_batch(0, run.args)
+    run.model(batch, labels=batch)[1].backward()
+    wanted = torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()
+    run.model.zero_grad()
+    assert run.step().grad_norm.item() == pytest.approx(wanted, rel=1e-5)
+
+
 def test_clipping_bounds_the_norm_and_logs_the_one_before():
     loose, tight = Run("--grad-clip-norm", "0"), Run("--grad-clip-norm", "0.01")
     seen = {}
