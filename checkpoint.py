@@ -187,8 +187,8 @@ def _compare_and_fill(
         for k in wanted.keys() & found.keys()
         if found[k].shape != wanted[k].shape
     ]
-    for part, now in data.items():
-        was = content["data"].get(part, {})
+    for part in ("train", "val") if data else ():
+        was, now = content["data"].get(part, {}), data[part]
         problems += [
             f"{part} data: {k} was {was.get(k)!r}, is {now[k]!r}"
             for k in now

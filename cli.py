@@ -122,7 +122,9 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], ki
     default = "" if field.default in ((), "", False) else f" (default {field.default})"
     choices = " {" + ",".join(field.metadata["choices"]) + "}" if field.metadata["choices"] else ""
     text = (field.metadata["help"] + choices + default).replace("%", "%%")
-    if kind is bool and not field.name.startswith("no_"):
+    if field.metadata["positional"]:
+        parser.add_argument(field.name, nargs="*", metavar="PATH", help=text)
+    elif kind is bool and not field.name.startswith("no_"):
         parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
     elif kind is bool:
         parser.add_argument(name, action="store_true", help=text)

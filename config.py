@@ -20,9 +20,11 @@ class UserError(Exception):
     """A mistake of the user: one line that says what was given, what is allowed, what to try."""
 
 
-def flag(default: Any, help: str, *choices: str, at_least: float | None = None) -> Any:
+def flag(
+    default: Any, help: str, *choices: str, at_least: float | None = None, positional: bool = False
+) -> Any:
     """One setting: default, help of its flag with the unit, and the values that it may take."""
-    metadata = {"help": help, "choices": choices, "at_least": at_least}
+    metadata = {"help": help, "choices": choices, "at_least": at_least, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
 
 

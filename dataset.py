@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,11 @@ import torch
 from torch import Tensor
 
 from config import Settings, UserError, with_vocab
-from shards import Source, TokenShards, ToyTokens, hash_of, mix
-from text import stdlib_files, tokenize_files
+from device import Device
+from leak import refuse_leak
+from shards import JoinedTokens, Source, TokenShards, ToyTokens, find_shards, hash_of, mix
+from text import find_sources, stdlib_files
+from token_files import TOKENIZER_FILE, tokenize_files
 from tokenizer import Tokenizer, build_tokenizer
 
 __all__ = [
@@ -31,6 +37,9 @@ __all__ = [
     "open_data",
     "permute",
 ]
+
+
+_LONGEST_PATTERN = 1_000_000  # samples after which a mixture repeats its pattern of sources
 
 
 def permute(positions: np.ndarray, n: int, key: int) -> np.ndarray:
@@ -94,27 +103,35 @@ class TokenDataset(torch.utils.data.Dataset):
             row[:] = self.source.read(self.start + window * (self.seq_len - 1), self.seq_len)
         return torch.from_numpy(ids)
 
-    def sample_windows(self, step: int, batch: int, seed: int) -> np.ndarray:
-        """The windows of optimizer step `step`, in order: (batch,) int64, a function of the
-        arguments alone.
+    def sample_windows(self, first: int, count: int, seed: int) -> np.ndarray:
+        """The windows of samples first .. first + count - 1: (count,) int64, nothing else decides.
 
-        Each epoch visits every window once, in an order of its own; a batch may reach into the next
-        epoch.
+        Each epoch visits every window once, in an order of its own.
         """
-        epoch, position = np.divmod(step * batch + np.arange(batch), len(self))
-        windows = np.empty(batch, np.int64)
+        return self.ordered(np.arange(first, first + count), seed)
+
+    def ordered(self, samples: np.ndarray, seed: int) -> np.ndarray:
+        """The windows of these samples: sample i is number i % len(self) of epoch i //
+        len(self).
+        """
+        epoch, position = np.divmod(samples, len(self))
+        windows = np.empty(len(samples), np.int64)
         for e in np.unique(epoch).tolist():
             here = epoch == e
             windows[here] = permute(position[here], len(self), hash_of(seed, e))
         return windows
 
+    def samples(self, first: int, count: int, seed: int) -> Tensor:
+        """The sequences of samples first .. first + count - 1: (count, T) int64."""
+        return self.rows(self.sample_windows(first, count, seed))
+
     def global_batch(self, step: int, args: Settings, rank: int = 0, world: int = 1) -> Tensor:
-        """This rank's rows of the sequences of optimizer step `step`: (global_batch_size /
-        world, T) int64.
+        """This rank's rows of the sequences of optimizer step `step`: (rows, T) int64.
+
+        Together the ranks get samples step x global_batch_size and on: (seed, step) decides.
         """
-        windows = self.sample_windows(step, args.global_batch_size, args.data_seed)
         share = args.global_batch_size // world
-        return self.rows(windows[rank * share : (rank + 1) * share])
+        return self.samples(step * args.global_batch_size + rank * share, share, args.data_seed)
 
     def batches(
         self, batch_size: int, rank: int = 0, world: int = 1
@@ -162,13 +179,63 @@ class TokenDataset(torch.utils.data.Dataset):
             "fingerprint": self.source.fingerprint,
             "start": self.start,
             "stop": self.stop,
-            "tokenizer": self.tokenizer.name if self.tokenizer else "",
+            "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",
         }
 
 
+class Mixture(TokenDataset):
+    """Several data sets, each giving its share of the samples; each keeps its own epochs.
+
+    The shares are exact: of the first n samples, part i gets n x weight[i], less than one sample
+    off for any n that is a multiple of the pattern, and at most len(parts) off anywhere else.
+    """
+
+    def __init__(self, parts: Sequence[TokenDataset], weights: Sequence[Fraction]) -> None:
+        joined = JoinedTokens([(p.source, p.start, p.stop) for p in parts])
+        super().__init__(joined, parts[0].seq_len, tokenizer=parts[0].tokenizer)
+        self.parts, total = list(parts), sum(weights, Fraction())
+        self.weights = [w / total for w in weights]
+        period = math.lcm(*(w.denominator for w in self.weights))
+        if period > _LONGEST_PATTERN:
+            raise UserError(f"weights {', '.join(map(str, weights))} are too fine; use 3 digits")
+        self.counts = np.array([int(w * period) for w in self.weights])
+        # Smooth weighted round-robin: who is most behind its share goes next.
+        owed, pattern = np.zeros(len(parts), np.int64), []
+        for _ in range(period):
+            owed += self.counts
+            pattern.append(int(owed.argmax()))
+            owed[pattern[-1]] -= period
+        self.pattern = np.array(pattern)
+        self.before = np.array(
+            [np.cumsum(self.pattern == i) - (self.pattern == i) for i in range(len(parts))]
+        )  # (parts, period)
+
+    def __len__(self) -> int:
+        return sum(len(p) for p in self.parts)
+
+    def samples(self, first: int, count: int, seed: int) -> Tensor:
+        """As in TokenDataset; each sample from the part that the pattern names."""
+        cycle, place = np.divmod(np.arange(first, first + count), len(self.pattern))
+        rows = torch.empty(count, self.seq_len, dtype=torch.int64)
+        for i, part in enumerate(self.parts):
+            here = self.pattern[place] == i
+            own = cycle[here] * self.counts[i] + self.before[i][place[here]]
+            rows[torch.from_numpy(here)] = part.rows(part.ordered(own, hash_of(seed, i)))
+        return rows
+
+    def limited(self, max_tokens: int) -> TokenDataset:
+        if max_tokens:
+            raise UserError("--max-tokens with weighted sources is ambiguous; limit num_steps")
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        shares = {"weights": [str(w) for w in self.weights]}
+        return {**super().describe(), **shares}
+
+
 class TextDatasetForCausalLM(TokenDataset):
-    """Text files (UTF-8), tokenized once into a cache. paths: files; none = the Python standard
-    library's source.
+    """Text, tokenized once into a cache. paths: files, folders, globs (see `text.find_sources`);
+    none = the Python standard library's source.
     """
 
     def __init__(
@@ -178,15 +245,11 @@ class TextDatasetForCausalLM(TokenDataset):
         seq_len: int,
         cache_dir: str | Path = "~/.cache/rosetrainer",
     ) -> None:
-        files = [Path(p) for p in paths] or stdlib_files()
-        shard = tokenize_files(files, tokenizer, Path(cache_dir).expanduser())
-        name = (
-            ", ".join(map(str, paths))
-            or f"source of the Python standard library ({len(files)} files)"
-        )
-        super().__init__(
-            TokenShards([shard], tokenizer.vocab_size, name), seq_len, tokenizer=tokenizer
-        )
+        files = find_sources(paths) if paths else stdlib_files()
+        shards = tokenize_files(files, tokenizer, Path(cache_dir).expanduser())
+        name = f"source of the Python standard library ({len(files)} files)"
+        source = TokenShards(shards, tokenizer.vocab_size, ", ".join(map(str, paths)) or name)
+        super().__init__(source, seq_len, tokenizer=tokenizer)
 
 
 class FineWebNPYDataset(TokenDataset):
@@ -211,32 +274,81 @@ class ToyRandomDataset(TokenDataset):
         super().__init__(ToyTokens(num_tokens, vocab_size, seed), seq_len)
 
 
-def open_source(args: Settings, held_out: bool = False) -> TokenDataset:
-    """The whole data set that the settings name for training, or for validation if held_out."""
+def tokenizer_of(args: Settings) -> Tokenizer | None:
+    """The tokenizer that the settings name; for shards, else the one stored beside them, if any."""
+    if args.tokenizer_name or args.data_mode == "text":
+        return build_tokenizer(args.tokenizer_name or "bytes")
+    beside = {
+        p.parent / TOKENIZER_FILE for p in find_shards([w[0] for w in weighted(args.train_npy)])
+    }
+    if args.data_mode == "fineweb_npy" and len(beside) == 1 and (path := beside.pop()).is_file():
+        return build_tokenizer(str(path))
+    return None
+
+
+def open_source(
+    args: Settings, held_out: bool = False, tokenizer: Tokenizer | None = None
+) -> list[tuple[TokenDataset, Fraction | None]]:
+    """The data sets that the settings name for training, or for validation, with their weights.
+
+    One without weight stands for all files together.
+    """
     if args.data_mode == "toy":
-        return ToyRandomDataset(args.model.vocab_size or 10_000, args.seq_len, seed=args.data_seed)
-    if args.data_mode == "fineweb_npy":
-        tokenizer = build_tokenizer(args.tokenizer_name) if args.tokenizer_name else None
-        vocab_size = args.model.vocab_size or (tokenizer.vocab_size if tokenizer else 50257)
-        return FineWebNPYDataset(
-            args.val_npy if held_out else args.train_npy, args.seq_len, vocab_size, tokenizer
-        )
-    tokenizer = build_tokenizer(args.tokenizer_name or "bytes")
-    return TextDatasetForCausalLM(
-        args.val_data if held_out else args.train_data, tokenizer, args.seq_len, args.cache_dir
-    )
+        vocab_size = args.model.vocab_size or 10_000
+        return [(ToyRandomDataset(vocab_size, args.seq_len, seed=args.data_seed), None)]
+    vocab_size = args.model.vocab_size or (tokenizer.vocab_size if tokenizer else 50257)
+
+    def open_one(paths: Sequence[str]) -> TokenDataset:
+        if args.data_mode == "fineweb_npy":
+            return FineWebNPYDataset(paths, args.seq_len, vocab_size, tokenizer)
+        assert tokenizer is not None
+        return TextDatasetForCausalLM(paths, tokenizer, args.seq_len, args.cache_dir)
+
+    text, shards = (args.val_data, args.val_npy) if held_out else (args.train_data, args.train_npy)
+    named = weighted(text or shards)
+    if held_out and any(weight is not None for _, weight in named):
+        raise UserError("validation data takes no weights: every token of it is scored once")
+    if named and named[0][1] is not None:
+        return [(open_one([path]), weight) for path, weight in named]
+    return [(open_one([path for path, _ in named]), None)]
 
 
-def open_validation(args: Settings) -> TokenDataset:
+def weighted(paths: Sequence[str]) -> list[tuple[str, Fraction | None]]:
+    """("a.npy", 7/10) of "a.npy:0.7"; the weight is None for a plain path. Raises UserError."""
+    found: list[tuple[str, Fraction | None]] = []
+    for path in paths:
+        name, colon, number = path.rpartition(":")
+        if colon and re.fullmatch(r"[0-9.]+", number) and not os.path.exists(path):
+            try:
+                found.append((name, Fraction(number)))
+            except ValueError:
+                raise UserError(f"{path}: {number} is not a weight; try {name}:0.5") from None
+        else:
+            found.append((path, None))
+    given = [weight for _, weight in found if weight is not None]
+    if given and (len(given) < len(found) or min(given) <= 0):
+        raise UserError(f"{' '.join(paths)}: give every source a weight above 0, or none of them")
+    return found
+
+
+def open_validation(args: Settings, tokenizer: Tokenizer | None = None) -> TokenDataset:
     """What the settings hold out: their validation files, or the last part of the training data.
 
-    Raises UserError.
+    tokenizer: None = the one that the settings name. Raises UserError.
     """
-    return _held_out(args, open_source(args, held_out=args.has_val_files))
+    tokenizer = tokenizer or tokenizer_of(args)
+    return _held_out(args, open_source(args, args.has_val_files, tokenizer))
 
 
-def _held_out(args: Settings, source: TokenDataset) -> TokenDataset:
-    val = source if args.has_val_files else source.split(args.val_ratio)[1]
+def _held_out(args: Settings, sources: list[tuple[TokenDataset, Fraction | None]]) -> TokenDataset:
+    if args.has_val_files:
+        parts = [data for data, _ in sources]
+    else:
+        parts = [data.split(args.val_ratio)[1] for data, _ in sources]
+    val = parts[0]
+    if len(parts) > 1:
+        joined = JoinedTokens([(p.source, p.start, p.stop) for p in parts])
+        val = TokenDataset(joined, args.seq_len, tokenizer=parts[0].tokenizer)
     if val.num_tokens < 2:
         raise UserError(
             f"the validation part has {val.num_tokens} tokens, too few to score one; "
@@ -250,30 +362,62 @@ def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
 
     Raises UserError.
     """
-    train_files, val_files = (
-        {os.path.realpath(p) for p in paths}
-        for paths in (args.train_data + args.train_npy, args.val_data + args.val_npy)
-    )
-    for path in sorted(train_files & val_files):
-        raise UserError(
-            f"{path} is named for training and for validation; use other files, or none for "
-            "validation (--val-ratio then holds out a part)"
-        )
-    whole = open_source(args)
-    val = _held_out(args, open_source(args, held_out=True) if args.has_val_files else whole)
-    train = whole if args.has_val_files else whole.split(args.val_ratio)[0]
-    train = train.limited(args.max_tokens)
+    tokenizer = tokenizer_of(args)
+    sources = open_source(args, tokenizer=tokenizer)
+    val_sources = open_source(args, True, tokenizer) if args.has_val_files else sources
+    val = _held_out(args, val_sources)
+    parts = [data if args.has_val_files else data.split(args.val_ratio)[0] for data, _ in sources]
+    for part in parts:
+        if not len(part):
+            raise UserError(
+                f"the training part of {part.source.name} has {part.num_tokens} tokens, fewer than "
+                f"one window of seq_len={args.seq_len}; give more data, or lower --seq-len or "
+                "--val-ratio"
+            )
+    weights = [weight for _, weight in sources if weight is not None]
+    train = (Mixture(parts, weights) if weights else parts[0]).limited(args.max_tokens)
     if not len(train):
-        raise UserError(
-            f"the training part has {train.num_tokens} tokens, fewer than one window of "
-            f"seq_len={args.seq_len}; give more data, or lower --seq-len or --val-ratio"
-        )
-    if args.sample_prompt and not whole.tokenizer:
+        raise UserError(f"max_tokens={args.max_tokens} is less than one window of {args.seq_len}")
+    if args.has_val_files:
+        refuse_leak(train, val, Path(args.cache_dir).expanduser())
+    if args.sample_prompt and not tokenizer:
         raise UserError(
             "--sample-prompt needs a tokenizer, and this data names none; try --tokenizer-name gpt2"
         )
-    name = whole.tokenizer.name if whole.tokenizer else ""
-    return train, val, with_vocab(args, whole.source.vocab_size, name)
+    name = args.tokenizer_name or (tokenizer.name if args.data_mode == "text" and tokenizer else "")
+    return train, val, with_vocab(args, train.source.vocab_size, name)
+
+
+def record_of(train: TokenDataset, val: TokenDataset) -> dict[str, Any]:
+    """What a checkpoint stores of its data: what it trains and validates on, and the tokenizer."""
+    tokenizer = train.tokenizer.to_json() if train.tokenizer else ""
+    return {"train": train.describe(), "val": val.describe(), "tokenizer": tokenizer}
+
+
+class Prefetch:
+    """Calls give the global batch of a step, read while the step before was computed.
+
+    What a batch holds is decided by its step alone, so this changes when it is read and nothing
+    else. On CUDA it lies in pinned memory, from which copies overlap with computing.
+    """
+
+    def __init__(
+        self, train: TokenDataset, args: Settings, device: Device, rank: int = 0, world: int = 1
+    ) -> None:
+        self._read = lambda step: train.global_batch(step, args, rank, world)
+        self._pin, self._pool = device.torch.type == "cuda", ThreadPoolExecutor(1)
+        self._next: tuple[int, Future[Tensor]] | None = None
+
+    def __call__(self, step: int) -> Tensor:
+        """This rank's rows of optimizer step `step`: (rows, T) int64."""
+        ahead = self._next
+        batch = ahead[1].result() if ahead and ahead[0] == step else self._fetch(step)
+        self._next = (step + 1, self._pool.submit(self._fetch, step + 1))
+        return batch
+
+    def _fetch(self, step: int) -> Tensor:
+        batch = self._read(step)
+        return batch.pin_memory() if self._pin else batch
 
 
 def same_data(recorded: dict[str, Any], val: TokenDataset) -> None:

@@ -23,7 +23,7 @@ from dataset import TokenDataset, open_validation, same_data
 from device import Device, pick_device
 from loss import IGNORE
 from model import GPTModel
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, stored_tokenizer
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,18 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf if loss == loss else math.nan
 
 
-def validation_of(args: EvalSettings, settings: Settings, data: dict[str, Any]) -> TokenDataset:
+def validation_of(
+    args: EvalSettings, settings: Settings, data: dict[str, Any], where: str
+) -> TokenDataset:
     """What to evaluate a checkpoint on: the data it recorded, or the files that the flags name.
     Raises UserError.
     """
-    name = args.tokenizer_name or settings.tokenizer_name
-    if settings.tokenizer_name and name != settings.tokenizer_name:
-        raise UserError(
-            f"tokenizer_name={name}, but the checkpoint was trained with {settings.tokenizer_name}"
-        )
-    if args.val_data and not name:
-        raise UserError(
-            "the checkpoint names no tokenizer for --val-data; say which with --tokenizer-name"
-        )
-    changes: dict[str, Any] = {"tokenizer_name": name}
-    changes |= {k: getattr(args, k) for k in ("seq_len", "cache_dir") if getattr(args, k)}
+    tokenizer = stored_tokenizer(data.get("tokenizer", ""), args.tokenizer_name, where)
+    if args.val_data and not tokenizer:
+        raise UserError(f"{where} names no tokenizer for --val-data; say which: --tokenizer-name")
+    changes: dict[str, Any] = {
+        k: getattr(args, k) for k in ("seq_len", "cache_dir") if getattr(args, k)
+    }
     if args.val_data or args.val_npy:
         mode = "text" if args.val_data else "fineweb_npy"
         changes |= {
@@ -121,7 +118,7 @@ def validation_of(args: EvalSettings, settings: Settings, data: dict[str, Any]) 
             f"data_mode={args.data_mode}, but the checkpoint recorded {settings.data_mode} data; "
             "name the files with --val-data or --val-npy"
         )
-    val = open_validation(dataclasses.replace(settings, **changes))
+    val = open_validation(dataclasses.replace(settings, **changes), tokenizer)
     if not (args.val_data or args.val_npy):
         same_data(data.get("val", {}), val)
     return val.limited(args.max_tokens)
@@ -139,7 +136,7 @@ def main(args: EvalSettings) -> None:
             precision = "fp32" if args.no_amp else settings.precision
             device = pick_device(args.device, precision, ranks.local_rank)
             model, _, data = load_model(path)
-            val = validation_of(args, settings, data)
+            val = validation_of(args, settings, data, path)
             size = args.batch_size or settings.batch_size
             model.to(device.torch)
             results.append(evaluate(model, val, size, device, ranks.rank, ranks.world, sum_ranks))

@@ -14,7 +14,7 @@ from cli import parse_flags, run_script
 from config import SampleSettings, Settings, UserError
 from device import Device, pick_device
 from model import GPTModel
-from tokenizer import Tokenizer, build_tokenizer
+from tokenizer import Tokenizer, stored_tokenizer
 
 
 @torch.no_grad()
@@ -86,15 +86,15 @@ def sample(
 def main(args: SampleSettings) -> None:
     """Writes num_samples continuations of the prompt to the terminal."""
     device = pick_device(args.device)
-    model, settings, _ = load_model(args.checkpoint_path)
+    model, _, data = load_model(args.checkpoint_path)
     model.to(device.torch)
-    name = args.tokenizer_name or settings.tokenizer_name
-    if not name:
+    stored = data.get("tokenizer", "")
+    tokenizer = stored_tokenizer(stored, args.tokenizer_name, args.checkpoint_path)
+    if tokenizer is None:
         raise UserError(
             f"{args.checkpoint_path} was trained on token ids that name no tokenizer; "
             "say which with --tokenizer-name (gpt2 for FineWeb-Edu shards)"
         )
-    tokenizer = build_tokenizer(name)
     for i in range(args.num_samples):
         options = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed + i}
         print(

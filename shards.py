@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections.abc import Sequence
@@ -27,6 +28,21 @@ def mix(x: np.ndarray) -> np.ndarray:
 def hash_of(*numbers: int) -> int:
     """One 64-bit number from several, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+
+
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "gzip data",
+    b"\x28\xb5\x2f\xfd": "Zstandard data",
+    b"PK\x03\x04": "a zip archive (or a PyTorch file)",
+    b"BZh": "bzip2 data",
+    b"\xfd7zXZ": "xz data",
+    b"PAR1": "a Parquet file",
+    b"\x80\x02": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"\x7fELF": "a program",
+    b"%PDF": "a PDF",
+}
 
 
 class Source(Protocol):
@@ -75,7 +91,7 @@ class TokenShards:
 
     def __init__(self, paths: Sequence[str | Path], vocab_size: int, name: str = "") -> None:
         self.vocab_size = vocab_size
-        self.shards = [_Shard(Path(p)) for p in paths]
+        self.shards = [_Shard(p) for p in find_shards(paths)]
         self.starts = np.cumsum([0] + [s.count for s in self.shards])
         self.num_tokens = int(self.starts[-1])
         self.name = name or ", ".join(str(s.path) for s in self.shards[:3]) + (
@@ -101,9 +117,50 @@ class TokenShards:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+class JoinedTokens:
+    """Ranges of several sources, one after the other, as one stream."""
+
+    def __init__(self, parts: Sequence[tuple[Source, int, int]]) -> None:
+        self.parts = list(parts)
+        self.starts = np.cumsum([0] + [stop - start for _, start, stop in parts])
+        self.num_tokens = int(self.starts[-1])
+        self.vocab_size = max(source.vocab_size for source, _, _ in parts)
+        self.name = ", ".join(source.name for source, _, _ in parts)
+        about = repr([(source.fingerprint, start, stop) for source, start, stop in parts])
+        self.fingerprint = hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        pieces, stop = [np.empty(0, np.int64)], start + count
+        for (source, first, _), here, after in zip(
+            self.parts, self.starts, self.starts[1:], strict=False
+        ):
+            low, high = max(start, int(here)), min(stop, int(after))
+            if low < high:
+                pieces.append(source.read(first + low - int(here), high - low))
+        return np.concatenate(pieces)
+
+
+def find_shards(paths: Sequence[str | Path]) -> list[Path]:
+    """The files that files, folders and globs stand for; those of a folder or glob in name
+    order.
+    """
+    found: list[Path] = []
+    for path in map(str, paths):
+        if os.path.isdir(path):
+            some = sorted(p for p in Path(path).iterdir() if p.suffix in (".npy", ".bin"))
+        elif glob.has_magic(path) and not os.path.exists(path):
+            some = [Path(p) for p in sorted(glob.glob(path, recursive=True))]
+        else:
+            some = [Path(path)]
+        if not some:
+            raise UserError(f"{path}: no token shard (.npy or .bin) in it")
+        found += some
+    return found
+
+
 class _Shard:
-    """One file of token ids: NumPy .npy (1-D uint16, uint32, int32) or llm.c .bin (magic
-    20240520 or 20240801).
+    """One file of token ids, its format told by its first bytes: NumPy .npy (1-D uint16, uint32 or
+    int32), llm.c .bin (magic 20240520 or 20240801), or a .bin without header (nanoGPT's uint16).
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,10 +197,29 @@ class _Shard:
                         "1024 bytes"
                     )
                 return 1024, np.dtype(dtype), int(words[2])
+        if self.path.suffix == ".bin":
+            return self._headerless(start)
         raise UserError(
             f"{self.path}: is neither a NumPy .npy file nor an llm.c .bin file: it starts with "
             f"{start[:8]!r}; for text use --train-data"
         )
+
+    def _headerless(self, start: bytes) -> tuple[int, np.dtype[Any], int]:
+        """uint16 ids and nothing else. What is known to be something else is refused by name."""
+        size = os.fstat(self.fd).st_size
+        known = next(
+            (name for magic, name in _OTHER_FORMATS.items() if start.startswith(magic)), ""
+        )
+        if not known and start and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
+            known = "text; use --train-data for it"
+        if not start:
+            known = "an empty file"
+        elif len(start) == 1024 and not any(start[12:]):
+            known = "a file with llm.c's kind of header but another magic number"
+        if known or size % 2:
+            known = known or f"of odd size ({size} bytes), but ids of uint16 take 2 bytes each"
+            raise UserError(f"{self.path}: is {known}, not a shard of token ids")
+        return 0, np.dtype("<u2"), size // 2
 
     def _npy_header(self, file: BinaryIO) -> tuple[int, np.dtype[Any], int]:
         try:

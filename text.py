@@ -1,31 +1,67 @@
-"""Text files to one file of token ids, kept in a cache: tokenized once, read by position ever
-after.
-"""
+"""Text files, read as a stream of documents: plain, JSON lines or Parquet, packed or not."""
 
 from __future__ import annotations
 
-import fcntl
+import codecs
+import glob
+import gzip
 import hashlib
+import json
 import os
 import re
-import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
+from typing import IO, NamedTuple
 
 from config import UserError
-from tokenizer import Tokenizer
 
-_BLOCK_BYTES = 4 << 20  # text is tokenized in pieces of about this size
+_KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
+_PACKED = (".gz", ".zst")
+BLOCK_BYTES = 1 << 20  # text is read, and handed to a worker, in pieces of about this size
 _STDLIB_LEAST_BYTES = 1_000_000
+_FORCED_CUT_BLOCKS = 16  # after that many without a safe place, text is cut where it is
+# Where the patterns by which BPE tokenizers split text first (GPT-2's and its successors') always
+# end a match, so that pieces give the ids of the whole: before a space that follows something
+# visible, before a line break that follows a letter or digit, after one between two such lines.
+_SAFE_CUT = re.compile(r"(?<=\S)(?= )|(?<=[^\W_])(?=\n)|(?<=\S\n)(?=[^\W_])")
+
+
+class Text(NamedTuple):
+    """A document, or a part of a long one."""
+
+    text: str
+    n_bytes: int  # in UTF-8
+    ends_document: bool
+
+
+def find_sources(paths: Iterable[str | Path]) -> list[Path]:
+    """The files that files, folders and globs stand for; those of a folder or glob in name order.
+
+    In folders only files with a known ending count, and empty ones don't. Raises UserError.
+    """
+    found: list[Path] = []
+    for path in map(str, paths):
+        if os.path.isdir(path):
+            inside = sorted(p for p in Path(path).rglob("*") if p.is_file() and kind_of(p)[0])
+            some = [p for p in inside if p.stat().st_size]
+        elif glob.has_magic(path) and not os.path.exists(path):
+            matches = [Path(p) for p in sorted(glob.glob(path, recursive=True))]
+            some = [p for p in matches if p.is_file() and p.stat().st_size]
+        else:
+            some = [Path(path)]
+        if not some:
+            raise UserError(
+                f"{path}: no text in it; known endings are {' '.join(_KINDS)}, also packed"
+            )
+        found += some
+    return found
 
 
 def stdlib_files() -> list[Path]:
-    """The Python standard library's source without its tests, in an order that mixes its
-    packages. Raises UserError.
+    """The source of Python's standard library without its tests, its packages well mixed.
+
+    Raises UserError where it is not there.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -38,119 +74,132 @@ def stdlib_files() -> list[Path]:
     if found < _STDLIB_LEAST_BYTES:
         raise UserError(
             f"this Python has only {found} bytes of its standard library's source in {root}, too "
-            "little to "
-            "train on; give your own text with --train-data FILE, or --use-toy-data"
+            "little to train on; give your own text with --train-data FILE, or --use-toy-data"
         )
     return sorted(
         files, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest()
     )
 
 
-def tokenize_files(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> Path:
-    """The .npy of the files' token ids, each file followed by the end token, made now or found in
-    the cache.
+def kind_of(path: Path) -> tuple[str, str]:
+    """(".jsonl", ".gz") of a.jsonl.gz; "" for what is not known."""
+    packed = path.suffix if path.suffix in _PACKED else ""
+    kind = Path(path.stem).suffix if packed else path.suffix
+    return (kind if kind in _KINDS else ""), packed
 
-    Keyed by content and tokenizer. Processes that start together share the work: the first one does
-    it under a file lock, the others wait. Raises UserError for files that can't be read or are not
-    text, naming file and position.
-    """
-    key = hashlib.blake2b(tokenizer.name.encode(), digest_size=16)
-    for path in files:
+
+def _open(path: Path) -> IO[bytes]:
+    packed = kind_of(path)[1]
+    if packed == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if packed == ".zst":
         try:
-            with open(path, "rb") as file:
-                key.update(
-                    hashlib.file_digest(file, "sha256").digest()
-                    if sys.version_info >= (3, 11)
-                    else hashlib.sha256(file.read()).digest()
-                )
-        except OSError as reason:
-            raise UserError(f"{path}: cannot be read: {reason.strerror}") from reason
-    target = cache_dir / f"{tokenizer.name}-{key.hexdigest()}.npy"
+            import zstandard
+        except ImportError:
+            raise UserError(f"{path}: needs a package: pip install zstandard") from None
+        return zstandard.open(path, "rb")
+    return open(path, "rb")
+
+
+def read_texts(path: Path) -> Iterator[Text]:
+    """The documents of one file, in constant memory. Raises UserError with file and position."""
+    kind, packed = kind_of(path)
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with open(target.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.exists():
-                _write_tokens(files, tokenizer, target)
-    except OSError as reason:
-        raise UserError(
-            f"cannot write the token cache {target}: {reason.strerror}; name another folder with "
-            "--cache-dir"
-        ) from reason
-    return target
+        if kind == ".parquet":
+            yield from _parquet(path)
+        else:
+            with _open(path) as file:
+                yield from (_json_lines if kind == ".jsonl" else _plain)(path, file)
+    except (OSError, EOFError) as reason:
+        said = getattr(reason, "strerror", None) or str(reason)
+        raise UserError(f"{path}: cannot be read: {said}") from reason
+    except Exception as reason:
+        if packed and type(reason).__name__ in ("ZstdError", "error"):
+            raise UserError(f"{path}: damaged {packed} data: {reason}") from reason
+        raise
 
 
-def _write_tokens(files: Sequence[Path], tokenizer: Tokenizer, target: Path) -> None:
-    temporary = target.with_suffix(
-        f".{os.getpid()}.{os.uname().nodename}.tmp"
-    )  # its own, should a lock not hold
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
-    end = np.array([tokenizer.end_token], dtype)
-    header = {"descr": dtype.str, "fortran_order": False}
-    try:
-        with (
-            open(temporary, "wb") as out,
-            tqdm(
-                total=sum(p.stat().st_size for p in files),
-                unit="B",
-                unit_scale=True,
-                desc="tokenizing",
-                delay=1,
-                mininterval=0.1 if sys.stderr.isatty() else 10,
-            ) as bar,
-        ):
-            np.lib.format.write_array_header_1_0(
-                out, {**header, "shape": (10**18,)}
-            )  # room for any count
-            data_start, count = out.tell(), 0
-            for path in files:
-                for text, size in _text_pieces(path):
-                    ids = tokenizer.encode(text).astype(dtype)
-                    out.write(ids.tobytes())
-                    count += len(ids)
-                    bar.update(size)
-                out.write(end.tobytes())
-                count += 1
-            out.seek(0)
-            np.lib.format.write_array_header_1_0(out, {**header, "shape": (count,)})
-            assert out.tell() == data_start, "NumPy's header grew"
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _text_pieces(path: Path) -> Iterator[tuple[str, int]]:
-    """(text, its bytes) piece by piece. Cut only where no tokenizer merges across, so the ids are
-    those of the whole.
-
-    That is after a line break between a visible character and an ASCII letter: the patterns that
-    BPE tokenizers split text by (GPT-2's and its successors') never match across such a place.
-    """
-    kept, done = b"", 0
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            if (nul := block.find(0)) >= 0:
-                raise UserError(
-                    f"{path}: byte {done + len(kept) + nul} is NUL; is this a text file?"
-                )
-            kept += block
-            cuts = [m.end() for m in re.finditer(rb"[!-~]\n(?=[A-Za-z])", kept)]
-            if cuts:
-                yield _decoded(path, kept[: cuts[-1]], done), cuts[-1]
-                kept, done = kept[cuts[-1] :], done + cuts[-1]
-    if done + len(kept) == 0:
+def _plain(path: Path, file: IO[bytes]) -> Iterator[Text]:
+    decoder, kept, read = codecs.getincrementaldecoder("utf-8")(), "", 0
+    while block := file.read(BLOCK_BYTES):
+        if (nul := block.find(0)) >= 0:
+            raise UserError(f"{path}: byte {read + nul} is NUL; is this a text file?")
+        kept += _decoded(path, decoder, block, read)
+        read += len(block)
+        cut = _last_cut(kept, len(block))
+        if cut or len(kept) > _FORCED_CUT_BLOCKS * BLOCK_BYTES:
+            cut = cut or len(kept)
+            yield Text(kept[:cut], len(kept[:cut].encode()), False)
+            kept = kept[cut:]
+    kept += _decoded(path, decoder, b"", read)
+    if not read:
         raise UserError(f"{path} is empty; give a file with text")
-    if kept:
-        yield _decoded(path, kept, done), len(kept)
+    yield Text(kept, len(kept.encode()), True)
 
 
-def _decoded(path: Path, data: bytes, position: int) -> str:
+def _last_cut(text: str, new: int) -> int:
+    """The last safe place to cut, or 0. Only the `new` last characters can hold one."""
+    for reach in (1 << 12, new + 4):
+        if cuts := [m.start() for m in _SAFE_CUT.finditer(text, max(0, len(text) - reach))]:
+            return cuts[-1]
+    return 0
+
+
+def _decoded(path: Path, decoder: codecs.IncrementalDecoder, block: bytes, read: int) -> str:
+    pending = decoder.getstate()[0]
     try:
-        return data.decode()
+        return decoder.decode(block, final=not block)
     except UnicodeDecodeError as reason:
+        position, byte = read - len(pending) + reason.start, (pending + block)[reason.start]
         raise UserError(
-            f"{path}: byte {position + reason.start} is {data[reason.start]:#04x}, not UTF-8; "
-            "convert it first, for example with iconv"
+            f"{path}: byte {position} is {byte:#04x}, not UTF-8; convert it first, for example "
+            "with iconv"
         ) from reason
+
+
+def _json_lines(path: Path, file: IO[bytes]) -> Iterator[Text]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+            data = text.encode()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
+            raise UserError(
+                f'{path}: line {number} is not a JSON object with a "text" of characters '
+                f"({type(reason).__name__}: {str(reason)[:80]})"
+            ) from reason
+        if data:
+            yield Text(text, len(data), True)
+
+
+def _parquet(path: Path) -> Iterator[Text]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: needs a package: pip install pyarrow") from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                if text:
+                    yield Text(text, len(text.encode()), True)
+    except (pyarrow.ArrowException, IndexError, AttributeError) as reason:
+        raise UserError(
+            f"{path}: not a Parquet file with a text column ({str(reason)[:100]})"
+        ) from reason
+
+
+def read_pieces(sources: Sequence[Path]) -> Iterator[list[Text]]:
+    """All texts in order, small ones together, so that a worker gets enough to do."""
+    piece: list[Text] = []
+    size = 0
+    for path in sources:
+        for text in read_texts(path):
+            piece.append(text)
+            size += text.n_bytes
+            if size >= BLOCK_BYTES // 2:
+                yield piece
+                piece, size = [], 0
+    if piece:
+        yield piece

@@ -1,16 +1,24 @@
-"""Tokenizers: `build_tokenizer("bytes")` works anywhere; `build_tokenizer("gpt2")` is OpenAI's
-BPE through tiktoken.
+"""Tokenizers: bytes, the encodings of tiktoken (GPT-2's and its successors), and trained BPE files.
+
+`build_tokenizer(name_or_path)` makes one; `to_json` holds all of it, so a checkpoint that carries
+that text can decode its own samples anywhere.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
 import tempfile
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from config import UserError
+
+_FILE_FORMAT = "rosetrainer tokenizer 1"
 
 
 class Tokenizer(Protocol):
@@ -20,6 +28,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_token: int  # put after each document; stands for no byte of text
     token_bytes: np.ndarray  # (vocab_size,) int64: bytes of text that each id stands for
+    fingerprint: str  # differs where the ids of some text do
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, 1-D, without any special token."""
@@ -29,11 +38,15 @@ class Tokenizer(Protocol):
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def to_json(self) -> str:
+        """All of it, for `tokenizer_from_json`."""
+        ...
+
 
 class ByteTokenizer:
     """Each UTF-8 byte is a token; id 256 ends a document. Never needs a file."""
 
-    name, vocab_size, end_token = "bytes", 257, 256
+    name, vocab_size, end_token, fingerprint = "bytes", 257, 256, "bytes"
 
     def __init__(self) -> None:
         self.token_bytes = np.array([1] * 256 + [0])
@@ -44,55 +57,137 @@ class ByteTokenizer:
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
+    def to_json(self) -> str:
+        return json.dumps({"format": _FILE_FORMAT, "name": "bytes"})
 
-class GPT2Tokenizer:
-    """Byte-pair encoding of GPT-2 (Radford et al. 2019, sec. 2.2), 50257 ids, computed by
-    tiktoken.
+
+class BPETokenizer:
+    """Byte-pair encoding (Sennrich et al. 2016) of bytes, computed by tiktoken.
+
+    pattern: the regular expression that splits text before merging. ranks: token to id, in the
+    order of the merges. end_token: an id outside of ranks; ids up to vocab_size - 1 exist.
     """
 
-    name, vocab_size, end_token = "gpt2", 50257, 50256
-
-    def __init__(self) -> None:
+    def __init__(
+        self, name: str, pattern: str, ranks: dict[bytes, int], end_token: int, vocab_size: int
+    ) -> None:
         import tiktoken
 
-        try:
-            self._bpe = tiktoken.get_encoding("gpt2")
-        except (
-            Exception
-        ) as reason:  # requests raises many kinds, tiktoken ValueError for a wrong hash
-            raise UserError(_files_missing(reason)) from reason
-        lengths = [len(self._bpe.decode_single_token_bytes(i)) for i in range(self.end_token)]
-        self.token_bytes = np.array([*lengths, 0])
+        self.name, self.end_token, self.vocab_size = name, end_token, vocab_size
+        self._pattern, self._ranks = pattern, ranks
+        self._bpe = tiktoken.Encoding(
+            name,
+            pat_str=pattern,
+            mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": end_token},
+        )
+        self._texts: dict[int, bytes] = {i: token for token, i in ranks.items()}
+        self.token_bytes = np.zeros(vocab_size, np.int64)
+        for token, i in ranks.items():
+            self.token_bytes[i] = len(token)
+        self.fingerprint = hashlib.blake2b(self._body().encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         return self._bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: list[int]) -> str:
-        return self._bpe.decode([i for i in ids if i < self.end_token])
+        return b"".join(self._texts.get(i, b"") for i in ids).decode(errors="replace")
+
+    def _body(self) -> str:
+        tokens = [self._texts.get(i) for i in range(self.vocab_size)]
+        return json.dumps(
+            {
+                "pattern": self._pattern,
+                "end_token": self.end_token,
+                "tokens": [None if t is None else base64.b64encode(t).decode() for t in tokens],
+            }
+        )
+
+    def to_json(self) -> str:
+        body = json.loads(self._body())
+        return json.dumps({"format": _FILE_FORMAT, "name": self.name, **body})
 
 
-def _files_missing(reason: Exception) -> str:
+def tokenizer_from_json(text: str, where: str) -> Tokenizer:
+    """The inverse of `to_json`. where: the file that the text is from. Raises UserError."""
+    try:
+        record = json.loads(text)
+        if not isinstance(record, dict) or record.get("format") != _FILE_FORMAT:
+            raise ValueError("it does not say so")
+        if record["name"] == "bytes":
+            return ByteTokenizer()
+        tokens = [None if t is None else base64.b64decode(t) for t in record["tokens"]]
+        ranks = {t: i for i, t in enumerate(tokens) if t is not None}
+        missing = 256 - sum(len(t) == 1 for t in ranks)
+        if missing or len(ranks) != sum(t is not None for t in tokens):
+            raise ValueError(f"{missing} of the 256 bytes missing, or tokens twice")
+        if type(record["end_token"]) is not int or record["end_token"] in ranks.values():
+            raise ValueError("the end token is one of the text")
+        return BPETokenizer(
+            str(record["name"]), record["pattern"], ranks, record["end_token"], len(tokens)
+        )
+    except Exception as reason:  # whatever a damaged file makes of json, base64 or tiktoken
+        raise UserError(
+            f"{where}: not a tokenizer file ({type(reason).__name__}: {str(reason)[:100]}); "
+            "data/train_tokenizer.py makes them"
+        ) from reason
+
+
+def build_tokenizer(name_or_path: str) -> Tokenizer:
+    """ "bytes", the name of a tiktoken encoding ("gpt2"), or a file of data/train_tokenizer.py.
+
+    Raises UserError for others, and where the files of an encoding can't be had.
+    """
+    import tiktoken
+
+    if name_or_path == "bytes":
+        return ByteTokenizer()
+    if name_or_path in tiktoken.list_encoding_names():
+        try:
+            known = tiktoken.get_encoding(name_or_path)
+        except Exception as reason:  # requests raises many kinds, tiktoken ValueError
+            raise UserError(_files_missing(name_or_path, reason)) from reason
+        ranks = known._mergeable_ranks
+        return BPETokenizer(name_or_path, known._pat_str, ranks, known.eot_token, known.n_vocab)
+    path = Path(name_or_path)
+    if path.is_file():
+        try:
+            return tokenizer_from_json(path.read_text(encoding="utf-8"), name_or_path)
+        except (OSError, UnicodeDecodeError) as reason:
+            raise UserError(f"{name_or_path}: not a tokenizer file ({reason})") from reason
+    raise UserError(
+        f"tokenizer_name={name_or_path!r:.80} is neither a file nor one of bytes, "
+        f"{', '.join(sorted(tiktoken.list_encoding_names()))}"
+    )
+
+
+def stored_tokenizer(stored: str, name: str, where: str) -> Tokenizer | None:
+    """The tokenizer called name, or if none is named the one that a checkpoint stores, if it does.
+
+    Raises UserError where the two differ.
+    """
+    kept = tokenizer_from_json(stored, where) if stored else None
+    named = build_tokenizer(name) if name else None
+    if kept and named and kept.fingerprint != named.fingerprint:
+        raise UserError(f"tokenizer_name={name}, but {where} was trained with {kept.name}")
+    return kept or named
+
+
+def _files_missing(name: str, reason: Exception) -> str:
     folder = (
         os.environ.get("TIKTOKEN_CACHE_DIR")
         or os.environ.get("DATA_GYM_CACHE_DIR")
         or os.path.join(tempfile.gettempdir(), "data-gym-cache")
     )
-    return (
-        "the gpt2 tokenizer needs its two files vocab.bpe and encoder.json: tiktoken looks for "
-        "them in "
-        f"{folder} (TIKTOKEN_CACHE_DIR names another folder) under the names "
-        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6, "
-        f"and downloading them failed ({type(reason).__name__}); --tokenizer-name bytes works "
-        "offline"
-    )
-
-
-def build_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of that name: "bytes" or "gpt2". Raises UserError for others, and where its
-    files can't be had.
-    """
-    if name == "bytes":
-        return ByteTokenizer()
     if name == "gpt2":
-        return GPT2Tokenizer()
-    raise UserError(f"tokenizer_name={name!r:.80} is not one of bytes, gpt2")
+        files = (
+            "two files vocab.bpe and encoder.json, there named "
+            "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
+        )
+    else:
+        files = f"file {name}.tiktoken, there named by the SHA-1 of its address"
+    return (
+        f"the {name} tokenizer needs its {files}: tiktoken looks for them in {folder} "
+        "(TIKTOKEN_CACHE_DIR names another folder), and downloading them failed "
+        f"({type(reason).__name__}); --tokenizer-name bytes works offline"
+    )

@@ -7,7 +7,7 @@ train_ddp.py`.
 from checkpoint import load_checkpoint, save_checkpoint, saved_settings
 from cli import parse_settings, run_script
 from config import Settings
-from dataset import open_data
+from dataset import Prefetch, open_data, record_of
 from device import pick_device, wants_compile
 from distributed import Ranks, process_group, ranks_of_torchrun, sum_ranks, summed, wrap
 from eval import evaluate
@@ -22,7 +22,7 @@ def main(args: Settings, ranks: Ranks) -> None:
     device = pick_device(args.device, args.precision, ranks.local_rank)
     rank, world = ranks.rank, ranks.world
     train, val, args = open_data(args)  # fills in vocab_size
-    data = {"train": train.describe(), "val": val.describe()}
+    data = record_of(train, val)
     model = GPTModel(args.model, seed=args.seed).to(device.torch)
     optimizer = make_optimizer(model, args)
     state = RunState.fresh(device)
@@ -32,10 +32,11 @@ def main(args: Settings, ranks: Ranks) -> None:
         model.compile()
     ddp = wrap(model, device)  # the same weights, but its backward pass averages over ranks
     log = RunLog("train_ddp", args, state, device, model, train, val, rank, world)
+    batches = Prefetch(train, args, device, rank, world)
     if state.step == 0:
         log.eval(state, evaluate(model, val, args.batch_size, device, rank, world, sum_ranks))
     while state.step < args.num_steps:  # step = updates finished, everywhere
-        batch = train.global_batch(state.step, args, rank, world)  # this rank's rows of it
+        batch = batches(state.step)  # this rank's rows of it
         stats = train_step(ddp, optimizer, batch, args, state, device, rank, world, ddp.no_sync)
         log.tick()
         now = due(state.step, args)

@@ -5,7 +5,7 @@ train_ddp.py.
 from checkpoint import load_checkpoint, save_checkpoint, saved_settings
 from cli import parse_settings, run_script
 from config import Settings
-from dataset import open_data
+from dataset import Prefetch, open_data, record_of
 from device import pick_device, wants_compile
 from eval import evaluate
 from generate import sample
@@ -18,7 +18,7 @@ from step import RunState, check_finite, due, train_step
 def main(args: Settings) -> None:
     device = pick_device(args.device, args.precision)
     train, val, args = open_data(args)  # fills in vocab_size
-    data = {"train": train.describe(), "val": val.describe()}
+    data = record_of(train, val)
     model = GPTModel(args.model, seed=args.seed).to(device.torch)
     optimizer = make_optimizer(model, args)
     state = RunState.fresh(device)
@@ -27,10 +27,11 @@ def main(args: Settings) -> None:
     if wants_compile(args.compile, device):
         model.compile()
     log = RunLog("train_minimal", args, state, device, model, train, val)
+    batches = Prefetch(train, args, device)
     if state.step == 0:
         log.eval(state, evaluate(model, val, args.batch_size, device))
     while state.step < args.num_steps:  # step = updates finished, everywhere
-        batch = train.global_batch(state.step, args)  # a function of (seed, step), nothing else
+        batch = batches(state.step)  # a function of (seed, step), nothing else
         stats = train_step(model, optimizer, batch, args, state, device)
         log.tick()
         now = due(state.step, args)

@@ -179,9 +179,9 @@ def test_other_data_is_refused(tmp_path, run):
         run.optimizer,
         run.state,
         run.args,
-        {"train": {"fingerprint": "a"}},
+        {"train": {"fingerprint": "a"}, "val": {}},
     )
-    now = {"train": {"fingerprint": "b"}}
+    now = {"train": {"fingerprint": "b"}, "val": {}}
     refused(
         lambda: load_checkpoint(tmp_path / "c.pt", run.model, run.optimizer, RunState(), now),
         "train data: fingerprint was 'a', is 'b'",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from config import UserError
-from shards import TokenShards, ToyTokens, hash_of, mix
+from shards import JoinedTokens, TokenShards, ToyTokens, hash_of, mix
 
 
 def npy(path, ids, dtype="<u2"):
@@ -42,6 +42,32 @@ def test_llmc_ids_come_back(tmp_path, magic, version, dtype):
     assert source.read(0, 50).tolist() == list(range(50))
 
 
+def test_bin_without_header_is_uint16(tmp_path):
+    (tmp_path / "a.bin").write_bytes(np.arange(50, dtype="<u2").tobytes())
+    source = TokenShards([tmp_path / "a.bin"], 100)
+    assert source.read(0, 50).tolist() == list(range(50))
+
+
+def test_folders_and_globs_are_read_in_name_order(tmp_path):
+    for name in ("b", "a", "c"):
+        npy(tmp_path / f"{name}.npy", [ord(name)])
+    (tmp_path / "notes.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "*.npy"):
+        assert TokenShards([path], 200).read(0, 3).tolist() == [97, 98, 99]
+    refused(tmp_path / "*.bin", "no token shard")
+
+
+def test_joined_ranges_are_one_stream(tmp_path):
+    source = TokenShards([npy(tmp_path / "a.npy", range(100))], 100)
+    joined = JoinedTokens([(source, 90, 100), (source, 10, 15), (source, 50, 60)])
+    wanted = [*range(90, 100), *range(10, 15), *range(50, 60)]
+    for start in range(25):
+        for count in (0, 1, 7, 25 - start):
+            assert (
+                joined.read(start, min(count, 25 - start)).tolist() == wanted[start : start + count]
+            )
+
+
 def test_shards_are_one_stream(tmp_path):
     files = [npy(tmp_path / f"{i}.npy", range(10 * i, 10 * i + 10)) for i in range(3)]
     source = TokenShards(files, 100)
@@ -62,9 +88,14 @@ def test_what_is_not_a_shard_is_refused_by_name(tmp_path):
         return tmp_path / name
 
     refused(tmp_path / "none.npy", "no such file")
-    refused(tmp_path, "not a plain file")
-    refused(file("html.bin", b"<!DOCTYPE html><html>"), "neither", "--train-data")
-    refused(file("gzip.bin", b"\x1f\x8b\x08\0" * 600), "neither")
+    (tmp_path / "folder.npy").mkdir()
+    refused(tmp_path / "folder.npy", "no token shard")
+    refused(file("html.npy", b"<!DOCTYPE html><html>"), "neither", "--train-data")
+    refused(file("html.bin", b"<!DOCTYPE html><html>"), "text", "--train-data")
+    refused(file("gzip.bin", b"\x1f\x8b\x08\0" * 600), "gzip data")
+    refused(file("odd.bin", b"\1\0\2\0\3"), "odd size (5 bytes)")
+    refused(file("empty.bin", b""), "an empty file")
+    refused(llmc(tmp_path / "m.bin", [1, 2], magic=20240521), "another magic number")
     refused(file("empty.npy", b""), "neither")
     refused(file("head.npy", b"\x93NUMPY\x01\0\x10\0bad"), "damaged .npy header")
     refused(npy(tmp_path / "f.npy", [0.5], "<f4"), "float32", "expected 1-D uint16")

@@ -5,11 +5,18 @@ import numpy as np
 import pytest
 
 import text
+import token_files
 from config import UserError
-from text import stdlib_files, tokenize_files
+from text import stdlib_files
+from token_files import tokenize_files
 from tokenizer import build_tokenizer
 
 BYTES = build_tokenizer("bytes")
+
+
+def only(files, tokenizer, cache):
+    (shard,) = tokenize_files(files, tokenizer, cache)
+    return shard
 
 
 def write(path, content):
@@ -19,7 +26,7 @@ def write(path, content):
 
 def test_each_file_is_followed_by_the_end_token(tmp_path):
     files = [write(tmp_path / "a", "one"), write(tmp_path / "b", "two\n")]
-    ids = np.load(tokenize_files(files, BYTES, tmp_path / "cache"))
+    ids = np.load(only(files, BYTES, tmp_path / "cache"))
     assert ids.dtype == np.uint16
     assert ids.tolist() == [*b"one", 256, *b"two\n", 256]
 
@@ -28,31 +35,31 @@ def test_second_start_reads_the_cache_and_changed_text_does_not(tmp_path, monkey
     file = write(tmp_path / "a", "one")
     first = tokenize_files([file], BYTES, tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(text, "_write_tokens", lambda *a: pytest.fail("tokenized again"))
+        patch.setattr(token_files, "_encode", lambda *a: pytest.fail("tokenized again"))
         assert tokenize_files([file], BYTES, tmp_path / "cache") == first
     assert tokenize_files([write(file, "two")], BYTES, tmp_path / "cache") != first
-    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert len(list((tmp_path / "cache").glob("*/*.npy"))) == 2
+    assert not list((tmp_path / "cache").glob("**/*.tmp"))
 
 
 def test_pieces_give_the_ids_of_the_whole(tmp_path, monkeypatch, gpt2_files):
     import tiktoken
 
-    monkeypatch.setattr(text, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(text, "BLOCK_BYTES", 64)
     draw = random.Random(0)
     words = ["a", " b", "\n", "\n\n", "  ", "don't", "'s", "\t", ";", "12", "é", "世", " \n", "Z"]
     content = "".join(draw.choice(words) for _ in range(20_000))
     gpt2 = build_tokenizer("gpt2")
-    ids = np.load(tokenize_files([write(tmp_path / "a", content)], gpt2, tmp_path / "cache"))
+    ids = np.load(only([write(tmp_path / "a", content)], gpt2, tmp_path / "cache"))
     assert ids.tolist() == [*tiktoken.get_encoding("gpt2").encode_ordinary(content), 50256]
-    pieces = [p for p, _ in text._text_pieces(tmp_path / "a")]
+    pieces = [t.text for t in text.read_texts(tmp_path / "a")]
     assert len(pieces) > 50 and "".join(pieces) == content
 
 
 def test_tinyshakespeare_gives_the_ids_of_tiktoken(tmp_path, shared_text, gpt2_files):
     import tiktoken
 
-    ids = np.load(tokenize_files([shared_text], build_tokenizer("gpt2"), tmp_path))
+    ids = np.load(only([shared_text], build_tokenizer("gpt2"), tmp_path))
     assert ids[:-1].tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(
         shared_text.read_text()
     )
@@ -68,18 +75,19 @@ def test_tinyshakespeare_gives_the_ids_of_tiktoken(tmp_path, shared_text, gpt2_f
     ],
 )
 def test_what_is_not_text_is_named_with_its_position(tmp_path, monkeypatch, content, said):
-    monkeypatch.setattr(text, "_BLOCK_BYTES", 16)
+    monkeypatch.setattr(text, "BLOCK_BYTES", 16)
     with pytest.raises(UserError) as caught:
         tokenize_files([write(tmp_path / "a", content)], BYTES, tmp_path / "cache")
     assert said in str(caught.value) and str(tmp_path / "a") in str(caught.value)
-    assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
+    assert not list((tmp_path / "cache").glob("*/*.npy*"))
 
 
 def test_missing_file_and_folder_are_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.txt: cannot be read: No such file"):
         tokenize_files([tmp_path / "none.txt"], BYTES, tmp_path / "cache")
-    with pytest.raises(UserError, match="Is a directory"):
-        tokenize_files([tmp_path], BYTES, tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no text in it"):
+        tokenize_files(text.find_sources([tmp_path / "empty"]), BYTES, tmp_path / "cache")
 
 
 def test_cache_that_cannot_be_written_names_the_flag(tmp_path):
@@ -89,14 +97,14 @@ def test_cache_that_cannot_be_written_names_the_flag(tmp_path):
 
 
 def _tokenize(file, cache, counter):
-    original = text._write_tokens
+    original = token_files._ShardFile.finish
 
-    def counted(*args):
+    def counted(self):
         with counter.get_lock():
             counter.value += 1
-        original(*args)
+        return original(self)
 
-    text._write_tokens = counted
+    token_files._ShardFile.finish = counted
     tokenize_files([file], BYTES, cache)
 
 

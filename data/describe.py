@@ -1,0 +1,119 @@
+"""What a file or folder of tokens or text is: `python data/describe.py PATH...`"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from cli import parse_flags, run_script
+from config import UserError, check_fields, flag
+from shards import TokenShards
+from text import find_sources, kind_of, read_texts
+from token_files import MANIFEST, TOKENIZER_FILE
+from tokenizer import Tokenizer, build_tokenizer
+
+_BLOCK = 1 << 20
+_ANY_ID = 1 << 32
+
+
+@dataclass(frozen=True)
+class DescribeSettings:
+    """Settings of data/describe.py."""
+
+    paths: tuple[str, ...] = flag((), "token shards, folders of them, texts", positional=True)
+    tokenizer_name: str = flag("", "tokenizer of the shards; none = the one stored beside them")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.paths:
+            raise UserError("give something to describe: describe.py PATH...")
+
+
+def describe_tokens(path: str, tokenizer: Tokenizer | None) -> dict[str, object]:
+    """Counts and range of the ids of shards; with a tokenizer, bytes, documents and first text."""
+    source = TokenShards([path], _ANY_ID)
+    counts = np.zeros(1 << 16, np.int64)
+    for start in range(0, source.num_tokens, _BLOCK):
+        ids = source.read(start, min(_BLOCK, source.num_tokens - start))
+        here = np.bincount(ids)
+        counts = np.pad(counts, (0, max(0, len(here) - len(counts))))
+        counts[: len(here)] += here
+    used = np.flatnonzero(counts)
+    if not len(used):
+        return {"tokens": 0, "problem": "no tokens"}
+    about: dict[str, object] = {
+        "shards": len(source.shards),
+        "dtype": ", ".join(sorted({str(s.dtype) for s in source.shards})),
+        "tokens": source.num_tokens,
+        "smallest id": int(used[0]),
+        "largest id": int(used[-1]),
+        "distinct ids": len(used),
+    }
+    if tokenizer is None:
+        return about
+    known = min(len(counts), tokenizer.vocab_size)
+    n_bytes = int(counts[:known] @ tokenizer.token_bytes[:known])
+    about |= {
+        "tokenizer": tokenizer.name,
+        "documents": int(counts[tokenizer.end_token]) if tokenizer.end_token < len(counts) else 0,
+        "bytes": n_bytes,
+        "bytes per token": round(n_bytes / source.num_tokens, 3),
+        "first text": tokenizer.decode(source.read(0, min(60, source.num_tokens)).tolist()),
+    }
+    if used[-1] >= tokenizer.vocab_size:
+        about["problem"] = f"ids up to {used[-1]}, but {tokenizer.name} has {tokenizer.vocab_size}"
+    return about
+
+
+def describe_text(path: str) -> dict[str, object]:
+    """Counts of a text file or folder, read to its end."""
+    documents, n_bytes, first = 0, 0, ""
+    for source in find_sources([path]):
+        for text in read_texts(source):
+            first = first or text.text[:200]
+            documents += text.ends_document
+            n_bytes += text.n_bytes
+    return {"documents": documents, "bytes": n_bytes, "first text": first}
+
+
+def describe(path: str, tokenizer_name: str) -> dict[str, object]:
+    """What there is to say of a path; a problem that stops the reading is said too."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    is_tokens = Path(path).suffix in (".npy", ".bin") or any(
+        Path(path).is_dir() and Path(path).glob(kind) and list(Path(path).glob(kind))
+        for kind in ("*.npy", "*.bin")
+    )
+    try:
+        if not is_tokens:
+            return {"kind": f"text {kind_of(Path(path))[0]}".strip(), **describe_text(path)}
+        beside = folder / TOKENIZER_FILE
+        name = tokenizer_name or (str(beside) if beside.exists() else "")
+        about = describe_tokens(path, build_tokenizer(name) if name else None)
+        if Path(path).is_dir() and (folder / MANIFEST).exists():
+            promised = json.loads((folder / MANIFEST).read_text())["tokens"]
+            if promised != about["tokens"]:
+                about["problem"] = f"{MANIFEST} promises {promised} tokens"
+        return {"kind": "token shards", **about}
+    except UserError as problem:
+        return {"problem": str(problem)}
+
+
+def main(args: DescribeSettings) -> None:
+    problems = 0
+    for path in args.paths:
+        print(path)
+        for name, value in describe(path, args.tokenizer_name).items():
+            problems += name == "problem"
+            print(f"  {name}: {value!r}" if name == "first text" else f"  {name}: {value}")
+    if problems:
+        raise UserError(f"{problems} of {len(args.paths)} with a problem")
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda argv: main(DescribeSettings(**parse_flags(DescribeSettings, "describe.py", argv)))
+    )

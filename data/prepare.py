@@ -1,0 +1,52 @@
+"""Text to token shards: `python data/prepare.py --out data/mine --tokenizer-name gpt2 FILES...`
+
+Train on them with `--train-npy data/mine`. Stop it at any time; started again, it goes on.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli import parse_flags, run_script
+from config import UserError, check_fields, flag
+from text import find_sources
+from token_files import SHARD_TOKENS, prepare
+from tokenizer import build_tokenizer
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """Settings of data/prepare.py."""
+
+    paths: tuple[str, ...] = flag((), "files, folders, globs: .txt .md .py .jsonl .parquet, packed "
+                                  "with .gz or .zst too", positional=True)  # fmt: skip
+    out: str = flag("", "folder to write the shards to")
+    tokenizer_name: str = flag("gpt2", "bytes, a tiktoken encoding, or a trained tokenizer's file")
+    shard_tokens: int = flag(SHARD_TOKENS, "tokens after which a new shard begins", at_least=1)
+    workers: int = flag(0, "threads; 0 = one per core; the output is the same", at_least=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.paths or not self.out:
+            raise UserError("give the texts and a folder: prepare.py --out FOLDER FILES...")
+
+
+def main(args: PrepareSettings) -> None:
+    tokenizer, folder = build_tokenizer(args.tokenizer_name), Path(args.out)
+    try:
+        made = prepare(find_sources(args.paths), tokenizer, folder, args.shard_tokens, args.workers)
+    except OSError as reason:
+        raise UserError(f"cannot write to {folder}: {reason.strerror}") from reason
+    print(
+        f"{folder}: {made['tokens']:,} tokens of {made['bytes']:,} bytes in {made['documents']:,} "
+        f"documents, {len(made['shards'])} shards"
+    )
+    print(f"train: python train_minimal.py --train-npy {folder}")
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda argv: main(PrepareSettings(**parse_flags(PrepareSettings, "prepare.py", argv)))
+    )

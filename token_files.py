@@ -1,0 +1,250 @@
+"""Text to shards of token ids: streaming, parallel, resumable, the same bytes for any worker count.
+
+`prepare` writes a folder of shards (data/prepare.py); `tokenize_files` keeps such a folder in a
+cache, for training on text directly.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from config import UserError
+from text import BLOCK_BYTES, Text, kind_of, read_pieces
+from tokenizer import Tokenizer
+
+MANIFEST, TOKENIZER_FILE, _PROGRESS = "tokens.json", "tokenizer.json", "progress.json"
+_FORMAT = "rosetrainer tokens 1"
+SHARD_TOKENS = 100_000_000
+
+
+def _encode(piece: list[Text], tokenizer: Tokenizer, dtype: np.dtype[Any]) -> bytes:
+    """Runs in a thread: tiktoken lets others run while it works."""
+    end = np.array([tokenizer.end_token], dtype).tobytes()
+    return b"".join(
+        tokenizer.encode(t.text).astype(dtype).tobytes() + (end if t.ends_document else b"")
+        for t in piece
+    )
+
+
+def _in_order(
+    pieces: Iterator[list[Text]], tokenizer: Tokenizer, dtype: np.dtype[Any], workers: int
+) -> Iterator[tuple[list[Text], bytes]]:
+    """Each piece with its ids, in the order of the pieces, few of them in memory."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[tuple[list[Text], Future[bytes]]] = deque()
+        try:
+            for piece in pieces:
+                waiting.append((piece, pool.submit(_encode, piece, tokenizer, dtype)))
+                if len(waiting) > 2 * workers:
+                    first, ids = waiting.popleft()
+                    yield first, ids.result()
+            while waiting:
+                first, ids = waiting.popleft()
+                yield first, ids.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _ShardFile:
+    """A .npy of token ids that grows; it appears under its name when it is whole."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path, self.dtype = path, dtype
+        self.temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+        self.file = open(self.temporary, "wb")  # noqa: SIM115
+        self._header(10**18)  # room for any count
+        self.start, self.tokens, self.bytes, self.documents, self.pieces = (
+            self.file.tell(),
+            0,
+            0,
+            0,
+            0,
+        )
+
+    def _header(self, count: int) -> None:
+        about = {"descr": self.dtype.str, "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(self.file, about)
+
+    def add(self, piece: list[Text], ids: bytes) -> None:
+        self.file.write(ids)
+        self.tokens += len(ids) // self.dtype.itemsize
+        self.bytes += sum(t.n_bytes for t in piece)
+        self.documents += sum(t.ends_document for t in piece)
+        self.pieces += 1
+
+    def finish(self) -> dict[str, Any]:
+        self.file.seek(0)
+        self._header(self.tokens)
+        assert self.file.tell() == self.start, "NumPy's header changed its size"
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.temporary, self.path)
+        counts = {k: getattr(self, k) for k in ("tokens", "bytes", "documents", "pieces")}
+        return {"file": self.path.name, **counts}
+
+    def drop(self) -> None:
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    seen = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                seen.update(block)
+            return {"path": str(path), "bytes": file.tell(), "sha256": seen.hexdigest()}
+    except OSError as reason:
+        raise UserError(f"{path}: cannot be read: {reason.strerror}") from reason
+
+
+def _describe_job(
+    sources: Sequence[Path], tokenizer: Tokenizer, shard_tokens: int, workers: int
+) -> dict[str, Any]:
+    """What decides every byte of the output, and `key`, a hash of it. Paths are not part of
+    that.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        digests = list(pool.map(_digest, sources))
+    kinds = [kind_of(p)[0] for p in sources]
+    decides = [_FORMAT, tokenizer.fingerprint, shard_tokens, BLOCK_BYTES, kinds]
+    decides += [d["sha256"] for d in digests]
+    return {
+        "format": _FORMAT,
+        "key": hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest(),
+        "tokenizer": tokenizer.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": "uint16" if tokenizer.vocab_size <= 65536 else "uint32",
+        "sources": digests,
+    }
+
+
+def prepare(
+    sources: Sequence[Path],
+    tokenizer: Tokenizer,
+    folder: Path,
+    shard_tokens: int = SHARD_TOKENS,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Writes the ids of the sources, each document ended by the end token, as shards into folder.
+
+    A shard is closed by the first piece that fills it to shard_tokens. Killed at any moment and
+    started again, it keeps the finished shards and ends with the same bytes. workers: threads; 0 =
+    one per core. Returns the manifest, also written as tokens.json. Raises UserError.
+    """
+    workers = workers or os.cpu_count() or 1
+    job = _describe_job(sources, tokenizer, shard_tokens, workers)
+    return _write_shards(sources, tokenizer, folder, job, shard_tokens, workers)
+
+
+def _write_shards(
+    sources: Sequence[Path],
+    tokenizer: Tokenizer,
+    folder: Path,
+    job: dict[str, Any],
+    shard_tokens: int,
+    workers: int,
+) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _finished(folder, job)
+    if (folder / MANIFEST).exists():
+        return json.loads((folder / MANIFEST).read_text())
+    dtype = np.dtype("<u2" if job["dtype"] == "uint16" else "<u4")
+    for rest in folder.glob(f"*.{os.uname().nodename}.*.tmp"):
+        rest.unlink()
+    _write_whole(folder / TOKENIZER_FILE, tokenizer.to_json())
+    pieces = islice(read_pieces(sources), sum(s["pieces"] for s in shards), None)
+    total = (
+        sum(s["bytes"] for s in job["sources"]) if not any(kind_of(p)[1] for p in sources) else None
+    )
+    shard: _ShardFile | None = None
+    bar = tqdm(
+        total=total, initial=sum(s["bytes"] for s in shards), unit="B", unit_scale=True,
+        desc=f"tokenizing ({tokenizer.name})", delay=1,
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    )  # fmt: skip
+    try:
+        for piece, ids in _in_order(pieces, tokenizer, dtype, workers):
+            shard = shard or _ShardFile(folder / f"tokens_{len(shards):06d}.npy", dtype)
+            shard.add(piece, ids)
+            bar.update(sum(t.n_bytes for t in piece))
+            if shard.tokens >= shard_tokens:
+                shards.append(shard.finish())
+                shard = None
+                _write_whole(folder / _PROGRESS, json.dumps({"key": job["key"], "shards": shards}))
+        if shard is not None:
+            shards.append(shard.finish())
+            shard = None
+    finally:
+        bar.close()
+        if shard is not None:
+            shard.drop()
+    if not shards:
+        raise UserError(f"{', '.join(map(str, sources[:3]))}: no text in it")
+    counts = {k: sum(s[k] for s in shards) for k in ("tokens", "bytes", "documents")}
+    manifest = {**job, **counts, "shards": shards}
+    _write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+    (folder / _PROGRESS).unlink(missing_ok=True)
+    return manifest
+
+
+def _finished(folder: Path, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shards that an earlier start of the same job finished. Raises UserError for another
+    job's.
+    """
+    for name in (MANIFEST, _PROGRESS):
+        if (folder / name).exists():
+            earlier = json.loads((folder / name).read_text())
+            if earlier["key"] != job["key"]:
+                raise UserError(
+                    f"{folder} holds the tokens of other text, tokenizer or shard size (see {name} "
+                    "there); name another folder, or delete it"
+                )
+            return list(earlier["shards"])
+    return []
+
+
+def _write_whole(path: Path, content: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def tokenize_files(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> list[Path]:
+    """The shards of the files' token ids, made now or found in the cache.
+
+    Keyed by content and tokenizer. Processes that start together share the work: the first one does
+    it under a file lock, the others wait. Raises UserError.
+    """
+    workers = os.cpu_count() or 1
+    job = _describe_job(files, tokenizer, SHARD_TOKENS, workers)
+    folder = cache_dir / f"{Path(tokenizer.name).name}-{job['key']}"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with open(cache_dir / f"{folder.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            manifest = _write_shards(files, tokenizer, folder, job, SHARD_TOKENS, workers)
+    except OSError as reason:
+        raise UserError(
+            f"cannot write the token cache {folder}: {reason.strerror}; name another folder with "
+            "--cache-dir"
+        ) from reason
+    return [folder / s["file"] for s in manifest["shards"]]
