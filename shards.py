@@ -214,8 +214,8 @@ class _Shard:
             known = "text; use --train-data for it"
         if not start:
             known = "an empty file"
-        elif len(start) == 1024 and not any(start[12:]):
-            known = "a file with llm.c's kind of header but another magic number"
+        elif bytes(512) in start:  # as between llm.c's three numbers and its ids
+            known = "a file with a header like llm.c's, but its first bytes differ"
         if known or size % 2:
             known = known or f"of odd size ({size} bytes), but ids of uint16 take 2 bytes each"
             raise UserError(f"{self.path}: is {known}, not a shard of token ids")
@@ -230,8 +230,9 @@ class _Shard:
                 else np.lib.format.read_array_header_2_0
             )
             shape, _, dtype = read(file)
-        except ValueError as reason:
-            raise UserError(f"{self.path}: damaged .npy header: {str(reason)[:100]}") from reason
+        except Exception as reason:  # a damaged header takes NumPy's parser to many places
+            said = " ".join(str(reason).split())[:100]
+            raise UserError(f"{self.path}: damaged .npy header: {said}") from reason
         if len(shape) != 1 or dtype.str not in ("<u2", "<u4", "<i4"):
             raise UserError(
                 f"{self.path}: holds {dtype} of shape {shape}, expected 1-D uint16, uint32 or int32"

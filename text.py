@@ -6,6 +6,7 @@ import codecs
 import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -97,7 +98,7 @@ def _open(path: Path) -> IO[bytes]:
             import zstandard
         except ImportError:
             raise UserError(f"{path}: needs a package: pip install zstandard") from None
-        return zstandard.open(path, "rb")
+        return io.BufferedReader(zstandard.open(path, "rb"))  # it has no lines of its own
     return open(path, "rb")
 
 
@@ -111,7 +112,7 @@ def read_texts(path: Path) -> Iterator[Text]:
             with _open(path) as file:
                 yield from (_json_lines if kind == ".jsonl" else _plain)(path, file)
     except (OSError, EOFError) as reason:
-        said = getattr(reason, "strerror", None) or str(reason)
+        said = " ".join((getattr(reason, "strerror", None) or str(reason)).split())[:200]
         raise UserError(f"{path}: cannot be read: {said}") from reason
     except Exception as reason:
         if packed and type(reason).__name__ in ("ZstdError", "error"):
@@ -184,9 +185,9 @@ def _parquet(path: Path) -> Iterator[Text]:
             for text in batch.column(0).to_pylist():
                 if text:
                     yield Text(text, len(text.encode()), True)
-    except (pyarrow.ArrowException, IndexError, AttributeError) as reason:
+    except Exception as reason:  # of many kinds: Arrow, decoding, memory
         raise UserError(
-            f"{path}: not a Parquet file with a text column ({str(reason)[:100]})"
+            f"{path}: not a Parquet file with a text column ({' '.join(str(reason).split())[:100]})"
         ) from reason
 
 

@@ -1,14 +1,17 @@
 import dataclasses
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from conftest import toy_settings
+from conftest import CPU, toy_settings
 
 from cli import parse_settings
 from config import UserError
 from dataset import (
     FineWebNPYDataset,
+    Mixture,
+    Prefetch,
     TextDatasetForCausalLM,
     TokenDataset,
     ToyRandomDataset,
@@ -17,6 +20,7 @@ from dataset import (
     open_validation,
     permute,
     same_data,
+    weighted,
 )
 
 
@@ -204,3 +208,128 @@ def test_changed_data_is_noticed(tmp_path):
     (tmp_path / "a.txt").write_text("some texT\n" * 100)
     with pytest.raises(UserError, match="fingerprint was"):
         same_data(recorded, open_validation(args))
+
+
+def mixture(weights=("0.7", "0.3"), lengths=(30, 20)):
+    parts = [TokenDataset(Counting(n * 7 + 1), 8) for n in lengths]
+    for i, part in enumerate(parts):
+        part.source.vocab_size = 10 + i
+    offset = [1000 * i for i in range(len(parts))]
+    for part, add in zip(parts, offset, strict=True):
+        read = part.source.read
+        part.source.read = lambda start, count, read=read, add=add: read(start, count) + add
+    return Mixture(parts, [Fraction(w) for w in weights])
+
+
+def test_shares_of_a_mixture_are_exact_over_any_stretch():
+    data = mixture(("0.7", "0.2", "0.1"), (30, 20, 50))
+    origin = (data.samples(0, 5000, 3)[:, 0] // 1000).numpy()
+    for stretch in (10, 100, 1000):
+        for start in (0, 3, 777, 4000):
+            counts = np.bincount(origin[start : start + stretch], minlength=3)
+            assert np.abs(counts - stretch * np.array([0.7, 0.2, 0.1])).max() < 1.01
+
+
+def test_each_part_of_a_mixture_keeps_exact_epochs_in_an_order_of_its_own():
+    data = mixture()
+    rows = data.samples(0, 300, 3)[:, 0].numpy()
+    first = (rows[rows < 1000] // 7)[:90].reshape(3, 30)  # 210 of them: seven epochs
+    assert all(np.array_equal(np.sort(epoch), np.arange(30)) for epoch in first)
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_samples_of_a_mixture_are_a_function_of_their_number():
+    data = mixture()
+    whole = data.samples(0, 120, 5)
+    assert torch.equal(data.samples(37, 20, 5), whole[37:57])
+    args = toy_settings(global_batch_size=12, data_seed=5)
+    ranks = [data.global_batch(4, args, rank, 3) for rank in range(3)]
+    assert torch.equal(torch.cat(ranks), whole[48:60])
+
+
+def test_weights_are_read_from_the_names(tmp_path):
+    assert weighted(["a.npy:0.7", "b:c.npy:3"]) == [("a.npy", Fraction(7, 10)), ("b:c.npy", 3)]
+    (tmp_path / "odd:1").write_text("")
+    assert weighted([str(tmp_path / "odd:1"), "C:x.npy"])[0][1] is None
+    for bad in (["a:0.5", "b"], ["a:0", "b:1"], ["a:1..2"]):
+        with pytest.raises(UserError):
+            weighted(bad)
+
+
+def test_a_mixture_of_shards_trains_and_holds_out_a_part_of_each(tmp_path):
+    for i, name in enumerate("ab"):
+        np.save(tmp_path / f"{name}.npy", np.full(5000, 10 + i, np.uint16))
+    flags = ["--train-npy", f"{tmp_path}/a.npy:0.75", f"{tmp_path}/b.npy:0.25", "--seq-len", "16"]
+    train, val, args = open_data(text_flags(tmp_path, *flags))
+    batch = torch.cat([train.global_batch(step, args) for step in range(10)])
+    assert (batch == 10).all(1).sum() == 90 and (batch == 11).all(1).sum() == 30
+    assert val.num_tokens == 1000 and train.describe()["weights"] == ["3/4", "1/4"]
+    ids = val.source.read(0, 1000)
+    assert (ids[:500] == 10).all() and (ids[500:] == 11).all()
+
+
+def test_prefetched_batches_are_the_same_ones_in_any_order():
+    data, args = TokenDataset(Counting(1000), 8), toy_settings()
+    batches = Prefetch(data, args, CPU)
+    for step in (0, 1, 2, 7, 8, 3):
+        assert torch.equal(batches(step), data.global_batch(step, args))
+
+
+def test_the_next_batch_is_read_while_the_caller_computes():
+    import threading
+
+    data, args, reads = TokenDataset(Counting(1000), 8), toy_settings(), []
+    original, read_ahead = data.global_batch, threading.Event()
+
+    def recorded(step, *rest):
+        reads.append((step, threading.current_thread() is threading.main_thread()))
+        if step == 1:
+            read_ahead.set()
+        return original(step, *rest)
+
+    data.global_batch = recorded
+    batches = Prefetch(data, args, CPU)
+    batches(0)
+    assert read_ahead.wait(10)  # without asking for it
+    batches(1)
+    assert reads[:2] == [(0, True), (1, False)]
+
+
+def test_an_error_while_reading_ahead_reaches_the_caller():
+    data, args = TokenDataset(Counting(1000), 8), toy_settings()
+    original = data.global_batch
+
+    def failing(step, *rest):
+        if step == 1:
+            raise UserError("token 7 is bad")
+        return original(step, *rest)
+
+    data.global_batch = failing
+    batches = Prefetch(data, args, CPU)
+    batches(0)
+    with pytest.raises(UserError, match="token 7 is bad"):
+        batches(1)
+
+
+def test_far_batches_cost_what_near_ones_do_and_memory_does_not_grow(tmp_path):
+    # 10 billion tokens in a sparse file: nothing may be listed, copied or read to the end.
+    path = tmp_path / "huge.npy"
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<u2", "fortran_order": False, "shape": (10**10,)}
+        )
+        file.truncate(file.tell() + 2 * 10**10)
+    data = FineWebNPYDataset([path], 1024)
+    args = toy_settings(global_batch_size=8)
+    assert len(data) == (10**10 - 1) // 1023
+    for step in (0, 10**6, 10**9):
+        assert data.global_batch(step, args).shape == (8, 1024)
+
+
+def test_tokenizer_stored_beside_the_shards_is_used(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(2000, dtype=np.uint16) % 256)
+    (tmp_path / "tokenizer.json").write_text(build_tokenizer("bytes").to_json())
+    train, _, args = open_data(
+        text_flags(tmp_path, "--train-npy", str(tmp_path), "--seq-len", "16")
+    )
+    assert train.tokenizer.name == "bytes" and args.model.vocab_size == 257

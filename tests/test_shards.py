@@ -95,7 +95,7 @@ def test_what_is_not_a_shard_is_refused_by_name(tmp_path):
     refused(file("gzip.bin", b"\x1f\x8b\x08\0" * 600), "gzip data")
     refused(file("odd.bin", b"\1\0\2\0\3"), "odd size (5 bytes)")
     refused(file("empty.bin", b""), "an empty file")
-    refused(llmc(tmp_path / "m.bin", [1, 2], magic=20240521), "another magic number")
+    refused(llmc(tmp_path / "m.bin", [1, 2], magic=20240521), "a header like llm.c's")
     refused(file("empty.npy", b""), "neither")
     refused(file("head.npy", b"\x93NUMPY\x01\0\x10\0bad"), "damaged .npy header")
     refused(npy(tmp_path / "f.npy", [0.5], "<f4"), "float32", "expected 1-D uint16")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from config import UserError
-from tokenizer import build_tokenizer
+from tokenizer import build_tokenizer, stored_tokenizer
 
 TEXTS = ["", "plain", "Grüße, 世界 🌹\n\ttabs", "<|endoftext|> is text here", "a" * 1000]
 
@@ -57,3 +57,60 @@ def test_missing_gpt2_files_are_named_with_the_way_out(tmp_path, monkeypatch):
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError, match=r"neither a file nor one of bytes, .*gpt2"):
         build_tokenizer("gpt3")
+
+
+@pytest.fixture
+def trained(tmp_path):
+    pytest.importorskip("rustbpe")
+    import runpy
+
+    from conftest import ROOT
+
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. the dog sat on the log.\n" * 50)
+    make = runpy.run_path(str(ROOT / "data/train_tokenizer.py"))["train_tokenizer"]
+    return make([tmp_path / "a.txt"], 268, 10**9, "mine")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_trained_tokenizer_round_trips_and_counts_bytes(trained, text):
+    ids = trained.encode(text)
+    assert trained.decode(ids.tolist()) == text
+    assert trained.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_trained_tokenizer_merges_what_is_frequent(trained):
+    assert trained.vocab_size == 268 and trained.end_token == 267
+    assert len(trained.encode(" the cat sat")) < 6  # 12 bytes
+    assert trained.decode([trained.end_token]) == ""
+
+
+def test_json_holds_the_whole_tokenizer(trained, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(trained.to_json())
+    again = build_tokenizer(str(path))
+    assert (again.fingerprint, again.vocab_size, again.name) == (trained.fingerprint, 268, "mine")
+    assert again.encode("the dog").tolist() == trained.encode("the dog").tolist()
+    assert stored_tokenizer(trained.to_json(), "", "x").fingerprint == trained.fingerprint
+    assert stored_tokenizer("", "", "x") is None
+    with pytest.raises(UserError, match=r"c\.pt was trained with mine"):
+        stored_tokenizer(trained.to_json(), "bytes", "c.pt")
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{}", "[]", "not json", '{"format": "rosetrainer tokenizer 1"}']
+)
+def test_damaged_tokenizer_files_are_named(tmp_path, damage):
+    (tmp_path / "t.json").write_text(damage)
+    with pytest.raises(UserError, match=r"t\.json: not a tokenizer file"):
+        build_tokenizer(str(tmp_path / "t.json"))
+
+
+def test_tokenizer_file_with_missing_bytes_or_double_tokens_is_refused(trained, tmp_path):
+    import json
+
+    record = json.loads(trained.to_json())
+    for change in ({"tokens": record["tokens"][1:]}, {"tokens": [*record["tokens"], record["tokens"][5]]},
+                   {"end_token": 3}, {"pattern": "("}):  # fmt: skip
+        (tmp_path / "t.json").write_text(json.dumps({**record, **change}))
+        with pytest.raises(UserError, match=r"not a tokenizer file"):
+            build_tokenizer(str(tmp_path / "t.json"))
