@@ -350,6 +350,91 @@ def test_a_mistake_with_eval_ends_with_one_clear_line(script, bad_files, monkeyp
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
 
 
+def test_prepare_describe_and_train_on_the_result(script, text, tmp_path):
+    code, out, err = script(
+        "data/train_tokenizer.py", "--vocab-size", "300", "--out", "t.json", text
+    )
+    assert code == 0 and "t.json: 300 ids" in out, err
+    code, out, err = script("data/prepare.py", "--out", "mine", "--tokenizer-name", "t.json", text)
+    assert code == 0 and "in 1 documents, 1 shards" in out, err
+    (tmp_path / "t.json").unlink()  # the shards carry it
+    code, out, err = script("data/describe.py", "mine", text)
+    assert code == 0, err
+    for part in (
+        "kind: token shards",
+        "tokenizer: t",
+        "documents: 1",
+        "bytes per token:",
+        "kind: text",
+    ):
+        assert part in out
+    assert out.count("first text: 'line 0 of a text") == 2
+    content = open(text).read()
+    assert out.count(f"bytes: {len(content)}") == 2
+    out = train(script, "--train-npy", "mine", "--sample-prompt", "line")
+    assert "tokenizer: t;" in out and "vocabulary 300" in out and "val bpb: n/a" not in out
+    (tmp_path / "mine" / "tokenizer.json").unlink()
+    code, out, err = script("generate.py", "--prompt", "line 1", "--max-new-tokens", "5")
+    assert code == 0 and out.startswith("line 1"), err  # the checkpoint carries it too
+
+
+def test_trained_tokenizer_from_a_file_that_is_gone_is_in_the_checkpoint(script, text, tmp_path):
+    script("data/train_tokenizer.py", "--vocab-size", "300", "--out", "t.json", text)
+    train(script, "--train-data", text, "--tokenizer-name", "t.json")
+    last = read_records_of()[-1]
+    (tmp_path / "t.json").unlink()
+    code, out, err = script("eval.py", "--checkpoint-path", "checkpoints/minigpt_single.pt")
+    assert code == 0 and f"bpb: {last['val_bpb']:.6f}" in out, err
+
+
+def test_weighted_shards_train_evaluate_and_resume(script):
+    for i, name in enumerate("ab"):
+        np.save(f"{name}.npy", np.random.default_rng(i).integers(0, 90, 3000).astype(np.uint16))
+    train(script, "--train-npy", "a.npy:0.7", "b.npy:0.3", "--vocab-size", "97")
+    code, out, err = script("eval.py", "--checkpoint-path", "checkpoints/minigpt_single.pt")
+    assert code == 0 and "tokens: 599" in out, err
+    code, out, err = script("train_minimal.py", "--resume", "--num-steps", "9")
+    assert code == 0 and "step 9 / 9" in out, err
+
+
+@pytest.mark.parametrize(
+    "name, flags, said",
+    [
+        ("data/prepare.py", [], "give the texts and a folder"),
+        ("data/prepare.py", ["--out", "o", "none.txt"], "none.txt: cannot be read"),
+        ("data/prepare.py", ["--out", "o", "--tokenizer-name", "bytes", "*.xyz"], "no text in it"),
+        (
+            "data/prepare.py",
+            ["--out", "text.txt", "--tokenizer-name", "bytes", "other.txt"],
+            "cannot write",
+        ),
+        ("data/train_tokenizer.py", ["--vocab-size", "9999", "text.txt"], "has merges for"),
+        ("data/train_tokenizer.py", ["--vocab-size", "10"], "vocab_size=10 must be at least 258"),
+        ("data/describe.py", [], "give something to describe"),
+        ("data/describe.py", ["cut.npy"], "1 of 1 with a problem"),
+        (
+            "train_minimal.py",
+            ["--train-npy", "ids.npy:0.5", "ids.npy"],
+            "give every source a weight",
+        ),
+        (
+            "train_minimal.py",
+            ["--train-npy", "ids.npy", "--val-npy", "ids.npy:1"],
+            "takes no weights",
+        ),
+    ],
+)
+def test_a_mistake_with_data_ends_with_one_clear_line(
+    script, bad_files, monkeypatch, name, flags, said
+):
+    monkeypatch.chdir(bad_files)
+    code, _, err = script(name, *flags)
+    lines = [line for line in err.splitlines() if line.strip() and "tokenizing" not in line]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0], (
+        err
+    )
+
+
 def test_interruption_ends_with_one_line(script, text, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
