@@ -4,14 +4,15 @@ parallel layout.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
-import pickle
 import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from model import GPTModel
 from step import RunState
 
 FORMAT = 1
-_PLAIN_STATE = ("step", "tokens", "best_val_loss", "wandb_run_id")
+_PLAIN_STATE = ("step", "tokens", "best_val_loss", "run_id", "wandb_run_id")
 
 
 def save_checkpoint(
@@ -49,7 +50,7 @@ def save_checkpoint(
         "data": data or {},
     }
     target = Path(os.path.realpath(path))  # a symbolic link stays one
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     with _says_why(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -77,18 +78,33 @@ def _says_why(target: Path) -> Iterator[None]:
         ) from reason
 
 
-def prepare_checkpoint(path: str | Path, resume: bool) -> Path | None:
-    """Proves that checkpoints can be written there, before time is spent. Raises UserError.
+def claim_checkpoint(path: str | Path, resume: bool) -> tuple[IO[str], list[tuple[Path, Path]]]:
+    """Proves that a run can save there, and keeps others off. Raises UserError.
 
-    A new run sets aside what an earlier one left and returns its new name, else None.
+    A new run sets aside what an earlier one left. Returns the lock, held until it is closed or the
+    process ends, and pairs (old name, new name).
     """
     target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise UserError(f"{path} is not a plain file; give a file name as --checkpoint-path")
     with _says_why(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        probe = target.with_name(target.name + ".tmp")
-        probe.touch()
-        probe.unlink()
-        return None if resume else set_aside(path)
+        lock = open(target.with_name(target.name + ".lock"), "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"{path} is in use by another run ({lock.read().strip()}); stop it, or give "
+                "another "
+                "--checkpoint-path"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        kept = [] if resume else sorted(target.parent.glob(f"{glob.escape(target.stem)}.step*"))
+        old = [] if resume else [Path(path), *kept]
+        return lock, [(p, new) for p in old if (new := set_aside(p))]
 
 
 def _sync_folder(folder: Path) -> None:
@@ -125,20 +141,20 @@ def read_checkpoint(path: str | Path, lazily: bool = False) -> dict[str, Any]:
     try:
         if not lazily:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load itself does not look at the checksums
+                # torch.load does not look at the checksums, and is led astray by odd attributes.
+                odd = [i.filename for i in archive.infolist() if i.compress_type or i.external_attr]
+                damaged = archive.testzip() or (odd[0] if odd else None)
             if damaged:
-                raise UserError(f"{path}: the checkpoint is damaged (wrong checksum of {damaged})")
+                raise UserError(
+                    f"{path}: the checkpoint is damaged (wrong checksum or attributes of {damaged})"
+                )
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as reason:
+    except UserError:
+        raise
+    except Exception as reason:  # damage takes zipfile and the unpickler to many places
         raise UserError(
-            f"{path}: not a checkpoint, or damaged ({str(reason).splitlines()[0][:120]})"
+            f"{path}: not a checkpoint, or damaged ({type(reason).__name__}: "
+            f"{' '.join(str(reason).split())[:120]})"
         ) from reason
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
@@ -188,16 +204,20 @@ def _compare_and_fill(
         if found[k].shape != wanted[k].shape
     ]
     for part in ("train", "val") if data else ():
-        was, now = content["data"].get(part, {}), data[part]
-        problems += [
-            f"{part} data: {k} was {was.get(k)!r}, is {now[k]!r}"
-            for k in now
-            if was.get(k) != now[k]
-        ]
+        problems += changes_of_data(content["data"].get(part, {}), data[part], part)
     if problems:
         more = f" (+{len(problems) - 20} more)" if len(problems) > 20 else ""
         raise UserError(f"{path} does not fit this run: {'; '.join(sorted(problems)[:20])}{more}")
     model.load_state_dict(found)
+
+
+def changes_of_data(recorded: dict[str, Any], now: dict[str, Any], part: str) -> list[str]:
+    """How data differs from what a checkpoint recorded; where it lies on disk doesn't matter."""
+    return [
+        f"{part} data: {k} was {recorded.get(k)!r}, is {now[k]!r}"
+        for k in now
+        if k != "source" and recorded.get(k) != now[k]
+    ]
 
 
 def _load_optimizer(

@@ -54,21 +54,31 @@ def parse_settings(
     values = {**base, **typed, "checkpoint_path": path}
     if not values.get("max_position_embeddings"):
         values["max_position_embeddings"] = values.get("seq_len", 128)
-    return _settle_batch(settings_from(values), typed, world)
+    return _settle_batch(
+        settings_from(values),
+        typed,
+        world,
+        base.get("global_batch_size", 0) if typed.get("resume") else 0,
+    )
 
 
-def _settle_batch(args: Settings, typed: Mapping[str, Any], world: int) -> Settings:
+def _settle_batch(args: Settings, typed: Mapping[str, Any], world: int, kept: int) -> Settings:
     """The global batch, and micro-batches that divide it. A size that was typed is kept or
-    refused, never bent.
+    refused, never bent. kept: that of the run to resume, which must stay.
     """
     total, micro, accum = args.global_batch_size, args.batch_size, typed.get("grad_accum_steps", 0)
-    if "global_batch_size" not in typed and (accum or not args.resume):
+    if not typed.get("global_batch_size") and (accum or not args.resume):
         if accum or "batch_size" in typed or not total:
             total = micro * (accum or 1) * world
         else:
             total = world * max(
                 1, round(total / world)
             )  # a preset's size, on a world it did not foresee
+    if kept and total != kept:
+        raise UserError(
+            f"the run to resume has global_batch_size={kept}, not {total}; another "
+            "one would repeat or leave out data; leave it, and give --batch-size to save memory"
+        )
     rows = total // world
     if "batch_size" not in typed:
         micro = max(n for n in range(1, min(micro, max(rows, 1)) + 1) if rows % n == 0)
@@ -145,5 +155,8 @@ def run_script(body: Callable[[list[str]], None]) -> None:
         print(("" if rank == "0" else f"rank {rank}: ") + f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; continue from the last checkpoint with --resume", file=sys.stderr)
+        print(
+            "interrupted; a training run continues from its last checkpoint with --resume",
+            file=sys.stderr,
+        )
         sys.exit(130)

@@ -154,6 +154,11 @@ class Settings:
                 raise UserError(f"{name}={given} is not available yet; leave it at {default}")
 
     @property
+    def final_lr(self) -> float:
+        """Where the learning rate ends."""
+        return self.lr / 10 if self.min_lr < 0 else self.min_lr
+
+    @property
     def has_val_files(self) -> bool:
         """Whether validation has files of its own."""
         return bool(self.val_data or self.val_npy)
@@ -168,8 +173,6 @@ class Settings:
                     )
                 object.__setattr__(self, "precision", precision)
                 object.__setattr__(self, alias, False)
-        if self.min_lr < 0:
-            object.__setattr__(self, "min_lr", self.lr / 10)
         if self.data_seed < 0:
             object.__setattr__(self, "data_seed", self.seed)
 

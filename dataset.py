@@ -246,9 +246,10 @@ class TextDatasetForCausalLM(TokenDataset):
         cache_dir: str | Path = "~/.cache/rosetrainer",
     ) -> None:
         files = find_sources(paths) if paths else stdlib_files()
-        shards = tokenize_files(files, tokenizer, Path(cache_dir).expanduser())
+        shards, key = tokenize_files(files, tokenizer, Path(cache_dir).expanduser())
         name = f"source of the Python standard library ({len(files)} files)"
-        source = TokenShards(shards, tokenizer.vocab_size, ", ".join(map(str, paths)) or name)
+        name = ", ".join(map(str, paths)) or name
+        source = TokenShards(shards, tokenizer.vocab_size, name, fingerprint=key)
         super().__init__(source, seq_len, tokenizer=tokenizer)
 
 
@@ -349,12 +350,13 @@ def _held_out(args: Settings, sources: list[tuple[TokenDataset, Fraction | None]
     if len(parts) > 1:
         joined = JoinedTokens([(p.source, p.start, p.stop) for p in parts])
         val = TokenDataset(joined, args.seq_len, tokenizer=parts[0].tokenizer)
+    val = val.limited(args.val_max_tokens)
     if val.num_tokens < 2:
         raise UserError(
             f"the validation part has {val.num_tokens} tokens, too few to score one; "
             "give more data, or raise --val-ratio"
         )
-    return val.limited(args.val_max_tokens)
+    return val
 
 
 def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
@@ -385,7 +387,8 @@ def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
             "--sample-prompt needs a tokenizer, and this data names none; try --tokenizer-name gpt2"
         )
     name = args.tokenizer_name or (tokenizer.name if args.data_mode == "text" and tokenizer else "")
-    return train, val, with_vocab(args, train.source.vocab_size, name)
+    needed = max(train.source.vocab_size, tokenizer.vocab_size if tokenizer else 0)
+    return train, val, with_vocab(args, needed, name)
 
 
 def record_of(train: TokenDataset, val: TokenDataset) -> dict[str, Any]:
@@ -418,18 +421,3 @@ class Prefetch:
     def _fetch(self, step: int) -> Tensor:
         batch = self._read(step)
         return batch.pin_memory() if self._pin else batch
-
-
-def same_data(recorded: dict[str, Any], val: TokenDataset) -> None:
-    """Raises UserError where the data is not what a checkpoint recorded."""
-    now = val.describe()
-    changed = [
-        f"{k} was {recorded.get(k)!r}, is {now[k]!r}"
-        for k in now
-        if k != "source" and recorded.get(k) != now[k]
-    ]
-    if changed:
-        raise UserError(
-            f"the data is not that of the checkpoint ({recorded.get('source')}): "
-            f"{'; '.join(changed)}"
-        )

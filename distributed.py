@@ -21,6 +21,8 @@ from device import Device, pick_device
 from model import GPTModel
 from step import StepStats
 
+_SAVE_HOURS = 2
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -29,35 +31,49 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0  # among the processes of this machine
+    patient: dist.ProcessGroup | None = None  # the same ranks, for waiting longer than for a step
+
+    def meet(self) -> None:
+        """Waits until all ranks are here, such as after rank 0 has saved, which may take
+        minutes.
+        """
+        if self.patient is not None:
+            dist.barrier(group=self.patient)
 
 
 def ranks_of_torchrun() -> Ranks:
     """As torchrun says in its environment variables."""
-    return Ranks(
-        *(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
+    return Ranks(rank, world, local)
 
 
 @contextmanager
-def process_group(device_name: str, timeout_seconds: int) -> Iterator[Ranks]:
-    """Connects the processes: NCCL between GPUs, Gloo otherwise; without torchrun there is nothing
-    to connect.
+def process_group(device_name: str, timeout_seconds: int, alone: bool = False) -> Iterator[Ranks]:
+    """Connects the processes: NCCL between GPUs, Gloo otherwise.
 
-    timeout_seconds: the longest that a rank waits for the others.
+    timeout_seconds: the longest that a rank waits for the others. Without torchrun there is nothing
+    to connect, and a group of one is made only if asked for with alone.
     """
     ranks = ranks_of_torchrun()
-    if "RANK" not in os.environ:
+    started = "RANK" in os.environ
+    if not started and not alone:
         yield ranks
         return
     device = pick_device(device_name, local_rank=ranks.local_rank).torch
     cuda = device.type == "cuda"
+    here: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         timeout=datetime.timedelta(seconds=timeout_seconds),
         device_id=device if cuda else None,
+        **({} if started else here),
     )
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=_SAVE_HOURS))
     try:
-        yield ranks
+        yield dataclasses.replace(ranks, patient=patient)
     finally:
         dist.destroy_process_group()
 

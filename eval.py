@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import load_model, saved_settings
+from checkpoint import changes_of_data, load_model, saved_settings
 from cli import parse_flags, run_script
 from config import EvalSettings, Settings, UserError, settings_from
-from dataset import TokenDataset, open_validation, same_data
+from dataset import TokenDataset, open_validation
 from device import Device, pick_device
 from loss import IGNORE
 from model import GPTModel
@@ -96,7 +96,9 @@ def validation_of(
     """What to evaluate a checkpoint on: the data it recorded, or the files that the flags name.
     Raises UserError.
     """
-    tokenizer = stored_tokenizer(data.get("tokenizer", ""), args.tokenizer_name, where)
+    tokenizer = stored_tokenizer(
+        data.get("tokenizer", ""), args.tokenizer_name, where, settings.model.vocab_size
+    )
     if args.val_data and not tokenizer:
         raise UserError(f"{where} names no tokenizer for --val-data; say which: --tokenizer-name")
     changes: dict[str, Any] = {
@@ -120,8 +122,13 @@ def validation_of(
         )
     val = open_validation(dataclasses.replace(settings, **changes), tokenizer)
     if not (args.val_data or args.val_npy):
-        same_data(data.get("val", {}), val)
-    return val.limited(args.max_tokens)
+        problems = changes_of_data(data.get("val", {}), val.describe(), "validation")
+        if problems:
+            raise UserError(f"{where} recorded other data: {'; '.join(problems)}")
+    val = val.limited(args.max_tokens)
+    if val.num_tokens < 2:
+        raise UserError(f"{val.num_tokens} tokens leave none to score; raise --max-tokens")
+    return val
 
 
 def main(args: EvalSettings) -> None:

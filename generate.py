@@ -52,7 +52,9 @@ def generate(
             if 0 < top_k < logits.shape[-1]:
                 floor = logits.topk(top_k).values[:, -1:]
                 logits = logits.masked_fill(logits < floor, float("-inf"))
-            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            new = torch.multinomial(
+                ((logits - logits.amax(-1, True)) / temperature).softmax(-1), 1, generator=generator
+            )
         ids = torch.cat((ids, new), dim=1)
     model.train(was_training)
     return ids
@@ -64,6 +66,7 @@ def continue_text(
     """The prompt and what the model writes after it. options: those of `generate`,
     max_new_tokens among them.
     """
+    prompt = prompt.encode("utf-8", "surrogateescape").decode(errors="replace")  # as typed
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_token]
     out = generate(
         model, torch.tensor([ids]), device=device, vocab_size=tokenizer.vocab_size, **options
@@ -89,7 +92,9 @@ def main(args: SampleSettings) -> None:
     model, _, data = load_model(args.checkpoint_path)
     model.to(device.torch)
     stored = data.get("tokenizer", "")
-    tokenizer = stored_tokenizer(stored, args.tokenizer_name, args.checkpoint_path)
+    tokenizer = stored_tokenizer(
+        stored, args.tokenizer_name, args.checkpoint_path, model.config.vocab_size
+    )
     if tokenizer is None:
         raise UserError(
             f"{args.checkpoint_path} was trained on token ids that name no tokenizer; "

@@ -81,6 +81,8 @@ class _ChunkedSum(torch.autograd.Function):
         rows = _chunk_rows(weight)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
+            if dtype == torch.float16:  # whose products of more rows could overflow
+                rows = min(rows, 1024)
             for start in range(0, len(labels), rows):
                 h, y = hidden[start : start + rows].to(dtype), labels[start : start + rows]
                 scored = y != IGNORE

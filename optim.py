@@ -45,4 +45,4 @@ def lr_at(step: int, args: Settings) -> float:
     else:
         decay_steps = max(1.0, args.decay_ratio * args.num_steps)
         share = min(1.0, max(0.0, (args.num_steps - step) / decay_steps))
-    return args.min_lr + (args.lr - args.min_lr) * share
+    return args.final_lr + (args.lr - args.final_lr) * share

@@ -13,14 +13,14 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import prepare_checkpoint, set_aside
+from checkpoint import claim_checkpoint, set_aside
 from config import Settings, UserError, default_checkpoint, flat
 from dataset import TokenDataset
 from device import Device
@@ -29,6 +29,8 @@ from model import GPTModel
 from report import draw_losses, read_records
 from step import RunState, StepStats
 from wandb_log import WandB
+
+_PROFILED = 8  # steps until the profile is complete
 
 
 class RunLog:
@@ -58,39 +60,40 @@ class RunLog:
         base = Path(args.log_dir) / script
         self.text_path, self.jsonl_path = base.with_suffix(".log"), base.with_suffix(".jsonl")
         self.record: dict[str, Any] = {}  # of the last update reported
-        self.steps_reported, self.line_time = state.step, time.perf_counter()
+        self.steps_reported, self.skips_reported = state.step, 0
+        self.line_time, self.broken = time.perf_counter(), set[str]()
+        self.lock, aside = claim_checkpoint(args.checkpoint_path, args.resume)
         try:
             base.parent.mkdir(parents=True, exist_ok=True)
+            continued = args.resume and _cut_back(self.jsonl_path, state)
+            if not continued and (moved := set_aside(self.jsonl_path)):
+                aside.append((self.jsonl_path, moved))
             self.text = open(self.text_path, "a", encoding="utf-8")  # noqa: SIM115
-            self.bar = tqdm(
-                total=args.num_steps,
-                initial=state.step,
-                unit="step",
-                disable=None,
-                dynamic_ncols=True,
-            )
-            aside = {args.checkpoint_path: prepare_checkpoint(args.checkpoint_path, args.resume)}
-            if args.resume:
-                _cut_back(self.jsonl_path, state.step)
-                self.line(f"resumed {args.checkpoint_path} at step {state.step}")
-            else:
-                aside[str(self.jsonl_path)] = set_aside(self.jsonl_path)
-            for old, new in aside.items():
-                if new:
-                    self.line(f"{old} of an earlier run is now {new}")
             self.jsonl = open(self.jsonl_path, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as reason:
             raise UserError(
                 f"cannot write {reason.filename}: {reason.strerror}; try --log-dir"
             ) from reason
+        self.bar = tqdm(
+            total=args.num_steps,
+            initial=state.step,
+            unit="step",
+            disable=None,
+            dynamic_ncols=True,
+        )
+        for old, new in aside:
+            self.line(f"{old} of an earlier run is now {new}")
+        if args.resume:
+            self.line(f"resumed {args.checkpoint_path} at step {state.step}")
         self._header(model, train, val)
         run = {
+            "run_id": state.run_id,
             "settings": flat(args),
             "train": train.describe(),
             "val": val.describe(),
             "environment": self.environment(),
         }
-        if not args.resume:
+        if not continued:
             self._write({"event": "run", **run})
         self.wandb = WandB(args, state, run, self.line) if args.use_wandb else None
         self.profiler = _start_profiler(base, device) if args.use_profiler else None
@@ -140,9 +143,20 @@ class RunLog:
         if not self.on:
             return
         stamped = time.strftime("[%Y-%m-%d %H:%M:%S] ") + text
-        tqdm.write(stamped)
-        sys.stdout.flush()
-        print(stamped, file=self.text, flush=True)
+        self._safely("the terminal", lambda: tqdm.write(stamped) or sys.stdout.flush())
+        self._safely("the text log", lambda: print(stamped, file=self.text, flush=True))
+
+    def _safely(self, what: str, write: Callable[[], object]) -> None:
+        """A full disk or a closed terminal ends what is written there, not the run."""
+        if what in self.broken:
+            return
+        try:
+            write()
+        except (OSError, ValueError) as reason:
+            self.broken.add(what)
+            if what == "the terminal":  # or the interpreter would try again at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.line(f"{what} can't be written any more ({reason}); the run goes on without it")
 
     def tick(self) -> None:
         """After each update: tells the profiler where one ends."""
@@ -178,8 +192,10 @@ class RunLog:
                 },
                 state,
             )
-        if not math.isfinite(norm):
-            self.line(f"step {state.step}: the gradient norm is {norm}; the update was skipped")
+        skipped = 0 if state.skipped is None else int(state.skipped)
+        if skipped > self.skips_reported:
+            new, self.skips_reported = skipped - self.skips_reported, skipped
+            self.line(f"step {state.step}: {new} updates skipped, their gradients were not finite")
         self.bar.update(state.step - self.bar.n)
         self.bar.set_postfix_str(f"train loss {loss:.4f}")
         if (
@@ -187,7 +203,8 @@ class RunLog:
             and state.step % self.args.eval_steps
             and state.step < self.args.num_steps
         ):
-            print(f"step {state.step} / {self.args.num_steps} | train loss: {loss:.4f}", flush=True)
+            short = f"step {state.step} / {self.args.num_steps} | train loss: {loss:.4f}"
+            self._safely("the terminal", lambda: print(short, flush=True))
         self.restart_clock()
 
     def eval(self, state: RunState, result: EvalResult) -> None:
@@ -252,10 +269,11 @@ class RunLog:
             return
         self.bar.close()
         picture = self.jsonl_path.with_suffix(".png")
-        draw_losses(self.jsonl_path, picture)
+        self._safely("the loss picture", lambda: draw_losses(self.jsonl_path, picture))
         self.line(f"wrote {self.text_path}, {self.jsonl_path} and {picture}")
         path = self.args.checkpoint_path
-        launch = "python" if self.world == 1 else f"torchrun --nproc-per-node={self.world}"
+        many = f"torchrun --nproc-per-node={self.world}"
+        launch = many if self.script == "train_ddp" else "python"
         where = (
             ""
             if path == default_checkpoint(self.script)
@@ -270,12 +288,17 @@ class RunLog:
         )
         if self.wandb:
             self.wandb.finish()
-        self.text.close()
-        self.jsonl.close()
+        if self.profiler:
+            self.profiler.stop()
+            if not Path(f"{self.jsonl_path.with_suffix('')}_trace.json").exists():
+                self.line(f"no profile: it takes {_PROFILED} steps")
+        for file in (self.text, self.jsonl, self.lock):
+            self._safely("a log file", file.close)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.jsonl.write(to_json(record) + "\n")
-        self.jsonl.flush()
+        self._safely(
+            "the metrics file", lambda: print(to_json(record), file=self.jsonl, flush=True)
+        )
 
 
 def to_json(record: dict[str, Any]) -> str:
@@ -286,13 +309,19 @@ def to_json(record: dict[str, Any]) -> str:
     return json.dumps(clean)
 
 
-def _cut_back(path: Path, step: int) -> None:
-    """Drops the records beyond `step`: the resumed run will make them again."""
-    if path.exists():
-        kept = [r for r in read_records(path) if r.get("step", 0) <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(to_json(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(temporary, path)
+def _cut_back(path: Path, state: RunState) -> bool:
+    """Drops the records beyond the step of a resumed run: it will make them again.
+
+    False if these are the metrics of another run, and nothing is done to them.
+    """
+    records = read_records(path) if path.exists() else []
+    if not records or records[0].get("run_id") != state.run_id:
+        return False
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    kept = [r for r in records if r.get("step", 0) <= state.step]
+    temporary.write_text("".join(to_json(r) + "\n" for r in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return True
 
 
 def _start_profiler(base: Path, device: Device) -> Any:
@@ -302,7 +331,7 @@ def _start_profiler(base: Path, device: Device) -> Any:
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(
         activities=kinds,
-        schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
+        schedule=torch.profiler.schedule(wait=4, warmup=1, active=_PROFILED - 5, repeat=1),
         on_trace_ready=lambda p: p.export_chrome_trace(f"{base}_trace.json"),
     )
     profiler.start()

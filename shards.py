@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import os
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -89,7 +91,9 @@ class TokenShards:
     gives an error that names it, where a map would kill the process with SIGBUS.
     """
 
-    def __init__(self, paths: Sequence[str | Path], vocab_size: int, name: str = "") -> None:
+    def __init__(
+        self, paths: Sequence[str | Path], vocab_size: int, name: str = "", fingerprint: str = ""
+    ) -> None:
         self.vocab_size = vocab_size
         self.shards = [_Shard(p) for p in find_shards(paths)]
         self.starts = np.cumsum([0] + [s.count for s in self.shards])
@@ -97,9 +101,10 @@ class TokenShards:
         self.name = name or ", ".join(str(s.path) for s in self.shards[:3]) + (
             ", ..." if len(self.shards) > 3 else ""
         )
-        self.fingerprint = hashlib.blake2b(
-            b"".join(s.digest() for s in self.shards), digest_size=16
-        ).hexdigest()
+        digests = b"".join(s.digest() for s in self.shards)
+        self.fingerprint = fingerprint or hashlib.blake2b(digests, digest_size=16).hexdigest()
+        # Few files stay open, whatever the number of shards.
+        self._open = functools.lru_cache(64)(lambda i: self.shards[i].open())
 
     def read(self, start: int, count: int) -> np.ndarray:
         parts, stop = [], start + count
@@ -107,6 +112,7 @@ class TokenShards:
             first = int(self.starts[i])
             parts.append(
                 self.shards[i].read(
+                    self._open(i).fileno(),
                     max(start - first, 0),
                     min(stop, int(self.starts[i + 1])) - first,
                     self.vocab_size,
@@ -170,16 +176,16 @@ class _Shard:
                 raise UserError(
                     f"{path}: " + ("not a plain file" if path.exists() else "no such file")
                 )
-            self.fd = os.open(path, os.O_RDONLY)
             with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
                 self.offset, self.dtype, self.count = self._header(file)
         except OSError as reason:
             raise UserError(f"{path}: cannot be read: {reason.strerror}") from reason
-        size = os.fstat(self.fd).st_size
         expected = self.offset + self.count * self.dtype.itemsize
-        if size != expected:
+        if self.size != expected:
             raise UserError(
-                f"{path}: has {size} bytes, but its header stands for {expected}; is it cut off?"
+                f"{path}: has {self.size} bytes, but its header stands for {expected}; is it cut "
+                "off?"
             )
 
     def _header(self, file: BinaryIO) -> tuple[int, np.dtype[Any], int]:
@@ -206,7 +212,6 @@ class _Shard:
 
     def _headerless(self, start: bytes) -> tuple[int, np.dtype[Any], int]:
         """uint16 ids and nothing else. What is known to be something else is refused by name."""
-        size = os.fstat(self.fd).st_size
         known = next(
             (name for magic, name in _OTHER_FORMATS.items() if start.startswith(magic)), ""
         )
@@ -216,10 +221,10 @@ class _Shard:
             known = "an empty file"
         elif bytes(512) in start:  # as between llm.c's three numbers and its ids
             known = "a file with a header like llm.c's, but its first bytes differ"
-        if known or size % 2:
-            known = known or f"of odd size ({size} bytes), but ids of uint16 take 2 bytes each"
+        if known or self.size % 2:
+            known = known or f"of odd size ({self.size} bytes), but ids of uint16 take 2 bytes each"
             raise UserError(f"{self.path}: is {known}, not a shard of token ids")
-        return 0, np.dtype("<u2"), size // 2
+        return 0, np.dtype("<u2"), self.size // 2
 
     def _npy_header(self, file: BinaryIO) -> tuple[int, np.dtype[Any], int]:
         try:
@@ -239,10 +244,10 @@ class _Shard:
             )
         return file.tell(), dtype, shape[0]
 
-    def read(self, start: int, stop: int, vocab_size: int) -> np.ndarray:
-        """Ids of positions start .. stop - 1 of this file."""
+    def read(self, fd: int, start: int, stop: int, vocab_size: int) -> np.ndarray:
+        """Ids of positions start .. stop - 1 of this file, open as fd."""
         size = self.dtype.itemsize
-        data = os.pread(self.fd, (stop - start) * size, self.offset + start * size)
+        data = os.pread(fd, (stop - start) * size, self.offset + start * size)
         if len(data) != (stop - start) * size:
             raise UserError(
                 f"{self.path}: ends before token {stop}, which its header promises; did it shrink?"
@@ -257,12 +262,18 @@ class _Shard:
             )
         return ids
 
+    def open(self) -> FileIO:
+        """The file, for read."""
+        return open(self.path, "rb", buffering=0)
+
     def digest(self) -> bytes:
         """Of the size and of 64 blocks spread over the file: notices another file at once,
         whatever its size.
         """
-        size = os.fstat(self.fd).st_size
-        seen = hashlib.blake2b(f"{self.dtype.str} {self.count} {size}".encode(), digest_size=16)
-        for i in range(64):
-            seen.update(os.pread(self.fd, 4096, i * max(size - 4096, 0) // 63))
+        about = f"{self.dtype.str} {self.count} {self.size}"
+        seen = hashlib.blake2b(about.encode(), digest_size=16)
+        with open(self.path, "rb", buffering=0) as file:
+            for i in range(64):
+                place = i * max(self.size - 4096, 0) // 63
+                seen.update(os.pread(file.fileno(), 4096, place))
         return seen.digest()

@@ -5,6 +5,7 @@ gradients are made.
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -30,11 +31,13 @@ class RunState:
     step: int = 0  # updates finished
     tokens: int = 0  # tokens scored by them, over all ranks
     best_val_loss: float = math.inf  # nats per token
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # tells runs apart
     wandb_run_id: str = ""
     scaler: torch.amp.GradScaler = field(
         default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
     )
     bad_in_row: Tensor | None = None  # () float32: updates skipped since the last good one
+    skipped: Tensor | None = None  # () float32: updates skipped since this process started
 
     @classmethod
     def fresh(cls, device: Device) -> RunState:
@@ -120,6 +123,7 @@ def train_step(
             "--lr"
         )
     state.bad_in_row = bad if state.bad_in_row is None else (state.bad_in_row + 1) * bad
+    state.skipped = bad if state.skipped is None else state.skipped + bad
     state.step += 1
     state.tokens += n_tokens
     return StepStats(nll_sum, n_tokens, norm, lr)

@@ -228,8 +228,11 @@ def _write_whole(path: Path, content: str) -> None:
     os.replace(temporary, path)
 
 
-def tokenize_files(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path) -> list[Path]:
-    """The shards of the files' token ids, made now or found in the cache.
+def tokenize_files(
+    files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path
+) -> tuple[list[Path], str]:
+    """(shards of the files' token ids, made now or found in the cache; hash of all that decides
+    them).
 
     Keyed by content and tokenizer. Processes that start together share the work: the first one does
     it under a file lock, the others wait. Raises UserError.
@@ -247,4 +250,4 @@ def tokenize_files(files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path)
             f"cannot write the token cache {folder}: {reason.strerror}; name another folder with "
             "--cache-dir"
         ) from reason
-    return [folder / s["file"] for s in manifest["shards"]]
+    return [folder / s["file"] for s in manifest["shards"]], job["key"]

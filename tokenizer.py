@@ -161,16 +161,22 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
     )
 
 
-def stored_tokenizer(stored: str, name: str, where: str) -> Tokenizer | None:
+def stored_tokenizer(stored: str, name: str, where: str, vocab_size: int) -> Tokenizer | None:
     """The tokenizer called name, or if none is named the one that a checkpoint stores, if it does.
 
-    Raises UserError where the two differ.
+    Raises UserError where the two differ, or its ids do not fit the model's vocab_size.
     """
     kept = tokenizer_from_json(stored, where) if stored else None
     named = build_tokenizer(name) if name else None
     if kept and named and kept.fingerprint != named.fingerprint:
         raise UserError(f"tokenizer_name={name}, but {where} was trained with {kept.name}")
-    return kept or named
+    chosen = kept or named
+    if chosen and chosen.vocab_size > vocab_size:
+        raise UserError(
+            f"tokenizer {chosen.name} has {chosen.vocab_size} ids, but the model of {where} knows "
+            f"{vocab_size}; it was trained with another one"
+        )
+    return chosen
 
 
 def _files_missing(name: str, reason: Exception) -> str:

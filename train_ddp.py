@@ -47,15 +47,17 @@ def main(args: Settings, ranks: Ranks) -> None:
             log.eval(state, evaluate(model, val, args.batch_size, device, rank, world, sum_ranks))
         if now.sample:
             log.sample(sample(model, train.tokenizer, args, device))
-        if now.save and rank == 0:
-            save_checkpoint(args.checkpoint_path, model, optimizer, state, args, data)
+        if now.save:
+            if rank == 0:
+                save_checkpoint(args.checkpoint_path, model, optimizer, state, args, data)
+            ranks.meet()
             log.saved(state)
     log.finish(state)
 
 
 def launch(argv: list[str]) -> None:
     args = parse_settings("train_ddp", argv, ranks_of_torchrun().world, saved_settings)
-    with process_group(args.device, args.timeout_seconds) as ranks:
+    with process_group(args.device, args.timeout_seconds, alone=True) as ranks:
         main(args, ranks)
 
 

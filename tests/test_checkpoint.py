@@ -7,7 +7,14 @@ import torch
 from test_step import FP16, Run
 
 import checkpoint
-from checkpoint import load_checkpoint, load_model, read_checkpoint, save_checkpoint, set_aside
+from checkpoint import (
+    claim_checkpoint,
+    load_checkpoint,
+    load_model,
+    read_checkpoint,
+    save_checkpoint,
+    set_aside,
+)
 from config import UserError
 from model import GPTModel
 from step import RunState
@@ -53,7 +60,7 @@ def test_continued_run_equals_the_uninterrupted_one(tmp_path, device):
 def test_file_is_read_by_the_safe_loader_and_holds_what_the_design_says(tmp_path, run):
     content = torch.load(save(run, tmp_path / "c.pt"), weights_only=True)
     wanted = {"format", "model", "optimizer", "step", "tokens", "settings", "data", "scaler"}
-    assert wanted | {"best_val_loss", "wandb_run_id"} == set(content)
+    assert wanted | {"best_val_loss", "run_id", "wandb_run_id"} == set(content)
     assert set(content["model"]) == {k for k, _ in run.model.named_parameters()}
     assert set(content["optimizer"]) == set(content["model"])
     assert content["settings"]["n_layers"] == 2 and content["step"] == 3
@@ -136,6 +143,76 @@ def test_damage_is_found(tmp_path, run):
         refused(lambda: read_checkpoint(path), str(path), said)
     refused(lambda: read_checkpoint(tmp_path), "not a plain file")
     refused(lambda: read_checkpoint(tmp_path / "none.pt"), "no such checkpoint")
+
+
+def test_odd_attributes_are_damage_too(tmp_path, run):
+    # The "directory" bit of an entry passes the checksums and makes torch.load return noise.
+    path = save(run, tmp_path / "c.pt")
+    whole = bytearray(path.read_bytes())
+    entry = whole.index(b"PK\x01\x02")  # first entry of the central directory
+    whole[entry + 38] ^= 0x10
+    path.write_bytes(whole)
+    refused(lambda: read_checkpoint(path), "wrong checksum or attributes")
+
+
+def test_random_damage_never_ends_in_a_traceback_or_a_wrong_weight(tmp_path, run):
+    import random
+
+    path, draw = save(run, tmp_path / "c.pt"), random.Random(0)
+    whole, wanted, refusals = path.read_bytes(), run.weights(), 0
+    for _ in range(400):
+        damaged, at = bytearray(whole), draw.randrange(len(whole))
+        damaged[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        for lazily in (True, False):
+            try:
+                content = read_checkpoint(path, lazily)
+            except UserError as error:
+                assert "\n" not in str(error)
+                refusals += not lazily
+        if refusals == 0:
+            assert all(torch.equal(content["model"][k], wanted[k]) for k in wanted)
+    assert refusals > 300  # the rest is padding and names that nothing reads
+
+
+@pytest.fixture
+def claim(tmp_path):
+    def held(path, resume=False):
+        lock, aside = claim_checkpoint(path, resume)
+        locks.append(lock)
+        return aside
+
+    locks = []
+    yield held
+    for lock in locks:
+        lock.close()
+
+
+def test_a_second_run_on_the_same_path_is_refused_with_the_name_of_the_first(tmp_path, claim):
+    claim(tmp_path / "c.pt")
+    said = ("in use by another run", f"process {os.getpid()}")
+    refused(lambda: claim(tmp_path / "c.pt"), *said)
+    refused(lambda: claim(tmp_path / "c.pt", resume=True), *said)
+    claim(tmp_path / "other.pt")
+
+
+def test_milestones_of_an_earlier_run_are_set_aside_too(tmp_path, claim):
+    for name in ("c.pt", "c.step000003.pt", "d.step000003.pt"):
+        (tmp_path / name).write_text("old")
+    aside = claim(tmp_path / "c.pt")
+    assert [(a.name, b.name) for a, b in aside] == [
+        ("c.pt", "c.1.pt"),
+        ("c.step000003.pt", "c.step000003.1.pt"),
+    ]
+    assert (tmp_path / "d.step000003.pt").exists()
+
+
+def test_what_is_not_a_file_is_never_renamed(tmp_path, claim, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    refused(lambda: claim("folder"), "not a plain file")
+    refused(lambda: claim("."), "not a plain file")
+    assert (tmp_path / "folder").is_dir()
 
 
 class Evil:

@@ -121,6 +121,10 @@ def test_global_batch_from_ranks_and_accumulation():
     assert parse("--batch-size", "4", world=2).global_batch_size == 8
 
 
+def test_zero_means_not_given():
+    assert parse("--global-batch-size", "0").global_batch_size == parse().global_batch_size
+
+
 def test_typed_global_batch_is_split_or_refused_with_the_arithmetic():
     args = parse("--global-batch-size", "24", "--batch-size", "4", world=3)
     assert (args.batch_size, args.grad_accum_steps) == (4, 2)
@@ -144,6 +148,9 @@ def test_resume_keeps_the_global_batch_on_another_number_of_processes():
     args = parse("--resume", world=4, saved=lambda path: saved)
     assert (args.global_batch_size, args.batch_size, args.lr) == (12, 3, 0.5)
     assert "global_batch_size=12" in message("--resume", world=5, saved=lambda path: saved)
+    said = message("--resume", "--global-batch-size", "24", saved=lambda path: saved)
+    assert "the run to resume has global_batch_size=12, not 24" in said
+    assert parse("--resume", "--lr", "1e-4", saved=lambda path: saved).final_lr == 1e-5
 
 
 def test_resume_takes_typed_flags_over_saved_ones():

@@ -68,7 +68,7 @@ def test_courses_after_warm_up():
 
 def test_the_floor_can_be_zero_and_is_a_tenth_by_default():
     args = toy_settings("--lr", "1")
-    assert args.min_lr == 0.1
+    assert args.final_lr == 0.1
     assert lr_at(20, toy_settings("--lr", "1", "--min-lr", "0")) == 0.0
 
 

@@ -200,6 +200,71 @@ def test_profiler_writes_a_trace(script, text):
     assert re.search(r'"traceEvents"', open("logs/train_minimal_trace.json").read())
 
 
+def test_too_few_steps_for_a_profile_is_said(script, text):
+    out = train(script, "--train-data", text, "--use-profiler", "--num-steps", "3")
+    assert "no profile: it takes 8 steps" in out
+
+
+def test_train_ddp_works_without_torchrun(program):
+    out = program("train_ddp.py", *SMALL.split(), "--use-toy-data", "--vocab-size", "97")
+    assert "step 6 / 6" in out and "continue: torchrun --nproc-per-node=1 train_ddp.py" in out
+
+
+def test_a_closed_terminal_does_not_stop_the_run(program):
+    import subprocess
+
+    flags = f"{SMALL} --use-toy-data --vocab-size 97 --num-steps 40 --log-steps 1".split()
+    command = shlex.join([sys.executable, str(ROOT / "train_minimal.py"), *flags])
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -1"], cwd=program.folder, env=program.env,
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    records = read_records(program.folder / "logs/train_minimal.jsonl")
+    assert records[-1]["step"] == 40 and (program.folder / "checkpoints/minigpt_single.pt").exists()
+
+
+def test_prompts_are_taken_as_typed(script, text):
+    train(script, "--train-data", text)
+    code, out, err = script("generate.py", "--prompt", "\udcff x", "--max-new-tokens", "3")
+    assert code == 0 and "x" in out, err
+    code, out, err = script("generate.py", "--temperature", "1e-45", "--max-new-tokens", "3")
+    assert code == 0, err
+
+
+def test_a_tokenizer_that_the_model_cannot_hold_is_refused(script, text):
+    np.save("a.npy", np.random.default_rng(0).integers(0, 50, 3000).astype(np.uint16))
+    train(script, "--train-npy", "a.npy", "--vocab-size", "50")
+    for name, flags in (
+        ("generate.py", ["--tokenizer-name", "bytes"]),
+        (
+            "eval.py",
+            [
+                "--checkpoint-path",
+                "checkpoints/minigpt_single.pt",
+                "--val-data",
+                text,
+                "--tokenizer-name",
+                "bytes",
+            ],
+        ),
+        (
+            "train_minimal.py",
+            [
+                *SMALL.split(),
+                "--train-npy",
+                "a.npy",
+                "--vocab-size",
+                "50",
+                "--tokenizer-name",
+                "bytes",
+            ],
+        ),
+    ):
+        code, _, err = script(name, *flags)
+        assert code == 2 and "257 ids" in err and err.count("\n") == 1, err
+
+
 def test_samples_appear_at_each_evaluation_only_when_asked(script, text):
     assert (
         train(script, "--train-data", text).count("sample: ") == 1 + 1
@@ -250,6 +315,8 @@ MISTAKES = {
     "zero steps": ["--num-steps", "0"],
     "batch that cannot be split": ["--global-batch-size", "7"],
     "unknown preset": ["--preset", "gpt2-smal"],
+    "one token to validate on": ["--train-data", "text.txt", "--val-max-tokens", "1"],
+    "folder as checkpoint": ["--train-data", "text.txt", "--checkpoint-path", "."],
     "unknown flag": ["--learning-rate", "1"],
     "not a number": ["--lr", "high"],
     "NaN": ["--lr", "nan"],
@@ -340,6 +407,7 @@ def test_a_mistake_ends_with_one_clear_line(script, bad_files, monkeypatch, mist
         ["--checkpoint-path", "good.pt", "--tokenizer-name", "gpt2"],
         ["--checkpoint-path", "good.pt", "--data-mode", "toy"],
         ["--checkpoint-path", "good.pt", "--batch-size", "-1"],
+        ["--checkpoint-path", "good.pt", "--max-tokens", "1"],
     ],
 )
 def test_a_mistake_with_eval_ends_with_one_clear_line(script, bad_files, monkeypatch, flags):

@@ -99,11 +99,49 @@ def test_a_nan_is_never_the_best(folder):
     assert state.best_val_loss == RESULT.loss
 
 
-def test_a_skipped_update_is_said(folder, capsys):
+def test_skipped_updates_are_said_even_between_logged_steps(folder, capsys):
+    state = RunState(skipped=torch.tensor(2.0))
+    log = start(state)
+    update(log, state)
+    update(log, state)
+    out = capsys.readouterr().out
+    assert out.count("2 updates skipped, their gradients were not finite") == 1
+
+
+def test_a_full_disk_or_a_closed_terminal_does_not_stop_the_run(folder, capsys):
     state = RunState()
     log = start(state)
-    update(log, state, norm=math.nan)
-    assert "step 1: the gradient norm is nan; the update was skipped" in capsys.readouterr().out
+
+    class Full:
+        def write(self, *_):
+            raise OSError(28, "No space left on device")
+
+        flush = close = write
+
+    log.jsonl.close()
+    log.jsonl = Full()
+    for _ in range(3):
+        update(log, state)
+    log.eval(state, RESULT)
+    log.finish(state)
+    out = capsys.readouterr().out
+    assert (
+        out.count("the metrics file can't be written any more") == 1 and "val loss: 10.9447" in out
+    )
+
+
+def test_metrics_of_another_run_are_set_aside_on_resume(folder):
+    other, state = RunState(), RunState(step=4)
+    for _ in range(2):
+        log = start(other, checkpoint_path="b.pt")
+        update(log, other)
+        log.finish(other)
+    before = log.jsonl_path.read_text()
+    log = start(state, resume=True, checkpoint_path="a.pt")
+    log.finish(state)
+    records = read_records(log.jsonl_path)
+    assert [r["event"] for r in records] == ["run"] and records[0]["run_id"] == state.run_id
+    assert (folder / "logs/train_minimal.2.jsonl").read_text() == before
 
 
 def test_timings_cover_training_and_nothing_else(folder, monkeypatch):
@@ -152,7 +190,7 @@ def test_a_resumed_run_continues_its_files(folder):
         update(log, state)
     log.finish(state)
     before = read_records(log.jsonl_path)
-    resumed = RunState(step=4, tokens=240)
+    resumed = RunState(step=4, tokens=240, run_id=state.run_id)
     log = start(resumed, resume=True)
     update(log, resumed, loss=9.0)
     log.finish(resumed)

@@ -15,7 +15,7 @@ BYTES = build_tokenizer("bytes")
 
 
 def only(files, tokenizer, cache):
-    (shard,) = tokenize_files(files, tokenizer, cache)
+    ((shard,), _) = tokenize_files(files, tokenizer, cache)
     return shard
 
 

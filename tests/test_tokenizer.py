@@ -90,10 +90,12 @@ def test_json_holds_the_whole_tokenizer(trained, tmp_path):
     again = build_tokenizer(str(path))
     assert (again.fingerprint, again.vocab_size, again.name) == (trained.fingerprint, 268, "mine")
     assert again.encode("the dog").tolist() == trained.encode("the dog").tolist()
-    assert stored_tokenizer(trained.to_json(), "", "x").fingerprint == trained.fingerprint
-    assert stored_tokenizer("", "", "x") is None
+    assert stored_tokenizer(trained.to_json(), "", "x", 300).fingerprint == trained.fingerprint
+    assert stored_tokenizer("", "", "x", 300) is None
     with pytest.raises(UserError, match=r"c\.pt was trained with mine"):
-        stored_tokenizer(trained.to_json(), "bytes", "c.pt")
+        stored_tokenizer(trained.to_json(), "bytes", "c.pt", 300)
+    with pytest.raises(UserError, match=r"268 ids, but the model of c\.pt knows 97"):
+        stored_tokenizer(trained.to_json(), "", "c.pt", 97)
 
 
 @pytest.mark.parametrize(
