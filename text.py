@@ -121,26 +121,29 @@ def read_texts(path: Path) -> Iterator[Text]:
 
 
 def _plain(path: Path, file: IO[bytes]) -> Iterator[Text]:
-    decoder, kept, read = codecs.getincrementaldecoder("utf-8")(), "", 0
+    decoder, kept, read, given = codecs.getincrementaldecoder("utf-8")(), "", 0, 0
     while block := file.read(BLOCK_BYTES):
         if (nul := block.find(0)) >= 0:
             raise UserError(f"{path}: byte {read + nul} is NUL; is this a text file?")
         kept += _decoded(path, decoder, block, read)
         read += len(block)
+        if len(block) < BLOCK_BYTES:
+            continue  # the file's end, most likely
         cut = _last_cut(kept, len(block))
         if cut or len(kept) > _FORCED_CUT_BLOCKS * BLOCK_BYTES:
-            cut = cut or len(kept)
-            yield Text(kept[:cut], len(kept[:cut].encode()), False)
-            kept = kept[cut:]
+            piece, kept = kept[: cut or None], kept[cut:] if cut else ""
+            size = read - given - len(decoder.getstate()[0]) - len(kept.encode())
+            given += size
+            yield Text(piece, size, False)
     kept += _decoded(path, decoder, b"", read)
     if not read:
         raise UserError(f"{path} is empty; give a file with text")
-    yield Text(kept, len(kept.encode()), True)
+    yield Text(kept, read - given, True)
 
 
 def _last_cut(text: str, new: int) -> int:
     """The last safe place to cut, or 0. Only the `new` last characters can hold one."""
-    for reach in (1 << 12, new + 4):
+    for reach in (1 << 8, new + 4):
         if cuts := [m.start() for m in _SAFE_CUT.finditer(text, max(0, len(text) - reach))]:
             return cuts[-1]
     return 0

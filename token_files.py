@@ -220,7 +220,7 @@ def _finished(folder: Path, job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _write_whole(path: Path, content: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(content)
         file.flush()

@@ -85,7 +85,9 @@ class BPETokenizer:
         self.token_bytes = np.zeros(vocab_size, np.int64)
         for token, i in ranks.items():
             self.token_bytes[i] = len(token)
-        self.fingerprint = hashlib.blake2b(self._body().encode(), digest_size=16).hexdigest()
+        self.fingerprint = hashlib.blake2b(
+            json.dumps(self._record()).encode(), digest_size=16
+        ).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         return self._bpe.encode_to_numpy(text, disallowed_special=())
@@ -93,19 +95,13 @@ class BPETokenizer:
     def decode(self, ids: list[int]) -> str:
         return b"".join(self._texts.get(i, b"") for i in ids).decode(errors="replace")
 
-    def _body(self) -> str:
+    def _record(self) -> dict[str, object]:
         tokens = [self._texts.get(i) for i in range(self.vocab_size)]
-        return json.dumps(
-            {
-                "pattern": self._pattern,
-                "end_token": self.end_token,
-                "tokens": [None if t is None else base64.b64encode(t).decode() for t in tokens],
-            }
-        )
+        coded = [None if t is None else base64.b64encode(t).decode() for t in tokens]
+        return {"pattern": self._pattern, "end_token": self.end_token, "tokens": coded}
 
     def to_json(self) -> str:
-        body = json.loads(self._body())
-        return json.dumps({"format": _FILE_FORMAT, "name": self.name, **body})
+        return json.dumps({"format": _FILE_FORMAT, "name": self.name, **self._record()})
 
 
 def tokenizer_from_json(text: str, where: str) -> Tokenizer:

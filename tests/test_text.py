@@ -53,6 +53,7 @@ def test_pieces_give_the_ids_of_the_whole(tmp_path, monkeypatch, gpt2_files):
     ids = np.load(only([write(tmp_path / "a", content)], gpt2, tmp_path / "cache"))
     assert ids.tolist() == [*tiktoken.get_encoding("gpt2").encode_ordinary(content), 50256]
     pieces = [t.text for t in text.read_texts(tmp_path / "a")]
+    assert all(t.n_bytes == len(t.text.encode()) for t in text.read_texts(tmp_path / "a"))
     assert len(pieces) > 50 and "".join(pieces) == content
 
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -107,30 +106,46 @@ def test_a_stopped_run_keeps_its_shards_and_ends_with_the_same_bytes(corpus, tmp
     assert all((tmp_path / "out" / n).stat().st_mtime_ns == t for n, t in kept.items())
 
 
-def test_killed_half_way_it_ends_with_the_same_bytes(tmp_path):
-    (tmp_path / "a.txt").write_text("".join(f"line {i} of many\n" for i in range(900_000)))
+KILL = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import token_files
+from pathlib import Path
+from tokenizer import build_tokenizer
 
-    def start(out):
-        command = [sys.executable, str(ROOT / "data/prepare.py"), "--tokenizer-name", "bytes"]
-        command += [
-            "--out",
-            str(tmp_path / out),
-            "--shard-tokens",
-            "1000000",
-            str(tmp_path / "a.txt"),
-        ]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+original, calls = getattr({where}), []
 
-    assert start("whole").wait(60) == 0
-    process, deadline = start("out"), time.monotonic() + 30
-    while not (tmp_path / "out" / "tokens_000003.npy").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out" / "tokens.json").exists(), "it was too fast to be killed half-way"
-    assert start("out").wait(60) == 0
+def killing(*args, **options):
+    calls.append(1)
+    if len(calls) == {count}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **options)
+
+setattr({where}, killing)
+token_files.prepare([Path(sys.argv[1])], build_tokenizer("bytes"), Path(sys.argv[2]), 100_000)
+"""
+
+
+@pytest.mark.parametrize(
+    "where, count",
+    [
+        ('token_files, "_encode"', 7),  # in a worker
+        ('token_files.os, "fsync"', 4),  # a shard is written, but has no name yet
+        ('token_files, "_write_whole"', 4),  # a shard is there, but not yet counted
+        ('token_files.os, "replace"', 5),
+    ],
+)
+def test_killed_half_way_it_ends_with_the_same_bytes(tmp_path, where, count):
+    source = tmp_path / "a.txt"
+    source.write_text("".join(f"line {i} of many\n" for i in range(400_000)))
+    script = KILL.format(root=str(ROOT), where=where, count=count)
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
+    assert subprocess.run(command, timeout=60).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "tokens.json").exists()
+    for out in ("out", "whole"):
+        prepare([source], BYTES, tmp_path / out, 100_000)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-    assert len(bytes_of(tmp_path / "out")) > 10
+    assert len(bytes_of(tmp_path / "out")) > 5
 
 
 def test_a_folder_of_other_tokens_is_not_touched(corpus, tmp_path):
@@ -171,6 +186,7 @@ def test_text_without_any_place_to_cut_stays_bounded(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("世" * 3000)
     pieces = list(text.read_texts(tmp_path / "a.txt"))
     assert "".join(p.text for p in pieces) == "世" * 3000
+    assert all(p.n_bytes == len(p.text.encode()) for p in pieces)
     assert max(p.n_bytes for p in pieces) <= 18 * 100 * 3
     assert [p.ends_document for p in pieces] == [False] * (len(pieces) - 1) + [True]
 
