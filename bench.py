@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import random
+import resource
 import statistics
 import sys
 import tempfile
@@ -21,11 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cli import parse_flags, parse_settings, run_script
 from config import UserError, check_fields, choose, flag
-from dataset import FineWebNPYDataset
 from text import find_sources, read_texts, stdlib_files
 from token_files import prepare
 from tokenizer import build_tokenizer
@@ -65,6 +64,10 @@ def memory(kind: str) -> float:
 
 def open_and_read(path: str) -> dict[str, float]:
     """Seconds from opening a shard to its first batch, for near and far steps, and MB it took."""
+    import torch
+
+    from dataset import FineWebNPYDataset
+
     torch.set_num_threads(1)
     args = parse_settings("train_minimal", ["--preset", "gpt2-small", "--global-batch-size", "8"])
     before, start = memory("VmRSS"), time.perf_counter()
@@ -128,7 +131,9 @@ def our_prepare(paths: list[str], tokenizer_name: str, workers: int) -> dict[str
         start = time.perf_counter()
         made = prepare([Path(p) for p in paths], tokenizer, Path(folder) / "out", workers=workers)
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": made["tokens"], "mb": memory("VmHWM")}
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
+    mb = memory("VmHWM") + workers * largest  # at most: forked processes share pages
+    return {"seconds": seconds, "tokens": made["tokens"], "mb": mb}
 
 
 def bench_prepare(args: BenchSettings) -> list[dict[str, Any]]:
@@ -191,7 +196,7 @@ def main(args: BenchSettings) -> None:
     if len(args.verb) != 1:
         raise UserError(f"say what to measure: bench.py {'|'.join(VERBS)}")
     rows = choose("benchmark", args.verb[0], VERBS)(args)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{args.verb[0]} on {machine}; medians of {args.repeats}")
     show(rows)
     folder = Path(args.log_dir)

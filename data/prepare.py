@@ -25,7 +25,7 @@ class PrepareSettings:
     out: str = flag("", "folder to write the shards to")
     tokenizer_name: str = flag("gpt2", "bytes, a tiktoken encoding, or a trained tokenizer's file")
     shard_tokens: int = flag(SHARD_TOKENS, "tokens after which a new shard begins", at_least=1)
-    workers: int = flag(0, "threads; 0 = one per core; the output is the same", at_least=0)
+    workers: int = flag(0, "processes; 0 = one per core; the output is the same", at_least=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
