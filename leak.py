@@ -18,20 +18,25 @@ if TYPE_CHECKING:
     from dataset import TokenDataset
 
 PROBES = 256  # pieces of the validation data that are searched for
-_DOUBLINGS = 5  # a piece has 2**5 tokens
+_DOUBLINGS = 5  # a piece has 2**5 tokens,
+_DOUBLINGS_OF_BYTES = 7  # or 2**7 where tokens are bytes or the like: about as much text
+_SMALL_VOCABULARY = 1024
 _MOST_TOKENS = 1_000_000_000  # of the training data are read
 _BLOCK = 1 << 16  # tokens hashed at once: they stay in the cache of a core
-_REFUSED_SHARE = 0.1  # boilerplate repeats here and there; a copied part repeats all over
+_REFUSED_SHARE = 0.2  # boilerplate repeats here and there; a copied part repeats all over
 
 
 def refuse_leak(train: TokenDataset, val: TokenDataset, cache_dir: Path) -> float:
-    """The share of probes of `val` that stand somewhere in `train`; more than a tenth is refused.
+    """The share of probes of `val` that stand somewhere in `train`; more than a fifth is refused.
 
-    Files of their own may still be copies. 256 pieces of 32 tokens, spread evenly over the
-    validation data, are searched at every position of the training data; beyond a billion tokens,
-    in blocks spread evenly over it. The result is kept in the cache. Raises UserError.
+    Files of their own may still be copies. 256 pieces of 32 tokens (128 where tokens are bytes),
+    spread evenly over the validation data, are searched at every position of the training data;
+    beyond a billion tokens, in blocks spread evenly over it. The result is kept in the cache.
+    Raises UserError.
     """
-    about = repr((train.describe(), val.describe(), PROBES, _DOUBLINGS, _MOST_TOKENS))
+    about = repr(
+        (train.describe(), val.describe(), PROBES, _DOUBLINGS, _DOUBLINGS_OF_BYTES, _MOST_TOKENS)
+    )
     key = hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
     path = cache_dir / f"leak-{key}.json"
     try:
@@ -60,7 +65,8 @@ def leaked_share(train: TokenDataset, val: TokenDataset) -> float:
     """Of the probes of `val`, the share that stands in `train`, 0 to 1; estimated where only a part
     of `train` was read.
     """
-    doublings = min(_DOUBLINGS, val.num_tokens.bit_length() - 1)
+    small = val.source.vocab_size < _SMALL_VOCABULARY
+    doublings = min(_DOUBLINGS_OF_BYTES if small else _DOUBLINGS, val.num_tokens.bit_length() - 1)
     length = 1 << doublings
     places = np.unique(np.linspace(val.start, val.stop - length, PROBES).astype(np.int64))
     probes = [run_hashes(val.source.read(p, length), doublings)[0] for p in places.tolist()]

@@ -1,7 +1,6 @@
 """Trains the same GPT on many processes: `torchrun --nproc-per-node=N train_ddp.py`.
 
-The page of train_minimal.py with the lines that make it distributed: `diff train_minimal.py
-train_ddp.py`.
+The page of train_minimal.py and what makes it distributed: see the `diff` of the two.
 """
 
 from checkpoint import load_checkpoint, save_checkpoint, saved_settings

@@ -1,6 +1,4 @@
-"""Trains a GPT on one device: `python train_minimal.py`. All flags: `--help`. Many processes:
-train_ddp.py.
-"""
+"""Trains a GPT on one device: `python train_minimal.py` (`--help` shows all flags)."""
 
 from checkpoint import load_checkpoint, save_checkpoint, saved_settings
 from cli import parse_settings, run_script

@@ -35,6 +35,23 @@ def test_other_text_of_the_same_words_is_not(train):
     assert leaked_share(data(train), data(shuffled)) == 0.0
 
 
+def test_phrases_that_source_code_repeats_are_no_leak(tmp_path):
+    import dataset
+    from text import stdlib_files
+
+    tokenizer = dataset.build_tokenizer("bytes")
+    files = [p for p in stdlib_files() if "encodings" not in p.parts][:200]  # they do repeat
+    train, val = (
+        dataset.TextDatasetForCausalLM(part, tokenizer, 64, tmp_path)
+        for part in (files[:180], files[180:])
+    )
+    assert leaked_share(train, val) < 0.05
+    assert (
+        leaked_share(train, dataset.TextDatasetForCausalLM(files[7:9], tokenizer, 64, tmp_path))
+        == 1.0
+    )
+
+
 def test_a_partial_copy_gives_its_share(train):
     mixed = np.concatenate(
         [train[5000:15_000], np.random.default_rng(2).integers(0, 50257, 30_000)]
