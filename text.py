@@ -202,7 +202,7 @@ def read_pieces(sources: Sequence[Path]) -> Iterator[list[Text]]:
         for text in read_texts(path):
             piece.append(text)
             size += text.n_bytes
-            if size >= BLOCK_BYTES // 2:
+            if size >= BLOCK_BYTES // 4:
                 yield piece
                 piece, size = [], 0
     if piece:

@@ -221,6 +221,8 @@ def _write_shards(
     )  # fmt: skip
     try:
         for piece, ids in _in_order(pieces, tokenizer, dtype, workers):
+            if not (folder / TOKENIZER_FILE).exists():  # written while the workers work
+                _write_whole(folder / TOKENIZER_FILE, tokenizer.to_json())
             shard = shard or _ShardFile(folder / f"tokens_{len(shards):06d}.npy", dtype)
             shard.add(piece, ids)
             bar.update(sum(t.n_bytes for t in piece))
@@ -239,7 +241,6 @@ def _write_shards(
         raise UserError(f"{', '.join(map(str, sources[:3]))}: no text in it")
     counts = {k: sum(s[k] for s in shards) for k in ("tokens", "bytes", "documents")}
     manifest = {**job, **counts, "shards": shards}
-    _write_whole(folder / TOKENIZER_FILE, tokenizer.to_json())
     _write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
     (folder / _PROGRESS).unlink(missing_ok=True)
     return manifest
