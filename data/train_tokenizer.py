@@ -70,7 +70,7 @@ def main(args: TrainTokenizerSettings) -> None:
         Path(args.out).write_text(tokenizer.to_json(), encoding="utf-8")
     except OSError as reason:
         raise UserError(f"cannot write {args.out}: {reason.strerror}") from reason
-    sample = next(read_texts(sources[0])).text[:100_000]
+    sample = "".join(next(read_texts(path)).text[:20_000] for path in sources[:200])
     rate = len(sample.encode()) / len(tokenizer.encode(sample))
     print(
         f"{args.out}: {tokenizer.vocab_size} ids in {time.perf_counter() - start:.1f} s; about "
