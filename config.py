@@ -367,6 +367,7 @@ def check_fields(settings: Any) -> None:
 
 
 def choose(name: str, given: str, allowed: Mapping[str, Any]) -> Any:
+    """What `given` stands for in `allowed`. Raises UserError that names those that are close."""
     if given not in allowed:
         close = difflib.get_close_matches(given, allowed, n=2, cutoff=0.4)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""

@@ -83,10 +83,8 @@ def describe_text(path: str) -> dict[str, object]:
 def describe(path: str, tokenizer_name: str) -> dict[str, object]:
     """What there is to say of a path; a problem that stops the reading is said too."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    is_tokens = Path(path).suffix in (".npy", ".bin") or any(
-        Path(path).is_dir() and Path(path).glob(kind) and list(Path(path).glob(kind))
-        for kind in ("*.npy", "*.bin")
-    )
+    files = Path(path).iterdir() if Path(path).is_dir() else [Path(path)]
+    is_tokens = any(file.suffix in (".npy", ".bin") for file in files)
     try:
         if not is_tokens:
             return {"kind": f"text {kind_of(Path(path))[0]}".strip(), **describe_text(path)}
@@ -103,6 +101,7 @@ def describe(path: str, tokenizer_name: str) -> dict[str, object]:
 
 
 def main(args: DescribeSettings) -> None:
+    """Prints what each path is. Raises UserError where one has a problem."""
     problems = 0
     for path in args.paths:
         print(path)

@@ -34,6 +34,7 @@ class PrepareSettings:
 
 
 def main(args: PrepareSettings) -> None:
+    """Writes the shards and says how to train on them."""
     tokenizer, folder = build_tokenizer(args.tokenizer_name), Path(args.out)
     try:
         made = prepare(find_sources(args.paths), tokenizer, folder, args.shard_tokens, args.workers)

@@ -59,6 +59,7 @@ def train_tokenizer(
 
 
 def main(args: TrainTokenizerSettings) -> None:
+    """Writes the tokenizer file and says how to use it."""
     sources, start = find_sources(args.paths) if args.paths else stdlib_files(), time.perf_counter()
     tokenizer = train_tokenizer(sources, args.vocab_size, args.max_bytes, Path(args.out).stem)
     if tokenizer.vocab_size < args.vocab_size:
