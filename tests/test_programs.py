@@ -469,7 +469,11 @@ def test_weighted_shards_train_evaluate_and_resume(script):
     "name, flags, said",
     [
         ("data/prepare.py", [], "give the texts and a folder"),
-        ("data/prepare.py", ["--out", "o", "none.txt"], "none.txt: cannot be read"),
+        (
+            "data/prepare.py",
+            ["--out", "o", "--tokenizer-name", "bytes", "none.txt"],
+            "none.txt: cannot be read",
+        ),
         ("data/prepare.py", ["--out", "o", "--tokenizer-name", "bytes", "*.xyz"], "no text in it"),
         (
             "data/prepare.py",
