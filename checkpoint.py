@@ -1,28 +1,51 @@
-"""Checkpoints: one file that appears by an atomic rename, is verified when read, and fits every
-parallel layout.
+"""What a checkpoint holds: a whole run, by names, the same for every parallel layout.
+
+`python checkpoint.py verify|show|compare FILE...` looks at checkpoints from the command line. Which
+files a run keeps, and when it writes them, is in saver.py.
 """
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import os
+import re
 import shutil
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from config import Settings, UserError, flat, settings_from
+from checkpoint_file import (
+    Contents,
+    Stored,
+    Unreadable,
+    open_sealed,
+    tensor_bytes,
+    write_sealed,
+)
+from cli import parse_flags, run_script
+from config import Settings, UserError, check_fields, choose, flag, flat, settings_from
 from model import GPTModel
 from step import RunState
 
-FORMAT = 1
-_PLAIN_STATE = ("step", "tokens", "best_val_loss", "run_id", "wandb_run_id")
+FORMAT = 2
+_PLAIN_STATE = ("step", "tokens", "best_val_loss", "best_step", "run_id", "wandb_run_id")
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("model", "optimizer", "scaler", "settings", "data", "environment"), dict),
+    **dict.fromkeys(("format", "step", "tokens", "best_step", "bad_in_row"), int),
+    **dict.fromkeys(("run_id", "wandb_run_id"), str),
+    "best_val_loss": float,
+}
+_DATA_SETTINGS = {
+    *("train_data", "val_data", "train_npy", "val_npy", "val_ratio", "max_tokens"),
+    *("val_max_tokens", "tokenizer_name"),
+}
+_ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}
+_SPACE = 1_000_000  # bytes of a checkpoint beside its tensors
+_Result = TypeVar("_Result")
 
 
 def save_checkpoint(
@@ -33,37 +56,112 @@ def save_checkpoint(
     args: Settings,
     data: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the whole run to `path`: at any moment the file is the whole old one or the whole new
-    one.
+    """Writes the whole run to `path`: at any moment the file there is the whole old one or the
+    whole new one. The old one stays as `name.previous.pt`.
 
     model: the bare module, not a DDP wrapper. data: what the run trains and validates on. Raises
     UserError where the file can't be written; what was at `path` before is then untouched.
     """
+    write_checkpoint(path, content_of(model, optimizer, state, args, data))
+
+
+def content_of(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+    args: Settings,
+    data: dict[str, Any] | None = None,
+    environment: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What is written: nested dicts of plain values and of the tensors themselves, not copies."""
     names = {id(p): name for name, p in model.named_parameters()}
-    content = {
+    return {
         "format": FORMAT,
-        "model": model.state_dict(),
+        "model": {k: v.detach() for k, v in model.state_dict().items()},
         "optimizer": {names[id(p)]: dict(s) for p, s in optimizer.state.items()},
         "scaler": state.scaler.state_dict(),
         **{key: getattr(state, key) for key in _PLAIN_STATE},
-        "settings": {**flat(args), "resume": False},
+        "bad_in_row": 0 if state.bad_in_row is None else int(state.bad_in_row),
+        "settings": {**flat(args), "resume": False, "allow_change": []},
         "data": data or {},
+        "environment": environment or {},
     }
+
+
+def sibling(path: str | Path, label: str) -> Path:
+    """`name.label.pt` beside `name.pt`."""
+    return Path(path).with_name(f"{Path(path).stem}.{label}{Path(path).suffix}")
+
+
+def write_checkpoint(path: str | Path, content: dict[str, Any], *labels: str) -> None:
+    """Puts content at `path`, as its latest state, and under the labels as second names of the same
+    file. Raises UserError; all files are then as before.
+    """
     target = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    on_cpu = _on_cpu(content)
+    broken = [name for name, t in _tensors(on_cpu) if not _is_finite(t)]
+    if broken:
+        raise UserError(f"{broken[0]} is not finite, so this is no state to continue from")
     with _says_why(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        check_space(target.parent, tensor_bytes(on_cpu))
         try:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
+            write_sealed(temporary, on_cpu)
+            for label in labels:  # first, or a kill in between would leave them out for good
+                _second_name(temporary, sibling(target, label))
+            if target.exists():
+                _second_name(target, sibling(target, "previous"))
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
-        if args.keep_every and state.step % args.keep_every == 0:
-            _keep(target, state.step)
+
+
+def _on_cpu(tree: Any) -> Any:
+    """The tree with tensors that lie on the CPU without gaps; those that do are not copied."""
+    if isinstance(tree, dict):
+        return {k: _on_cpu(v) for k, v in tree.items()}
+    return tree.cpu().contiguous() if isinstance(tree, Tensor) else tree
+
+
+def _tensors(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _tensors(value, f"{path}{key} ")
+        elif isinstance(value, (Tensor, Stored)):
+            yield path + key, value
+
+
+def _is_finite(t: Tensor) -> bool:
+    if not t.is_floating_point() or not t.numel():
+        return True
+    low, high = torch.aminmax(t)  # one pass without a copy; a NaN becomes both
+    return bool(low.isfinite() & high.isfinite())
+
+
+def check_space(folder: Path, n_bytes: int) -> None:
+    """Raises OSError where a checkpoint with tensors of n_bytes has no room."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes + _SPACE:
+        raise OSError(f"{n_bytes / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
+
+
+def _second_name(file: Path, name: Path) -> None:
+    """Makes `name` another name of the file, or a copy where the file system has no hard links;
+    what had the name is replaced at once.
+    """
+    made = name.with_name(f"{name.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            os.link(file, made)
+        except OSError:
+            shutil.copyfile(file, made)
+            with open(made, "rb") as copy:
+                os.fsync(copy.fileno())
+        os.replace(made, name)
+    finally:
+        made.unlink(missing_ok=True)  # a rename onto another name of the same file does nothing
 
 
 @contextmanager
@@ -78,35 +176,6 @@ def _says_why(target: Path) -> Iterator[None]:
         ) from reason
 
 
-def claim_checkpoint(path: str | Path, resume: bool) -> tuple[IO[str], list[tuple[Path, Path]]]:
-    """Proves that a run can save there, and keeps others off. Raises UserError.
-
-    A new run sets aside what an earlier one left. Returns the lock, held until it is closed or the
-    process ends, and pairs (old name, new name).
-    """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise UserError(f"{path} is not a plain file; give a file name as --checkpoint-path")
-    with _says_why(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(target.with_name(target.name + ".lock"), "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"{path} is in use by another run ({lock.read().strip()}); stop it, or give "
-                "another "
-                "--checkpoint-path"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        lock.flush()
-        kept = [] if resume else sorted(target.parent.glob(f"{glob.escape(target.stem)}.step*"))
-        old = [] if resume else [Path(path), *kept]
-        return lock, [(p, new) for p in old if (new := set_aside(p))]
-
-
 def _sync_folder(folder: Path) -> None:
     """Makes a rename survive a power failure."""
     fd = os.open(folder, os.O_RDONLY)
@@ -116,55 +185,80 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _keep(target: Path, step: int) -> None:
-    """A second name for this checkpoint, which the next save won't replace:
-    `name.step000500.pt`.
-    """
-    kept = target.with_name(f"{target.stem}.step{step:06d}{target.suffix}")
-    kept.unlink(missing_ok=True)
-    try:
-        os.link(target, kept)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(target, kept)
-
-
-def read_checkpoint(path: str | Path, lazily: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU, checked byte by byte. Never runs code from the file.
+@contextmanager
+def open_checkpoint(path: str | Path) -> Iterator[Contents]:
+    """A checkpoint whose bytes and description are checked, with its tensors still in the file.
     Raises UserError.
-
-    lazily: leave the tensors on disk and unchecked, for reading the settings alone.
     """
-    if not os.path.isfile(path):
-        raise UserError(
-            f"{path}: " + ("not a plain file" if os.path.exists(path) else "no such checkpoint")
-        )
-    try:
-        if not lazily:
-            with zipfile.ZipFile(path) as archive:
-                # torch.load does not look at the checksums, and is led astray by odd attributes.
-                odd = [i.filename for i in archive.infolist() if i.compress_type or i.external_attr]
-                damaged = archive.testzip() or (odd[0] if odd else None)
-            if damaged:
-                raise UserError(
-                    f"{path}: the checkpoint is damaged (wrong checksum or attributes of {damaged})"
-                )
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    except UserError:
-        raise
-    except Exception as reason:  # damage takes zipfile and the unpickler to many places
-        raise UserError(
-            f"{path}: not a checkpoint, or damaged ({type(reason).__name__}: "
-            f"{' '.join(str(reason).split())[:120]})"
-        ) from reason
-    found = content.get("format") if isinstance(content, dict) else None
+    with open_sealed(path) as contents:
+        _check_description(contents.tree)
+        yield contents
+
+
+def _check_description(tree: Any) -> None:
+    """Raises UserError unless it is what `content_of` makes. Takes memory for nothing."""
+    found = tree.get("format") if type(tree) is dict else None
     if found != FORMAT:
-        raise UserError(f"{path}: checkpoint format {found!r:.40}, this version reads {FORMAT}")
-    return content
+        raise UserError(f"checkpoint format {found!r:.40}, this version reads {FORMAT}")
+    wrong = [k for k, kind in _KINDS.items() if type(tree.get(k)) is not kind]
+    ids = ("run_id", "wandb_run_id")  # folders get their names from them
+    wrong += [k for k in ids if k not in wrong and not re.fullmatch(r"[\w-]{0,64}", tree[k])]
+    parts = [tree["model"], *tree["optimizer"].values()] if not wrong else []
+    if wrong or not all(
+        type(part) is dict and all(type(v) is Stored for v in part.values()) for part in parts
+    ):
+        raise UserError(f"missing, or not what it must be: {', '.join(wrong) or 'tensors'}")
+    config = settings_from(tree["settings"]).model
+    if config.n_layers > len(tree["model"]) or not config.vocab_size:
+        raise UserError("its settings describe another model than the one in it")
+    with torch.device("meta"):  # shapes without memory
+        described = GPTModel(config)
+    problems = _differences_of_model(described, tree)
+    if problems:
+        raise UserError(f"its settings describe another model: {_some(problems)}")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The whole content of a checkpoint, on the CPU, every byte checked. Never runs code from the
+    file. Raises UserError.
+    """
+    with open_checkpoint(path) as contents:
+        return contents.read(contents.tree)
 
 
 def saved_settings(path: str | Path) -> dict[str, Any]:
     """The flat settings stored in a checkpoint. Raises UserError."""
-    return read_checkpoint(path, lazily=True)["settings"]
+    with open_checkpoint(path) as contents:
+        return contents.tree["settings"]
+
+
+def newest_whole(
+    path: str | Path, use: Callable[[Path], _Result]
+) -> tuple[_Result, Path, list[str]]:
+    """What use(file) returns for the newest whole checkpoint of a run, that file, and what is
+    wrong with a newer one. Raises UserError if none is whole.
+    """
+    wrong: list[str] = []
+    for file in (Path(path), sibling(path, "previous")):
+        try:
+            return use(file), file, wrong
+        except Unreadable as reason:
+            wrong.append(str(reason))
+    if not os.path.lexists(path) and not os.path.lexists(file):
+        raise UserError(f"{wrong[0]} to resume; start without --resume")
+    stem = re.escape(Path(path).stem)
+    others = [
+        p.name
+        for p in sorted(Path(path).parent.glob("*"))
+        if re.fullmatch(rf"{stem}\.(best|step\d+)\.\w+", p.name)
+    ]
+    more = f"; there are also {', '.join(others)}" if others else ""
+    raise UserError(f"no whole checkpoint: {'; '.join(wrong)}{more}")
+
+
+def resumable_settings(path: str | Path) -> dict[str, Any]:
+    """The flat settings of the checkpoint that --resume continues. Raises UserError."""
+    return newest_whole(path, saved_settings)[0]
 
 
 def load_checkpoint(
@@ -173,89 +267,203 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     state: RunState | None = None,
     data: dict[str, Any] | None = None,
+    args: Settings | None = None,
+    environment: dict[str, Any] | None = None,
 ) -> RunState:
     """Fills model and optimizer from a checkpoint and returns how far its run had come. Raises
     UserError.
 
-    Parameters and their moments are matched by name, and names, shapes and data compared before
-    anything is changed.
+    Parameters and their moments are matched by name; names, shapes, types and data are compared
+    before a tensor is read, and all differences named at once. What may differ between args or
+    environment and those of the file is noted in `state.notes`.
     """
-    content = read_checkpoint(path)
-    _compare_and_fill(path, model, content, data or {})
+    with open_checkpoint(path) as contents:
+        tree = contents.tree
+        problems = _differences_of_model(model, tree)
+        if optimizer is not None:
+            problems += _differences_of_optimizer(model, optimizer, tree)
+        notes = _changes(tree["settings"], flat(args), "") if args else []
+        notes += _changes(tree["environment"], environment, "") if environment else []
+        allowed = bool(args and _DATA_SETTINGS & set(args.allow_change))
+        for part in ("train", "val") if data else ():
+            changed = changes_of_data(tree["data"].get(part, {}), (data or {})[part], part)
+            (notes if allowed else problems).extend(changed)
+        tensors = {} if problems else contents.read({k: tree[k] for k in ("model", "optimizer")})
+    if problems:
+        raise UserError(f"{path} does not fit this run: {_some(problems)}")
+    model.load_state_dict(tensors["model"])
     if optimizer is not None:
-        _load_optimizer(path, model, optimizer, content["optimizer"])
+        for name, p in model.named_parameters():
+            if name in tensors["optimizer"]:
+                moments = tensors["optimizer"][name]
+                optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
     state = state or RunState()
     for key in _PLAIN_STATE:
-        setattr(state, key, content[key])
-    if state.scaler.is_enabled() and content["scaler"]:
-        state.scaler.load_state_dict(content["scaler"])
+        setattr(state, key, tree[key])
+    state.bad_in_row = torch.tensor(
+        float(tree["bad_in_row"]), device=next(model.parameters()).device
+    )
+    if state.scaler.is_enabled() and tree["scaler"]:
+        state.scaler.load_state_dict(tree["scaler"])
+    if notes:
+        state.notes.append(f"changed since it was saved: {_some(notes)}")
     return state
 
 
-def _compare_and_fill(
-    path: str | Path, model: nn.Module, content: dict[str, Any], data: dict[str, Any]
-) -> None:
-    wanted, found = model.state_dict(), content["model"]
+def _some(problems: list[str]) -> str:
+    more = f" (+{len(problems) - 20} more)" if len(problems) > 20 else ""
+    return "; ".join(sorted(problems)[:20]) + more
+
+
+def _differences_of_model(model: nn.Module, tree: dict[str, Any]) -> list[str]:
+    wanted, found = model.state_dict(), tree["model"]
     problems = [f"{k} is missing" for k in wanted.keys() - found.keys()]
     problems += [f"{k} is unknown" for k in found.keys() - wanted.keys()]
-    problems += [
-        f"{k} is {tuple(found[k].shape)}, expected {tuple(wanted[k].shape)}"
-        for k in wanted.keys() & found.keys()
-        if found[k].shape != wanted[k].shape
+    for k in wanted.keys() & found.keys():
+        if found[k].shape != tuple(wanted[k].shape):
+            problems.append(f"{k} is {found[k].shape}, expected {tuple(wanted[k].shape)}")
+        if found[k].dtype != wanted[k].dtype:
+            problems.append(f"{k} is {found[k].dtype}, expected {wanted[k].dtype}")
+    return problems
+
+
+def _differences_of_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tree: dict[str, Any]
+) -> list[str]:
+    saved, parameters = tree["optimizer"], dict(model.named_parameters())
+    problems = [
+        f"optimizer state of {k}, a parameter unknown here" for k in saved.keys() - parameters
     ]
-    for part in ("train", "val") if data else ():
-        problems += changes_of_data(content["data"].get(part, {}), data[part], part)
-    if problems:
-        more = f" (+{len(problems) - 20} more)" if len(problems) > 20 else ""
-        raise UserError(f"{path} does not fit this run: {'; '.join(sorted(problems)[:20])}{more}")
-    model.load_state_dict(found)
+    if saved:
+        problems += [f"optimizer state of {k} is missing" for k in parameters.keys() - saved]
+    for name in parameters.keys() & saved.keys():
+        moments, shape = saved[name], tuple(parameters[name].shape)
+        if isinstance(optimizer, torch.optim.AdamW) and moments.keys() != _ADAMW_STATE:
+            problems.append(f"optimizer state of {name} is {sorted(moments)}")
+        problems += [
+            f"optimizer state of {name} ({k}) is {v.shape}, expected {shape}"
+            for k, v in moments.items()
+            if v.shape and v.shape != shape
+        ]
+    return problems
 
 
 def changes_of_data(recorded: dict[str, Any], now: dict[str, Any], part: str) -> list[str]:
     """How data differs from what a checkpoint recorded; where it lies on disk doesn't matter."""
+    return _changes(recorded, {k: v for k, v in now.items() if k != "source"}, f"{part} data: ")
+
+
+def _changes(recorded: dict[str, Any], now: dict[str, Any], label: str) -> list[str]:
+    passing = ("resume", "allow_change", "checkpoint_path")
     return [
-        f"{part} data: {k} was {recorded.get(k)!r}, is {now[k]!r}"
+        f"{label}{k} was {recorded.get(k)!r}, is {now[k]!r}"
         for k in now
-        if k != "source" and recorded.get(k) != now[k]
+        if k not in passing and recorded.get(k) != now[k]
     ]
-
-
-def _load_optimizer(
-    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
-) -> None:
-    parameters = dict(model.named_parameters())
-    for name, moments in saved.items():
-        if name not in parameters:
-            raise UserError(f"{path}: optimizer state of {name}, a parameter that the model lacks")
-        p = parameters[name]
-        wrong = [k for k, v in moments.items() if v.ndim and v.shape != p.shape]
-        if wrong:
-            raise UserError(
-                f"{path}: optimizer state of {name} ({', '.join(wrong)}) is not shaped like it"
-            )
-        optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
 
 
 def load_model(path: str | Path) -> tuple[GPTModel, Settings, dict[str, Any]]:
     """(model on the CPU, settings of its run, record of its data) of a checkpoint. Raises
     UserError.
     """
-    content = read_checkpoint(path)
-    settings = settings_from(content["settings"])
+    with open_checkpoint(path) as contents:
+        settings = settings_from(contents.tree["settings"])
+        tensors = contents.read(contents.tree["model"])
     model = GPTModel(settings.model)
-    _compare_and_fill(path, model, content, {})
-    return model, settings, content["data"]
+    model.load_state_dict(tensors)
+    return model, settings, contents.tree["data"]
 
 
-def set_aside(path: str | Path) -> Path | None:
-    """Renames what an earlier run left at `path` to a free numbered name, which it returns; None
-    if there is nothing.
-    """
-    old = Path(path)
-    if not os.path.lexists(old):
-        return None
-    number = 1
-    while os.path.lexists(new := old.with_name(f"{old.stem}.{number}{old.suffix}")):
-        number += 1
-    os.rename(old, new)
-    return new
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Settings of checkpoint.py."""
+
+    verb: tuple[str, ...] = flag((), "verify, show or compare, then FILES", positional=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def verify(paths: tuple[str, ...]) -> None:
+    """Says of each file whether it is whole. Raises UserError if one is not."""
+    bad = 0
+    for path in paths:
+        try:
+            with open_checkpoint(path) as contents:
+                print(f"{path}: whole, step {contents.tree['step']}, {contents.size:,} bytes")
+        except UserError as reason:
+            bad += 1
+            print(reason)
+    if bad:
+        raise UserError(f"{bad} of {len(paths)} not whole")
+
+
+def show(paths: tuple[str, ...]) -> None:
+    """Prints what is in each file."""
+    for path in paths:
+        with open_checkpoint(path) as contents:
+            tree = contents.tree
+        print(f"{path}: {contents.size:,} bytes, written by run {tree['run_id']}")
+        for key in ("step", "tokens", "best_val_loss", "best_step"):
+            print(f"  {key}: {tree[key]}")
+        for part in ("environment", "settings"):
+            print(f"  {part}: " + ", ".join(f"{k}={v}" for k, v in sorted(tree[part].items())))
+        for part in ("train", "val"):
+            about = tree["data"].get(part, {})
+            print(f"  {part} data: " + ", ".join(f"{k}={v}" for k, v in about.items()))
+        for name, t in tree["model"].items():
+            kept = ", ".join(sorted(tree["optimizer"].get(name, {})))
+            print(f"  {name} {t.shape} {str(t.dtype).removeprefix('torch.')}; {kept}")
+
+
+def compare(paths: tuple[str, ...]) -> None:
+    """Prints how two files differ. Raises UserError if they do, so that scripts can tell."""
+    if len(paths) != 2:
+        raise UserError(f"compare takes two files, not {len(paths)}")
+    with open_checkpoint(paths[0]) as a, open_checkpoint(paths[1]) as b:
+        lines = [
+            f"{key}: {a.tree[key]} | {b.tree[key]}"
+            for key in (*_PLAIN_STATE, "bad_in_row", "scaler")
+            if a.tree[key] != b.tree[key]
+        ]
+        for part in ("settings", "environment", "data"):
+            keys = sorted(a.tree[part].keys() | b.tree[part].keys())
+            lines += [
+                f"{part} {k}: {a.tree[part].get(k)!r:.200} | {b.tree[part].get(k)!r:.200}"
+                for k in keys
+                if a.tree[part].get(k) != b.tree[part].get(k)
+            ]
+        ours, theirs = (
+            dict(_tensors({k: c.tree[k] for k in ("model", "optimizer")})) for c in (a, b)
+        )
+        lines += [f"{name}: in one file only" for name in sorted(ours.keys() ^ theirs.keys())]
+        equal = 0
+        for name in sorted(ours.keys() & theirs.keys()):
+            x, y = a.read(ours[name]), b.read(theirs[name])
+            if x.shape != y.shape or x.dtype != y.dtype:
+                lines.append(f"{name}: {tuple(x.shape)} {x.dtype} | {tuple(y.shape)} {y.dtype}")
+            elif torch.equal(x, y):
+                equal += 1
+            else:
+                lines.append(f"{name}: up to {float((x - y).abs().max()):.3g} apart")
+    print("\n".join([*lines, f"{equal} of {len(ours | theirs)} tensors are bit-equal"]))
+    if equal < len(ours | theirs):
+        raise UserError("the weights or the optimizer states differ")
+
+
+VERBS = {"verify": verify, "show": show, "compare": compare}
+
+
+def main(args: CheckpointSettings) -> None:
+    """Runs one verb on the files."""
+    if len(args.verb) < 2:
+        raise UserError(f"say what to do with which files: checkpoint.py {'|'.join(VERBS)} FILE...")
+    choose("verb", args.verb[0], VERBS)(args.verb[1:])
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda argv: main(
+            CheckpointSettings(**parse_flags(CheckpointSettings, "checkpoint.py", argv))
+        )
+    )

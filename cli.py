@@ -18,6 +18,7 @@ from config import (
     UserError,
     choose,
     default_checkpoint,
+    flat,
     settings_from,
 )
 
@@ -54,12 +55,30 @@ def parse_settings(
     values = {**base, **typed, "checkpoint_path": path}
     if not values.get("max_position_embeddings"):
         values["max_position_embeddings"] = values.get("seq_len", 128)
-    return _settle_batch(
-        settings_from(values),
-        typed,
-        world,
-        base.get("global_batch_size", 0) if typed.get("resume") else 0,
-    )
+    args = settings_from(values)
+    if not args.resume:
+        return _settle_batch(args, typed, world, 0)
+    kept = 0 if "global_batch_size" in args.allow_change else base.get("global_batch_size", 0)
+    args = _settle_batch(args, typed, world, kept)
+    _refuse_changes(base, args)
+    return args
+
+
+def _refuse_changes(saved: Mapping[str, Any], args: Settings) -> None:
+    """Raises UserError where a resumed run would no longer be the same run."""
+    fixed = [
+        field.name
+        for kind in (GPTConfig, Settings)
+        for field in dataclasses.fields(kind)
+        if field.metadata.get("fixed") and field.name not in args.allow_change
+    ]
+    now = flat(args)
+    changes = [f"{k} was {saved[k]}, is {now[k]}" for k in fixed if saved.get(k, now[k]) != now[k]]
+    if changes:
+        names = " ".join(change.split()[0] for change in changes)
+        raise UserError(
+            f"not the run to resume: {'; '.join(changes)}; if you mean it, --allow-change {names}"
+        )
 
 
 def _settle_batch(args: Settings, typed: Mapping[str, Any], world: int, kept: int) -> Settings:
@@ -77,7 +96,8 @@ def _settle_batch(args: Settings, typed: Mapping[str, Any], world: int, kept: in
     if kept and total != kept:
         raise UserError(
             f"the run to resume has global_batch_size={kept}, not {total}; another "
-            "one would repeat or leave out data; leave it, and give --batch-size to save memory"
+            "one would repeat or leave out data; leave it, and give --batch-size to save memory "
+            "(or --allow-change global_batch_size)"
         )
     rows = total // world
     if "batch_size" not in typed:
@@ -144,12 +164,12 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], ki
         parser.add_argument(name, type=kind, metavar=field.name.split("_")[-1].upper(), help=text)
 
 
-def run_script(body: Callable[[list[str]], None]) -> None:
-    """Runs a script's body on the command line; a user's mistake ends it with one line and exit
-    code 2.
+def run_script(body: Callable[[list[str]], int | None]) -> None:
+    """Runs a script's body on the command line; it returns the exit code, None for 0. A user's
+    mistake ends it with one line and exit code 2.
     """
     try:
-        body(sys.argv[1:])
+        code = body(sys.argv[1:])
     except UserError as mistake:
         rank = os.environ.get("RANK", "0")
         print(("" if rank == "0" else f"rank {rank}: ") + f"error: {mistake}", file=sys.stderr)
@@ -160,3 +180,5 @@ def run_script(body: Callable[[list[str]], None]) -> None:
             file=sys.stderr,
         )
         sys.exit(130)
+    if code:
+        sys.exit(code)

@@ -21,10 +21,20 @@ class UserError(Exception):
 
 
 def flag(
-    default: Any, help: str, *choices: str, at_least: float | None = None, positional: bool = False
+    default: Any,
+    help: str,
+    *choices: str,
+    at_least: float | None = None,
+    at_most: float = 2**62,
+    fixed: bool = False,
+    positional: bool = False,
 ) -> Any:
-    """One setting: default, help of its flag with the unit, and the values that it may take."""
-    metadata = {"help": help, "choices": choices, "at_least": at_least, "positional": positional}
+    """One setting: default, help of its flag with the unit, and the values that it may take.
+
+    fixed: another value makes another run, so --resume takes it only with --allow-change.
+    """
+    limits = {"choices": choices, "at_least": at_least, "at_most": at_most}
+    metadata = {"help": help, "fixed": fixed, "positional": positional, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -35,9 +45,10 @@ class GPTConfig:
 
     arch: str = flag("gpt2", "architecture of the blocks", "gpt2", "modern")
     vocab_size: int = flag(50257, "token ids that exist; 0 = as the tokenizer", at_least=0)
-    max_position_embeddings: int = flag(1024, "longest input, tokens", at_least=1)
+    max_position_embeddings: int = flag(1024, "longest input, tokens", at_least=1,
+                                         at_most=2**24)
     n_layers: int = flag(12, "blocks", at_least=1)
-    n_heads: int = flag(12, "attention heads per block", at_least=1)
+    n_heads: int = flag(12, "attention heads per block", at_least=1, fixed=True)
     d_model: int = flag(768, "width of the residual stream", at_least=1)
     d_ff: int = flag(0, "hidden width of the MLP; 0 = 4 x d_model", at_least=0)
     dropout: float = flag(0.0, "probability of dropping an activation", at_least=0)
@@ -73,7 +84,8 @@ class Settings:
     model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
 
     preset: str = flag("quickstart", "named set of defaults; explicit flags win")
-    seed: int = flag(1337, "seed of initial weights, dropout and sampling", at_least=0)
+    seed: int = flag(1337, "seed of initial weights, dropout and sampling", at_least=0,
+                     fixed=True)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = flag("auto", "of matrix products; auto = bf16 or fp16 on CUDA, else fp32",
                           "auto", "fp32", "bf16", "fp16")
@@ -89,19 +101,24 @@ class Settings:
     val_npy: tuple[str, ...] = flag((), "token shards held out; none = last part of train-npy")
     use_toy_data: bool = flag(False, "random tokens: nothing to learn, everything to test")
     tokenizer_name: str = flag("", "bytes or gpt2; none = bytes for text, none for shards")
-    val_ratio: float = flag(0.1, "part of the tokens held out without val files", at_least=0)
-    max_tokens: int = flag(0, "train on at most this many tokens; 0 = all", at_least=0)
-    val_max_tokens: int = flag(0, "validate on at most this many tokens; 0 = all", at_least=0)
-    data_seed: int = flag(-1, "seed of the order of the data; -1 = seed", at_least=-1)
+    val_ratio: float = flag(0.1, "part of the tokens held out without val files", at_least=0,
+                            fixed=True)
+    max_tokens: int = flag(0, "train on at most this many tokens; 0 = all", at_least=0,
+                           fixed=True)
+    val_max_tokens: int = flag(0, "validate on at most this many tokens; 0 = all", at_least=0,
+                               fixed=True)
+    data_seed: int = flag(-1, "seed of the order of the data; -1 = seed", at_least=-1, fixed=True)
     cache_dir: str = flag("~/.cache/rosetrainer", "folder of the tokenized texts")
 
-    batch_size: int = flag(12, "sequences per rank and micro-step", at_least=1)
+    batch_size: int = flag(12, "sequences per rank and micro-step", at_least=1, at_most=2**20)
     grad_accum_steps: int = flag(0, "micro-steps per optimizer step; 0 = as needed", at_least=0)
     global_batch_size: int = flag(0, "sequences per optimizer step, over all ranks; 0 = "
-                                  "batch-size x grad-accum-steps x ranks", at_least=0)
-    seq_len: int = flag(128, "tokens per sequence; all but the first are scored", at_least=2)
+                                  "batch-size x grad-accum-steps x ranks", at_least=0,
+                                  at_most=2**20, fixed=True)
+    seq_len: int = flag(128, "tokens per sequence; all but the first are scored", at_least=2,
+                        fixed=True)
     num_steps: int = flag(1000, "optimizer steps of the whole run", at_least=1)
-    optimizer: str = flag("adamw", "update rule", "adamw", "muon")
+    optimizer: str = flag("adamw", "update rule", "adamw", "muon", fixed=True)
     lr: float = flag(1e-3, "peak learning rate, after warm-up", at_least=0)
     min_lr: float = flag(-1.0, "learning rate at the end; -1 = a tenth of lr", at_least=-1)
     lr_scheduler: str = flag("cosine", "course after warm-up; wsd = stable, then linear decay",
@@ -117,8 +134,14 @@ class Settings:
     log_steps: int = flag(10, "steps between metrics records", at_least=1)
     save_steps: int = flag(500, "steps between checkpoints; always at the end", at_least=1)
     keep_every: int = flag(0, "steps between checkpoints kept for good; 0 = none", at_least=0)
+    save_minutes: float = flag(0.0, "minutes after which a checkpoint is due too; 0 = no limit",
+                               at_least=0)
+    checkpoint_async: str = flag("auto", "save in the background, from a copy in memory; auto = "
+                                 "where that fits", "auto", "on", "off")
     checkpoint_path: str = flag("", "checkpoint file; none = in checkpoints/")
     resume: bool = flag(False, "continue the checkpoint, with its settings where none is typed")
+    allow_change: tuple[str, ...] = flag((), "settings that may differ from those of the run to "
+                                         "resume though they make it another run")
     log_dir: str = flag("logs", "folder of the text log, the metrics and the loss picture")
     sample_prompt: str = flag("", "text to continue at each evaluation; none = only at the end")
     sample_tokens: int = flag(120, "tokens of each sample", at_least=1)
@@ -136,6 +159,11 @@ class Settings:
     def __post_init__(self) -> None:
         check_fields(self)
         self._settle_aliases()
+        names = [f.name for kind in (GPTConfig, Settings) for f in dataclasses.fields(kind)]
+        allowed = tuple(name.replace("-", "_") for name in self.allow_change)
+        for name in allowed:
+            choose("allow_change", name, dict.fromkeys(names))
+        object.__setattr__(self, "allow_change", allowed)
         self._check_data()
         self._check_schedule()
         if self.seq_len > self.model.max_position_embeddings:
@@ -362,8 +390,9 @@ def check_fields(settings: Any) -> None:
             choose(field.name, str(value), dict.fromkeys(choices))
         if at_least is not None and value < at_least:
             raise UserError(f"{field.name}={value} must be at least {at_least}")
-        if isinstance(value, int) and value > 2**62:
-            raise UserError(f"{field.name}={value} is absurdly large")
+        at_most = field.metadata.get("at_most")
+        if at_most is not None and isinstance(value, int) and value > at_most:
+            raise UserError(f"{field.name}={value} must be at most {at_most}")
 
 
 def choose(name: str, given: str, allowed: Mapping[str, Any]) -> Any:

@@ -4,9 +4,13 @@ torch.compile is used.
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -116,3 +120,33 @@ def seed_dropout(device: Device, seed: int) -> None:
         torch.mps.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
+
+
+def environment(device: Device, world: int) -> dict[str, Any]:
+    """Where a run runs. Names versions and hardware, never environment variables: those hold
+    secrets.
+    """
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": device.why,
+        "processes": world,
+    }
+
+
+def free_memory() -> float:
+    """Bytes of main memory that this process can still take, without those of swapping; infinity
+    where the system doesn't say.
+    """
+    free = float("inf")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024.0 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+        group = Path("/sys/fs/cgroup")  # the limit of a container
+        limit, used = (group / name for name in ("memory.max", "memory.current"))
+        free = min(free, float(limit.read_text()) - float(used.read_text()))
+    except (OSError, ValueError, StopIteration):  # no such file, or "max"
+        pass
+    return free

@@ -13,13 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from config import Settings, UserError
 from device import Device, pick_device
+from hang import HangGuard
 from model import GPTModel
 from step import StepStats
+from watch import end_with_parent
 
 _SAVE_HOURS = 2
 
@@ -32,6 +36,7 @@ class Ranks:
     world: int = 1
     local_rank: int = 0  # among the processes of this machine
     patient: dist.ProcessGroup | None = None  # the same ranks, for waiting longer than for a step
+    guard: HangGuard | None = None
 
     def meet(self) -> None:
         """Waits until all ranks are here, such as after rank 0 has saved, which may take
@@ -39,6 +44,17 @@ class Ranks:
         """
         if self.patient is not None:
             dist.barrier(group=self.patient)
+
+    def agree(self, *wishes: int) -> list[int]:
+        """The largest of each wish over the ranks, so that they all do the same after the same
+        step. Goes over the CPU: a GPU is not waited for.
+        """
+        most = torch.tensor(wishes)
+        if self.patient is not None:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.patient)
+        if self.guard is not None:
+            self.guard.beat()
+        return most.tolist()
 
 
 def ranks_of_torchrun() -> Ranks:
@@ -52,7 +68,8 @@ def ranks_of_torchrun() -> Ranks:
 
 @contextmanager
 def process_group(device_name: str, timeout_seconds: int, alone: bool = False) -> Iterator[Ranks]:
-    """Connects the processes: NCCL between GPUs, Gloo otherwise.
+    """Connects the processes: NCCL between GPUs, Gloo otherwise. Raises UserError where another one
+    is not there, or gets lost.
 
     timeout_seconds: the longest that a rank waits for the others. Without torchrun there is nothing
     to connect, and a group of one is made only if asked for with alone.
@@ -62,23 +79,44 @@ def process_group(device_name: str, timeout_seconds: int, alone: bool = False) -
     if not started and not alone:
         yield ranks
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     device = pick_device(device_name, local_rank=ranks.local_rank).torch
     cuda = device.type == "cuda"
     here: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_seconds),
-        device_id=device if cuda else None,
-        **({} if started else here),
-    )
-    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=_SAVE_HOURS))
     try:
-        yield dataclasses.replace(ranks, patient=patient)
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+            device_id=device if cuda else None,
+            **({} if started else here),
+        )
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=_SAVE_HOURS))
+        guard = _guard(ranks, timeout_seconds) if ranks.world > 1 else None
+        yield dataclasses.replace(ranks, patient=patient, guard=guard)
+        if guard is not None:
+            guard.end()
+    except (dist.DistError, RuntimeError, ValueError) as reason:
+        cause = " ".join(str(reason).split())
+        if isinstance(reason, dist.DistError) or "gloo" in cause or "rendezvous" in cause:
+            raise UserError(
+                f"no connection to the other ranks ({cause[:200]}); where one of them failed, its "
+                "own message says why"
+            ) from reason
+        raise
+    dist.destroy_process_group()
 
 
-def wrap(model: GPTModel, device: Device) -> DistributedDataParallel:
+def _guard(ranks: Ranks, timeout_seconds: int) -> HangGuard:
+    where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    wait = datetime.timedelta(seconds=10)
+    store = dist.TCPStore(where, port, is_master=False, timeout=wait)  # used by its thread alone
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    mine = dist.PrefixStore(f"guard{start}", store)
+    return HangGuard(mine, ranks.rank, ranks.world, timeout_seconds)
+
+
+def wrap(model: GPTModel, device: Device, args: Settings) -> DistributedDataParallel:
     """The same model, with a backward pass that averages gradients over the ranks.
 
     All ranks start with the weights of rank 0. Buffers are constants here and never sent.
@@ -87,7 +125,16 @@ def wrap(model: GPTModel, device: Device) -> DistributedDataParallel:
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     ids = [device.torch.index] if device.torch.type == "cuda" else None
     options: dict[str, Any] = {name: False}  # renamed in torch 2.13
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **options)
+    ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **options)
+    # After its first backward pass DDP sorts gradients into other buckets, in which three or more
+    # ranks add them in another order. So that a resumed run adds as the one that did not stop, that
+    # first pass belongs to no step: here it is, on zeros, with its gradients thrown away.
+    zeros = torch.zeros(args.batch_size, args.seq_len, dtype=torch.int64, device=device.torch)
+    with device.autocast():
+        loss = ddp(zeros, labels=zeros, reduction="sum", return_logits=False)[1]
+    loss.backward()
+    ddp.zero_grad(set_to_none=True)
+    return ddp
 
 
 def sum_ranks(values: Tensor) -> Tensor:

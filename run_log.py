@@ -9,10 +9,12 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import shlex
+import signal
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +22,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import claim_checkpoint, set_aside
 from config import Settings, UserError, default_checkpoint, flat
 from dataset import TokenDataset
-from device import Device
+from device import Device, environment
 from eval import EvalResult
 from model import GPTModel
 from report import draw_losses, read_records
+from saver import set_aside
 from step import RunState, StepStats
 from wandb_log import WandB
 
 _PROFILED = 8  # steps until the profile is complete
+_SPIKE_RECORDS, _SPIKE_SIGMAS = 20, 5.0
 
 
 class RunLog:
@@ -62,12 +65,12 @@ class RunLog:
         self.record: dict[str, Any] = {}  # of the last update reported
         self.steps_reported, self.skips_reported = state.step, 0
         self.line_time, self.broken = time.perf_counter(), set[str]()
-        self.lock, aside = claim_checkpoint(args.checkpoint_path, args.resume)
+        self.losses = deque[float](maxlen=_SPIKE_RECORDS)
         try:
             base.parent.mkdir(parents=True, exist_ok=True)
-            continued = args.resume and _cut_back(self.jsonl_path, state)
-            if not continued and (moved := set_aside(self.jsonl_path)):
-                aside.append((self.jsonl_path, moved))
+            continued = args.resume and self._continue(state)
+            if not continued:
+                state.notes += set_aside([self.jsonl_path])
             self.text = open(self.text_path, "a", encoding="utf-8")  # noqa: SIM115
             self.jsonl = open(self.jsonl_path, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as reason:
@@ -81,23 +84,43 @@ class RunLog:
             disable=None,
             dynamic_ncols=True,
         )
-        for old, new in aside:
-            self.line(f"{old} of an earlier run is now {new}")
-        if args.resume:
-            self.line(f"resumed {args.checkpoint_path} at step {state.step}")
+        self._say_notes(state)
         self._header(model, train, val)
         run = {
             "run_id": state.run_id,
             "settings": flat(args),
             "train": train.describe(),
             "val": val.describe(),
-            "environment": self.environment(),
+            "environment": environment(device, world),
         }
         if not continued:
             self._write({"event": "run", **run})
         self.wandb = WandB(args, state, run, self.line) if args.use_wandb else None
         self.profiler = _start_profiler(base, device) if args.use_profiler else None
         self.restart_clock()
+
+    def _continue(self, state: RunState) -> bool:
+        """Drops the records beyond the step of a resumed run, which it will make again, and keeps
+        them in a file of their own. False if the metrics are those of another run.
+        """
+        path = self.jsonl_path
+        records = read_records(path) if path.exists() else []
+        if not records or records[0].get("run_id") != state.run_id:
+            return False
+        kept = [r for r in records if r.get("step", 0) <= state.step]
+        dropped = records[len(kept) :]
+        aside, temporary = path.with_suffix(".cut.jsonl"), path.with_suffix(f".{os.getpid()}.tmp")
+        if dropped:
+            with open(aside, "a", encoding="utf-8") as file:
+                file.writelines(to_json(r) + "\n" for r in dropped)
+            state.notes.append(
+                f"{len(dropped)} records beyond step {state.step} are now in {aside}"
+            )
+        temporary.write_text("".join(to_json(r) + "\n" for r in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        losses = [r["train_loss"] for r in kept if r["event"] == "train"]
+        self.losses.extend(x for x in losses if x is not None)
+        return True
 
     def _header(self, model: GPTModel, train: TokenDataset, val: TokenDataset) -> None:
         args, config = self.args, self.args.model
@@ -120,19 +143,6 @@ class RunLog:
             f"{args.seq_len} tokens "
             f"({epochs:.2g} epochs), {args.optimizer}, lr {args.lr:g}, seed {args.seed}"
         )
-
-    def environment(self) -> dict[str, Any]:
-        """Where the run ran. Names versions and hardware, never environment variables: those
-        hold secrets.
-        """
-        return {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "device": self.device.why,
-            "processes": self.world,
-        }
 
     def restart_clock(self) -> None:
         """Leaves out of the timings what was done since the last report."""
@@ -158,10 +168,19 @@ class RunLog:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.line(f"{what} can't be written any more ({reason}); the run goes on without it")
 
-    def tick(self) -> None:
-        """After each update: tells the profiler where one ends."""
-        if self.on and self.profiler:
+    def tick(self, state: RunState) -> None:
+        """After each update: says what others have left in state.notes, such as a background save
+        that is done.
+        """
+        if not self.on:
+            return
+        self._say_notes(state)
+        if self.profiler:  # wants to know where an update ends
             self.profiler.step()
+
+    def _say_notes(self, state: RunState) -> None:
+        while state.notes:
+            self.line(state.notes.pop(0))
 
     def train(self, state: RunState, stats: StepStats) -> None:
         """Records the update just finished, of which stats holds the sums over ranks. Waits for
@@ -192,10 +211,11 @@ class RunLog:
                 },
                 state,
             )
+        self._tell_spike(state, loss, norm)
         skipped = 0 if state.skipped is None else int(state.skipped)
         if skipped > self.skips_reported:
             new, self.skips_reported = skipped - self.skips_reported, skipped
-            self.line(f"step {state.step}: {new} updates skipped, their gradients were not finite")
+            self.line(f"step {state.step}: {new} updates skipped: loss or gradients not finite")
         self.bar.update(state.step - self.bar.n)
         self.bar.set_postfix_str(f"train loss {loss:.4f}")
         if (
@@ -207,10 +227,25 @@ class RunLog:
             self._safely("the terminal", lambda: print(short, flush=True))
         self.restart_clock()
 
+    def _tell_spike(self, state: RunState, loss: float, norm: float) -> None:
+        """A line where the loss is far above those of the records before."""
+        if len(self.losses) == _SPIKE_RECORDS:
+            usual = statistics.fmean(self.losses)
+            spread = max(statistics.pstdev(self.losses), usual / 100)
+            if not loss <= usual + _SPIKE_SIGMAS * spread:
+                guess = math.log(self.args.model.vocab_size)
+                self.line(
+                    f"step {state.step}: loss spike, {loss:.4f} where the last {_SPIKE_RECORDS} "
+                    f"records had {usual:.4f} +- {spread:.4f} and guessing has {guess:.4f}; grad "
+                    f"norm {norm:.4f}"
+                )
+        if math.isfinite(loss):
+            self.losses.append(loss)
+
     def eval(self, state: RunState, result: EvalResult) -> None:
         """Records an evaluation and prints the one line that says how the run stands."""
         if result.loss < state.best_val_loss:  # a NaN is never the best
-            state.best_val_loss = result.loss
+            state.best_val_loss, state.best_step = result.loss, state.step
         if not self.on:
             return
         values = {
@@ -257,17 +292,19 @@ class RunLog:
             self.line("sample: " + text.replace("\n", "\n    "))
             self.restart_clock()
 
-    def saved(self, state: RunState) -> None:
-        """Says that the checkpoint of this step is safe on disk."""
+    def saved(self, seconds: float) -> None:
+        """Leaves the time that a save took out of the timings."""
         if self.on:
-            self.line(f"saved {self.args.checkpoint_path} at step {state.step}")
-            self.restart_clock()
+            self.mark += seconds
 
     def finish(self, state: RunState) -> None:
         """Draws the loss picture, says what can be done next, and closes everything."""
         if not self.on:
             return
         self.bar.close()
+        self._say_notes(state)
+        if state.stop:
+            self.line(f"{signal.Signals(state.stop).name}: stopped at step {state.step}")
         picture = self.jsonl_path.with_suffix(".png")
         self._safely("the loss picture", lambda: draw_losses(self.jsonl_path, picture))
         self.line(f"wrote {self.text_path}, {self.jsonl_path} and {picture}")
@@ -279,9 +316,9 @@ class RunLog:
             if path == default_checkpoint(self.script)
             else f" --checkpoint-path {shlex.quote(path)}"
         )
-        steps = max(self.args.num_steps, state.step) * 2
+        more = "" if state.stop else f" --num-steps {2 * state.step}"
         self.line(f"evaluate: python eval.py --checkpoint-path {shlex.quote(path)}")
-        self.line(f"continue: {launch} {self.script}.py --resume --num-steps {steps}{where}")
+        self.line(f"continue: {launch} {self.script}.py --resume{more}{where}")
         self.line(
             f"sample:   python generate.py --checkpoint-path {shlex.quote(path)} --prompt 'Every "
             "effort moves you'"
@@ -292,7 +329,7 @@ class RunLog:
             self.profiler.stop()
             if not Path(f"{self.jsonl_path.with_suffix('')}_trace.json").exists():
                 self.line(f"no profile: it takes {_PROFILED} steps")
-        for file in (self.text, self.jsonl, self.lock):
+        for file in (self.text, self.jsonl):
             self._safely("a log file", file.close)
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -307,21 +344,6 @@ def to_json(record: dict[str, Any]) -> str:
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
     }
     return json.dumps(clean)
-
-
-def _cut_back(path: Path, state: RunState) -> bool:
-    """Drops the records beyond the step of a resumed run: it will make them again.
-
-    False if these are the metrics of another run, and nothing is done to them.
-    """
-    records = read_records(path) if path.exists() else []
-    if not records or records[0].get("run_id") != state.run_id:
-        return False
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    kept = [r for r in records if r.get("step", 0) <= state.step]
-    temporary.write_text("".join(to_json(r) + "\n" for r in kept), encoding="utf-8")
-    os.replace(temporary, path)
-    return True
 
 
 def _start_profiler(base: Path, device: Device) -> Any:

@@ -18,9 +18,7 @@ from device import Device, seed_dropout
 from optim import lr_at
 from shards import hash_of
 
-_FP16_RETRIES = (
-    30  # 2**16, the first scale, is below 2**-14 by then: the gradients themselves are broken
-)
+_FP16_RETRIES = 30  # 2**16, the first scale, is then below 2**-14: the gradients are broken
 _BAD_UPDATES_IN_A_ROW = 5
 
 
@@ -31,6 +29,7 @@ class RunState:
     step: int = 0  # updates finished
     tokens: int = 0  # tokens scored by them, over all ranks
     best_val_loss: float = math.inf  # nats per token
+    best_step: int = -1  # at which that was measured
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # tells runs apart
     wandb_run_id: str = ""
     scaler: torch.amp.GradScaler = field(
@@ -38,6 +37,18 @@ class RunState:
     )
     bad_in_row: Tensor | None = None  # () float32: updates skipped since the last good one
     skipped: Tensor | None = None  # () float32: updates skipped since this process started
+    stop: int = 0  # the signal that ends the run, on all ranks after the same step
+    notes: list[str] = field(default_factory=list)  # what the log has yet to say
+
+    @property
+    def exit_code(self) -> int:
+        """0, or as a shell names the signal that ended the run."""
+        return 128 + self.stop if self.stop else 0
+
+    @property
+    def at_best(self) -> bool:
+        """Whether the last evaluation was of this very step, and the best so far."""
+        return self.step == self.best_step
 
     @classmethod
     def fresh(cls, device: Device) -> RunState:
@@ -61,7 +72,7 @@ class StepStats:
 
 @dataclass(frozen=True)
 class Due:
-    """What is to be done after an update. Anything due is logged too, so that timings never
+    """What is to be done after an update. Anything planned is logged too, so that timings never
     include it.
     """
 
@@ -71,14 +82,20 @@ class Due:
     save: bool
 
 
-def due(step: int, args: Settings) -> Due:
-    """What is due when `step` updates are finished; at the last step, all of it."""
+def due(state: RunState, args: Settings, overdue: int = 0) -> Due:
+    """What is due now that state.step updates are finished; at the last step, all of it.
+
+    overdue: a save is, by the clock. This one, and the one of a run that stops, add nothing to the
+    metrics, which are those of a run without them.
+    """
+    step = state.step
     last = step == args.num_steps
     evaluate = last or step % args.eval_steps == 0
     keep = args.keep_every > 0 and step % args.keep_every == 0
-    save = last or keep or step % args.save_steps == 0
+    planned = last or keep or step % args.save_steps == 0
     sample = last or (evaluate and bool(args.sample_prompt))
-    return Due(evaluate or save or step % args.log_steps == 0, evaluate, sample, save)
+    log = evaluate or planned or step % args.log_steps == 0
+    return Due(log, evaluate, sample, planned or overdue + state.stop > 0)
 
 
 def train_step(
@@ -151,7 +168,9 @@ def _backward(
         with nullcontext() if i == len(micro_batches) - 1 else no_sync():
             with device.autocast():
                 nll = model(ids, labels=ids, reduction="sum", return_logits=False)[1]
-            state.scaler.scale(nll * scale).backward()
+            # A loss that is not finite makes the gradients so, and with them those of all ranks.
+            share = torch.where(nll.detach().isfinite(), scale, math.nan)
+            state.scaler.scale(nll * share).backward()
         nll_sum += nll.detach()
     return nll_sum
 
@@ -160,10 +179,12 @@ def check_finite(state: RunState, args: Settings) -> None:
     """Raises UserError after several skipped updates in a row. Waits for the device, so call it
     when logging.
     """
-    if state.bad_in_row is not None and state.bad_in_row >= _BAD_UPDATES_IN_A_ROW:
+    bad = 0 if state.bad_in_row is None else int(state.bad_in_row)
+    if bad >= _BAD_UPDATES_IN_A_ROW:
+        first, size = state.step - bad, args.global_batch_size
         raise UserError(
-            f"step {state.step}: the gradients of the last {int(state.bad_in_row)} updates were "
-            "not finite, and all "
-            f"were skipped; continue from {args.checkpoint_path} with a lower --lr, or with "
-            "--precision fp32"
+            f"the loss or the gradients of the last {bad} updates were not finite: steps {first} "
+            f"to {state.step - 1}, samples {first * size} to {state.step * size - 1}. All were "
+            f"skipped, so the weights are those of step {first}; continue {args.checkpoint_path} "
+            "with --resume and a lower --lr, or with --precision fp32"
         )

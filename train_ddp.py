@@ -3,7 +3,7 @@
 The page of train_minimal.py and what makes it distributed: see the `diff` of the two.
 """
 
-from checkpoint import load_checkpoint, save_checkpoint, saved_settings
+from checkpoint import resumable_settings
 from cli import parse_settings, run_script
 from config import Settings
 from dataset import Prefetch, open_data, record_of
@@ -14,10 +14,12 @@ from generate import sample
 from model import GPTModel
 from optim import make_optimizer
 from run_log import RunLog
+from saver import Saver
 from step import RunState, check_finite, due, train_step
+from watch import Watch
 
 
-def main(args: Settings, ranks: Ranks) -> None:
+def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
     device = pick_device(args.device, args.precision, ranks.local_rank)
     rank, world = ranks.rank, ranks.world
     train, val, args = open_data(args)  # fills in vocab_size
@@ -25,20 +27,23 @@ def main(args: Settings, ranks: Ranks) -> None:
     model = GPTModel(args.model, seed=args.seed).to(device.torch)
     optimizer = make_optimizer(model, args)
     state = RunState.fresh(device)
+    saver = Saver(args, model, optimizer, state, data, device, rank, world)
     if args.resume:
-        load_checkpoint(args.checkpoint_path, model, optimizer, state, data)
+        saver.load()
     if wants_compile(args.compile, device):
         model.compile()
-    ddp = wrap(model, device)  # the same weights, but its backward pass averages over ranks
+    ddp = wrap(model, device, args)  # the same weights, but its backward pass averages over ranks
     log = RunLog("train_ddp", args, state, device, model, train, val, rank, world)
     batches = Prefetch(train, args, device, rank, world)
     if state.step == 0:
         log.eval(state, evaluate(model, val, args.batch_size, device, rank, world, sum_ranks))
-    while state.step < args.num_steps:  # step = updates finished, everywhere
+    watch.begin()  # from here on a signal ends the run after its step, with a checkpoint
+    while state.step < args.num_steps and not state.stop:  # step = updates finished, everywhere
         batch = batches(state.step)  # this rank's rows of it
         stats = train_step(ddp, optimizer, batch, args, state, device, rank, world, ddp.no_sync)
-        log.tick()
-        now = due(state.step, args)
+        log.tick(state)
+        state.stop, save = ranks.agree(watch.signal, saver.overdue)
+        now = due(state, args, save)
         if now.log:
             log.train(state, summed(stats))
             check_finite(state, args)
@@ -46,18 +51,19 @@ def main(args: Settings, ranks: Ranks) -> None:
             log.eval(state, evaluate(model, val, args.batch_size, device, rank, world, sum_ranks))
         if now.sample:
             log.sample(sample(model, train.tokenizer, args, device))
-        if now.save:
-            if rank == 0:
-                save_checkpoint(args.checkpoint_path, model, optimizer, state, args, data)
+        if now.save or state.at_best:
+            log.saved(saver.save())
             ranks.meet()
-            log.saved(state)
+    saver.finish()
+    ranks.meet()
     log.finish(state)
+    return state.exit_code
 
 
-def launch(argv: list[str]) -> None:
-    args = parse_settings("train_ddp", argv, ranks_of_torchrun().world, saved_settings)
-    with process_group(args.device, args.timeout_seconds, alone=True) as ranks:
-        main(args, ranks)
+def launch(argv: list[str]) -> int:
+    args = parse_settings("train_ddp", argv, ranks_of_torchrun().world, resumable_settings)
+    with Watch() as watch, process_group(args.device, args.timeout_seconds, alone=True) as ranks:
+        return main(args, watch, ranks)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains a GPT on one device: `python train_minimal.py` (`--help` shows all flags)."""
 
-from checkpoint import load_checkpoint, save_checkpoint, saved_settings
+from checkpoint import resumable_settings
 from cli import parse_settings, run_script
 from config import Settings
 from dataset import Prefetch, open_data, record_of
@@ -10,29 +10,34 @@ from generate import sample
 from model import GPTModel
 from optim import make_optimizer
 from run_log import RunLog
+from saver import Saver
 from step import RunState, check_finite, due, train_step
+from watch import Watch
 
 
-def main(args: Settings) -> None:
+def main(args: Settings, watch: Watch) -> int:
     device = pick_device(args.device, args.precision)
     train, val, args = open_data(args)  # fills in vocab_size
     data = record_of(train, val)
     model = GPTModel(args.model, seed=args.seed).to(device.torch)
     optimizer = make_optimizer(model, args)
     state = RunState.fresh(device)
+    saver = Saver(args, model, optimizer, state, data, device)
     if args.resume:
-        load_checkpoint(args.checkpoint_path, model, optimizer, state, data)
+        saver.load()
     if wants_compile(args.compile, device):
         model.compile()
     log = RunLog("train_minimal", args, state, device, model, train, val)
     batches = Prefetch(train, args, device)
     if state.step == 0:
         log.eval(state, evaluate(model, val, args.batch_size, device))
-    while state.step < args.num_steps:  # step = updates finished, everywhere
+    watch.begin()  # from here on a signal ends the run after its step, with a checkpoint
+    while state.step < args.num_steps and not state.stop:  # step = updates finished, everywhere
         batch = batches(state.step)  # a function of (seed, step), nothing else
         stats = train_step(model, optimizer, batch, args, state, device)
-        log.tick()
-        now = due(state.step, args)
+        log.tick(state)
+        state.stop, save = watch.signal, saver.overdue
+        now = due(state, args, save)
         if now.log:
             log.train(state, stats)
             check_finite(state, args)
@@ -40,11 +45,18 @@ def main(args: Settings) -> None:
             log.eval(state, evaluate(model, val, args.batch_size, device))
         if now.sample:
             log.sample(sample(model, train.tokenizer, args, device))
-        if now.save:
-            save_checkpoint(args.checkpoint_path, model, optimizer, state, args, data)
-            log.saved(state)
+        if now.save or state.at_best:
+            log.saved(saver.save())
+    saver.finish()
     log.finish(state)
+    return state.exit_code
+
+
+def launch(argv: list[str]) -> int:
+    args = parse_settings("train_minimal", argv, saved=resumable_settings)
+    with Watch() as watch:
+        return main(args, watch)
 
 
 if __name__ == "__main__":
-    run_script(lambda argv: main(parse_settings("train_minimal", argv, saved=saved_settings)))
+    run_script(launch)

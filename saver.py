@@ -1,0 +1,226 @@
+"""When a run saves, in which files, and who may use them. What a file holds is in checkpoint.py.
+
+Of a run at `name.pt`: the latest state there, the one before as `name.previous.pt`, the one with
+the best validation loss as `name.best.pt`, and with --keep-every `name.step000500.pt` and so on.
+They are names of the same files where they hold the same step, and take no space twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import (
+    check_space,
+    content_of,
+    load_checkpoint,
+    newest_whole,
+    sibling,
+    write_checkpoint,
+)
+from checkpoint_file import tensor_bytes
+from config import Settings, UserError
+from device import Device, environment, free_memory
+from step import RunState
+
+
+class Saver:
+    """Saves one run. On ranks other than 0 it only loads; what it has to say goes to
+    `state.notes`.
+    """
+
+    def __init__(
+        self,
+        args: Settings,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: RunState,
+        data: dict[str, Any],
+        device: Device,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Takes the lock on the checkpoint path, which is kept until the process ends, and gives
+        what an earlier run left there other names. Raises UserError where it can't save.
+        """
+        self.args, self.model, self.optimizer, self.state = args, model, optimizer, state
+        self.data, self.rank, self.device = data, rank, device
+        self.environment = environment(device, world)
+        self.path = Path(args.checkpoint_path)
+        self.saved_at, self.failed = time.monotonic(), ""
+        self.writing: threading.Thread | None = None
+        self.copies: dict[str, Any] = {}  # of all tensors, used again by each save
+        if rank == 0:
+            self.lock = claim(self.path)
+            try:
+                if not args.resume:
+                    state.notes += set_aside(run_files(self.path))
+                check_space(target_of(self.path).parent, 3 * tensor_bytes(model.state_dict()))
+            except OSError as reason:
+                raise UserError(
+                    f"cannot save to {self.path}: {reason}; free space or change --checkpoint-path"
+                ) from reason
+
+    def load(self) -> None:
+        """Continues the newest whole checkpoint. Raises UserError if there is none, or if it is of
+        another run.
+        """
+        _, file, wrong = newest_whole(self.path, self._load)
+        self.state.notes.append(f"resumed {file} at step {self.state.step}")
+        if wrong:
+            self.state.notes.append(f"not the latest, since {'; '.join(wrong)}")
+            if self.rank == 0 and os.path.lexists(self.path):  # or it would become the previous one
+                self.state.notes += set_aside([target_of(self.path)])
+
+    def _load(self, file: Path) -> None:
+        args, state = self.args, self.state
+        load_checkpoint(file, self.model, self.optimizer, state, self.data, args, self.environment)
+
+    @property
+    def overdue(self) -> bool:
+        """Whether --save-minutes have passed since the last save."""
+        minutes = self.args.save_minutes
+        return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+
+    def save(self) -> float:
+        """Saves the current step; returns the seconds that this took of the run's time. A save that
+        fails is noted, and the run goes on.
+        """
+        if self.rank:
+            return 0.0
+        start = time.perf_counter()
+        self._wait()
+        self.saved_at = time.monotonic()
+        content = content_of(
+            self.model, self.optimizer, self.state, self.args, self.data, self.environment
+        )
+        step, keep = self.state.step, self.args.keep_every
+        labels = ["best"] if self.state.at_best else []
+        labels += [f"step{step:06d}"] if keep and step % keep == 0 else []
+        if self._in_background(tensor_bytes(content)):
+            content = copied(content, self.copies, pinned=self.device.torch.type == "cuda")
+            if self.device.torch.type == "cuda":
+                torch.cuda.synchronize(self.device.torch)
+            self.writing = threading.Thread(target=self._write, args=(content, step, labels))
+            self.writing.start()
+        else:
+            self._write(content, step, labels)
+        return time.perf_counter() - start
+
+    def _in_background(self, n_bytes: int) -> bool:
+        if self.args.checkpoint_async != "auto":
+            return self.args.checkpoint_async == "on"
+        return bool(self.copies) or 2 * n_bytes < free_memory()
+
+    def _write(self, content: dict[str, Any], step: int, labels: list[str]) -> None:
+        try:
+            write_checkpoint(self.path, content, *labels)
+        except UserError as reason:
+            self.failed = f"step {step} was not saved: {reason}"
+            self.state.notes.append(f"{self.failed}; the run goes on")
+        else:
+            self.failed = ""
+            also = "".join(f" and {sibling(self.path, label).name}" for label in labels)
+            self.state.notes.append(f"saved {self.path}{also} at step {step}")
+
+    def _wait(self) -> None:
+        if self.writing is not None:
+            self.writing.join()
+            self.writing = None
+
+    def finish(self) -> None:
+        """Waits until the last save is safe on disk. Raises UserError if it failed."""
+        self._wait()
+        if self.failed:
+            raise UserError(self.failed)
+
+
+def copied(tree: Any, into: dict[str, Any], pinned: bool = False) -> dict[str, Any]:
+    """A copy of the tree on the CPU, in the tensors of `into`, which gets those that it lacks."""
+    result = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            result[key] = copied(value, into.setdefault(key, {}), pinned)
+        elif isinstance(value, Tensor):
+            if key not in into:
+                into[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+            result[key] = into[key].copy_(value, non_blocking=pinned)
+        else:
+            result[key] = value
+    return result
+
+
+def target_of(path: str | Path) -> Path:
+    """Where a file at `path` lies if that is a symbolic link."""
+    return Path(os.path.realpath(path))
+
+
+def claim(path: Path) -> IO[str]:
+    """Keeps other runs off a checkpoint path, and removes what a killed one left half-written.
+    Returns the lock, held until it is closed or the process ends. Raises UserError.
+    """
+    target = target_of(path)
+    if target.exists() and not target.is_file():
+        raise UserError(f"{path} is not a plain file; give a file name as --checkpoint-path")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(target.with_name(target.name + ".lock"), "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"{path} is in use by another run ({lock.read().strip()}); stop it, or give "
+                "another --checkpoint-path"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        stem = re.escape(target.stem)
+        for rest in target.parent.iterdir():
+            if re.fullmatch(rf"{stem}(\.\w+)?{re.escape(target.suffix)}\.\d+\.tmp", rest.name):
+                rest.unlink()
+    except OSError as reason:
+        raise UserError(
+            f"cannot save to {path}: {reason.strerror}; change --checkpoint-path"
+        ) from reason
+    return lock
+
+
+def run_files(path: Path) -> list[Path]:
+    """All checkpoints of the run at `path`."""
+    target = target_of(path)
+    if not target.parent.is_dir():
+        return []
+    stem, suffix = re.escape(target.stem), re.escape(target.suffix)
+    name = rf"{stem}(\.(previous|best|step\d+))?{suffix}"
+    return sorted(p for p in target.parent.iterdir() if re.fullmatch(name, p.name))
+
+
+def set_aside(files: list[Path]) -> list[str]:
+    """Gives files of an earlier run a number in their names, the same for all of them; returns a
+    line that says so, or nothing.
+    """
+    files = [f for f in files if os.path.lexists(f)]
+    number = 1
+    while any(os.path.lexists(_numbered(f, number)) for f in files):
+        number += 1
+    for f in files:
+        os.rename(f, _numbered(f, number))
+    renamed = ", ".join(f"{f.name} -> {_numbered(f, number).name}" for f in files)
+    return [f"{files[0].parent}: renamed what was there, {renamed}"] if files else []
+
+
+def _numbered(file: Path, number: int) -> Path:
+    """name.best.pt -> name.1.best.pt, which is then the best of name.1.pt."""
+    parts = re.fullmatch(r"(.+?)((\.(previous|best|step\d+))?(\.\w+)?)", file.name)
+    assert parts is not None, "the first part takes what the others don't"
+    return file.with_name(f"{parts[1]}.{number}{parts[2]}")

@@ -1,0 +1,89 @@
+"""Signals that ask a run to stop, and processes that must not outlive the one that started them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_ONE_EVENT_SECONDS = 0.5  # a launcher repeats to its workers what the terminal sent them too
+
+
+class Watch:
+    """From `begin()` until it is left, the first SIGTERM, SIGINT (Ctrl-C), SIGHUP or SIGUSR1 is
+    only noted, for the loop to end after its step; the second ends the process at once. A signal
+    that was ignored before, as under nohup, stays ignored.
+
+    A thread hears them, so a second Ctrl-C need not wait until the main thread has finished a long
+    computation.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0  # the one that was noted
+        self._heard_at = 0.0
+        self._old: dict[signal.Signals, Any] = {}  # handlers before begin()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def begin(self) -> None:
+        """Until here a signal ends the process as usual: there is nothing to save yet."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        self._write, self._old_fd = write, signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._old = {
+            s: signal.signal(s, lambda *_: None)  # noted by the thread; this keeps the default off
+            for s in _STOPPING
+            if signal.getsignal(s) != signal.SIG_IGN
+        }
+        threading.Thread(target=self._listen, args=(read,), daemon=True).start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._old:
+            for number, handler in self._old.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._old_fd)
+            os.close(self._write)  # ends the thread
+
+    def _listen(self, pipe: int) -> None:
+        while heard := os.read(pipe, 1):
+            number = heard[0]
+            if number not in self._old:
+                continue
+            if not self.signal:
+                self.signal, self._heard_at = number, time.monotonic()
+                tell(f"{signal.Signals(number).name}: stopping after this step; again = at once")
+            elif time.monotonic() - self._heard_at > _ONE_EVENT_SECONDS:
+                os._exit(128 + number)
+        os.close(pipe)
+
+
+def tell(text: str) -> None:
+    """A line on stderr, wherever that leads."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def end_with_parent() -> None:
+    """Lets this process get a SIGTERM when the one that started it is gone, as torchrun's workers
+    and pool workers don't otherwise. Polls, since PR_SET_PDEATHSIG exists on Linux alone.
+    """
+    parent = os.getppid()
+
+    def poll() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=poll, daemon=True).start()
