@@ -408,7 +408,7 @@ class Prefetch:
         self, train: TokenDataset, args: Settings, device: Device, rank: int = 0, world: int = 1
     ) -> None:
         self._read = lambda step: train.global_batch(step, args, rank, world)
-        self._pin, self._pool = device.torch.type == "cuda", ThreadPoolExecutor(1)
+        self._pin, self._pool = device.torch.type == "cuda", ThreadPoolExecutor(1, "prefetch")
         self._next: tuple[int, Future[Tensor]] | None = None
 
     def __call__(self, step: int) -> Tensor:

@@ -12,7 +12,6 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from watch import tell
@@ -38,7 +37,7 @@ class Report:
     idle: float  # seconds since its main thread got through a step
     waiting: bool  # for other ranks
     patient: bool  # may take its time: it is writing a checkpoint
-    stack: list[str]  # of its main thread, innermost last
+    stack: list[str]  # of its main thread, then of those that work for it
 
 
 class HangGuard:
@@ -63,7 +62,7 @@ class HangGuard:
         number, seen = 0, dict[int, tuple[int, int]]()  # rank: its last report, when it was new
         while not self.ended.wait(self.pause):
             number += 1
-            mine = report_of(sys._current_frames()[threading.main_thread().ident or 0], number)
+            mine = own_report(number)
             beaten, now = self.beaten, time.monotonic()
             idle = 0.0 if beaten is None else now - beaten
             try:
@@ -94,14 +93,22 @@ class HangGuard:
         return {rank: Report(**json.loads(self.store.get(key))) for rank, key in there.items()}
 
 
-def report_of(frame: FrameType, number: int) -> Report:
-    """What the stack of a main thread says."""
-    stack = traceback.extract_stack(frame)
+def own_report(number: int) -> Report:
+    """What the stacks of this process say."""
+    frames, main = sys._current_frames(), threading.main_thread()
+    stack = traceback.extract_stack(frames[main.ident or 0])
     last = stack[-1]
     waiting = "torch/distributed" in last.filename or last.name == "_engine_run_backward"
     patient = any(Path(f.filename).name == "saver.py" for f in stack)
-    lines = [f"{os.path.relpath(f.filename, _HERE)}:{f.lineno} in {f.name}" for f in stack[-12:]]
+    lines = _lines(stack)
+    for thread in threading.enumerate():
+        if thread is not main and not thread.daemon and thread.ident in frames:
+            lines += [f"thread {thread.name}:", *_lines(traceback.extract_stack(frames[thread.ident]))]
     return Report(number, 0.0, waiting, patient, lines)
+
+
+def _lines(stack: traceback.StackSummary) -> list[str]:
+    return [f"{os.path.relpath(f.filename, _HERE)}:{f.lineno} in {f.name}" for f in stack[-12:]]
 
 
 def to_json(report: Report, idle: float) -> str:
