@@ -1,10 +1,12 @@
-"""Benchmarks, each side by side with what it is compared to: `python bench.py data|prepare`.
+"""Benchmarks, each side by side with what it is compared to: `python bench.py data|prepare|save`,
+and the self-check `python bench.py resume -- FLAGS OF A TRAINER`.
 
 Prints a table and writes it as JSON into the log folder, with the machine.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -12,9 +14,11 @@ import platform
 import random
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,9 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from checkpoint import differences, read_checkpoint
 from cli import parse_flags, parse_settings, run_script
 from config import UserError, check_fields, choose, flag
+from report import first_difference, read_records
+from saver import Saver, claim
 from text import find_sources, read_texts, stdlib_files
 from token_files import prepare
 from tokenizer import build_tokenizer
@@ -34,12 +42,16 @@ from tokenizer import build_tokenizer
 class BenchSettings:
     """Settings of bench.py."""
 
-    verb: tuple[str, ...] = flag((), "data or prepare", positional=True)
+    verb: tuple[str, ...] = flag((), "data, prepare, resume or save", positional=True)
     train_data: tuple[str, ...] = flag((), "prepare: texts; none = source of Python's library")
     synthetic_bytes: int = flag(0, "prepare: so much text made from these lines; 0 = as it is")
     tokenizer_name: str = flag("gpt2", "prepare: tokenizer")
+    steps: int = flag(20, "resume: steps before the kill, and after it", at_least=2)
+    ranks: int = flag(0, "resume: processes under torchrun; 0 = train_minimal.py", at_least=0)
+    batch_size: int = flag(4, "save: sequences of 1024 tokens in a step", at_least=1)
     repeats: int = flag(5, "runs of each side; the median counts", at_least=1)
     log_dir: str = flag("logs", "folder of the JSON")
+    trainer: tuple[str, ...] = ()  # what stands behind --
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -64,8 +76,6 @@ def memory(kind: str) -> float:
 
 def open_and_read(path: str) -> dict[str, float]:
     """Seconds from opening a shard to its first batch, for near and far steps, and MB it took."""
-    import torch
-
     from dataset import FineWebNPYDataset
 
     torch.set_num_threads(1)
@@ -178,6 +188,140 @@ def synthetic_text(sources: list[Path], n_bytes: int, path: Path) -> Path:
     return path
 
 
+def bench_resume(args: BenchSettings) -> list[dict[str, Any]]:
+    """Trains twice as many steps straight, and again with a SIGKILL in the second half and a
+    --resume; says whether the two runs are the same run.
+    """
+    root, script = Path(__file__).resolve().parent, "train_ddp" if args.ranks else "train_minimal"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
+    program = [sys.executable, *(torchrun if args.ranks else []), str(root / f"{script}.py")]
+    length = [
+        "--num-steps",
+        str(2 * args.steps),
+        "--save-steps",
+        str(args.steps),
+        "--log-steps",
+        "1",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        straight, killed = Path(folder) / "straight", Path(folder) / "killed"
+
+        def start(where: Path, *flags: str) -> subprocess.Popen[bytes]:
+            files = ["--checkpoint-path", str(where / "c.pt"), "--log-dir", str(where)]
+            return subprocess.Popen([*program, *flags, *files])
+
+        def wait(run: subprocess.Popen[bytes]) -> None:
+            if code := run.wait():
+                raise UserError(f"the trainer ended with code {code}; its message is above")
+
+        wait(start(straight, *args.trainer, *length))
+        run = start(killed, *args.trainer, *length)
+        metrics = killed / f"{script}.jsonl"
+        while run.poll() is None and _last_step(metrics) < args.steps + max(1, args.steps // 3):
+            time.sleep(0.01)
+        run.kill()
+        run.wait()
+        reached = _last_step(metrics)
+        _wait_for_lock(killed / "c.pt")
+        wait(start(killed, "--resume"))
+        apart = {
+            "metrics": first_difference(straight / metrics.name, metrics),
+            "weights, optimizer": "; ".join(differences(straight / "c.pt", killed / "c.pt")[1][:3]),
+        }
+    print(f"killed at step {reached} of {2 * args.steps}, resumed from step {args.steps} or later")
+    return [{"compared": k, "straight and resumed": v or "bit-equal"} for k, v in apart.items()]
+
+
+def _last_step(metrics: Path) -> int:
+    records = read_records(metrics) if metrics.exists() else []
+    return max((r.get("step", 0) for r in records), default=0)
+
+
+def _wait_for_lock(path: Path) -> None:
+    """Workers whose torchrun was killed save once more before they end."""
+    for _ in range(600):
+        try:
+            claim(path).close()
+            return
+        except UserError:
+            time.sleep(0.1)
+    raise UserError(f"{path} is still in use a minute after the kill")
+
+
+def bench_save(args: BenchSettings) -> list[dict[str, Any]]:
+    """What a save of GPT-2 small with AdamW costs the training, written at once and in the
+    background, and what it costs to check every byte of it.
+    """
+    from dataset import open_data, record_of
+    from device import pick_device
+    from model import GPTModel
+    from optim import make_optimizer
+    from step import RunState, train_step
+
+    size = str(args.batch_size)
+    flags = ["--preset", "gpt2-small", "--use-toy-data", "--tokenizer-name", "", "--device", "cpu"]
+    flags += ["--batch-size", size, "--global-batch-size", size, "--vocab-size", "50257"]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=args.log_dir) as folder:
+        path = Path(folder) / "c.pt"
+        settings = parse_settings("train_minimal", [*flags, "--checkpoint-path", str(path)])
+        train, val, settings = open_data(settings)
+        device = pick_device("cpu")
+        model = GPTModel(settings.model, seed=0)
+        optimizer, state = make_optimizer(model, settings), RunState.fresh(device)
+
+        def step() -> float:
+            batch, start = train.global_batch(state.step, settings), time.perf_counter()
+            train_step(model, optimizer, batch, settings, state, device)
+            return time.perf_counter() - start
+
+        step()
+        plain = statistics.median(step() for _ in range(3))
+        rows.append({"what": f"step of {size} x 1024 tokens", "seconds": plain, "of_a_step": 1.0})
+        for way in ("off", "on"):
+            saver = Saver(
+                dataclasses.replace(settings, checkpoint_async=way), model, optimizer, state,
+                record_of(train, val), device,
+            )  # fmt: skip
+            stalls, wholes = [], []
+            for _ in range(args.repeats + 1):
+                start = time.perf_counter()
+                stalls.append(saver.save())
+                saver.finish()
+                wholes.append(time.perf_counter() - start)
+            names = {"off": "at once", "on": "in the background"}
+            times = {"first save": stalls[0], "each later save": statistics.median(stalls[1:])}
+            times["each later save, until it is safe"] = statistics.median(wholes[1:])
+            rows += [
+                {"what": f"{names[way]}, {what}", "seconds": s, "of_a_step": s / plain}
+                for what, s in times.items()
+            ]
+            if way == "on":
+                saver.save()
+                while_saving = step()
+                saver.finish()
+                rows.append(
+                    {
+                        "what": "step during a background save",
+                        "seconds": while_saving,
+                        "of_a_step": while_saving / plain,
+                    }
+                )
+            saver.lock.close()
+        readers: dict[str, Callable[[], Any]] = {
+            "read, every byte checked": lambda: read_checkpoint(path),
+            "torch.load, nothing checked": lambda: torch.load(path, weights_only=True),
+        }
+        for name, read in readers.items():
+            times_read = [timeit.timeit(read, number=1) for _ in range(args.repeats)]
+            s = statistics.median(times_read)
+            rows.append({"what": name, "seconds": s, "of_a_step": s / plain})
+        rows.append(
+            {"what": f"file of {path.stat().st_size / 1e6:.0f} MB", "seconds": "", "of_a_step": ""}
+        )
+    return rows
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """The rows as a table."""
     cells = [
@@ -188,7 +332,12 @@ def show(rows: list[dict[str, Any]]) -> None:
         print("  ".join(row[k].ljust(widths[k]) for k in widths).rstrip())
 
 
-VERBS = {"data": bench_data, "prepare": bench_prepare}
+VERBS = {
+    "data": bench_data,
+    "prepare": bench_prepare,
+    "resume": bench_resume,
+    "save": bench_save,
+}
 
 
 def main(args: BenchSettings) -> None:
@@ -197,7 +346,7 @@ def main(args: BenchSettings) -> None:
         raise UserError(f"say what to measure: bench.py {'|'.join(VERBS)}")
     rows = choose("benchmark", args.verb[0], VERBS)(args)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(f"{args.verb[0]} on {machine}; medians of {args.repeats}")
+    print(f"{args.verb[0]} on {machine}; medians of {args.repeats} where times are given")
     show(rows)
     folder = Path(args.log_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,5 +354,12 @@ def main(args: BenchSettings) -> None:
     (folder / f"bench_{args.verb[0]}.json").write_text(json.dumps(result, indent=1))
 
 
+def launch(argv: list[str]) -> None:
+    own, trainer = (
+        (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    )
+    main(BenchSettings(**parse_flags(BenchSettings, "bench.py", own), trainer=tuple(trainer)))
+
+
 if __name__ == "__main__":
-    run_script(lambda argv: main(BenchSettings(**parse_flags(BenchSettings, "bench.py", argv))))
+    run_script(launch)

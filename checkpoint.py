@@ -22,13 +22,17 @@ from checkpoint_file import (
     Contents,
     Stored,
     Unreadable,
+    blames,
     open_sealed,
+    printable,
+    size_of,
     tensor_bytes,
     write_sealed,
 )
 from cli import parse_flags, run_script
 from config import Settings, UserError, check_fields, choose, flag, flat, settings_from
 from model import GPTModel
+from optim import state_shapes
 from step import RunState
 
 FORMAT = 2
@@ -43,7 +47,19 @@ _DATA_SETTINGS = {
     *("train_data", "val_data", "train_npy", "val_npy", "val_ratio", "max_tokens"),
     *("val_max_tokens", "tokenizer_name"),
 }
-_ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+_ID = r"(?!\.)[\w.-]{0,128}"  # folders get their names from them
+_SMALL = (
+    "format",
+    "settings",
+    "environment",
+    "scaler",
+    "step",
+    "tokens",
+    "best_step",
+    "bad_in_row",
+)
+_LARGEST_SMALL = 50_000  # of these together, as size_of counts
 _SPACE = 1_000_000  # bytes of a checkpoint beside its tensors
 _Result = TypeVar("_Result")
 
@@ -78,7 +94,10 @@ def content_of(
     return {
         "format": FORMAT,
         "model": {k: v.detach() for k, v in model.state_dict().items()},
-        "optimizer": {names[id(p)]: dict(s) for p, s in optimizer.state.items()},
+        "optimizer": {
+            names[id(p)]: {k: v for k, v in moments.items() if v is not None}
+            for p, moments in optimizer.state.items()
+        },
         "scaler": state.scaler.state_dict(),
         **{key: getattr(state, key) for key in _PLAIN_STATE},
         "bad_in_row": 0 if state.bad_in_row is None else int(state.bad_in_row),
@@ -95,7 +114,7 @@ def sibling(path: str | Path, label: str) -> Path:
 
 def write_checkpoint(path: str | Path, content: dict[str, Any], *labels: str) -> None:
     """Puts content at `path`, as its latest state, and under the labels as second names of the same
-    file. Raises UserError; all files are then as before.
+    file. Raises UserError; the file at `path` is then as before.
     """
     target = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
@@ -106,8 +125,11 @@ def write_checkpoint(path: str | Path, content: dict[str, Any], *labels: str) ->
     with _says_why(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         check_space(target.parent, tensor_bytes(on_cpu))
+        temporary.unlink(missing_ok=True)  # it may be a second name of a file to keep
         try:
             write_sealed(temporary, on_cpu)
+            with open_checkpoint(temporary):  # is it as it was written, and can it be loaded?
+                pass
             for label in labels:  # first, or a kill in between would leave them out for good
                 _second_name(temporary, sibling(target, label))
             if target.exists():
@@ -143,8 +165,9 @@ def _is_finite(t: Tensor) -> bool:
 def check_space(folder: Path, n_bytes: int) -> None:
     """Raises OSError where a checkpoint with tensors of n_bytes has no room."""
     free = shutil.disk_usage(folder).free
-    if free < n_bytes + _SPACE:
-        raise OSError(f"{n_bytes / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
+    needed = n_bytes + _SPACE
+    if free < needed:
+        raise OSError(f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free")
 
 
 def _second_name(file: Path, name: Path) -> None:
@@ -188,28 +211,48 @@ def _sync_folder(folder: Path) -> None:
 @contextmanager
 def open_checkpoint(path: str | Path) -> Iterator[Contents]:
     """A checkpoint whose bytes and description are checked, with its tensors still in the file.
-    Raises UserError.
+    Raises Unreadable.
     """
     with open_sealed(path) as contents:
-        _check_description(contents.tree)
+        with blames(path):
+            _check_description(contents.tree)
         yield contents
 
 
 def _check_description(tree: Any) -> None:
     """Raises UserError unless it is what `content_of` makes. Takes memory for nothing."""
-    found = tree.get("format") if type(tree) is dict else None
-    if found != FORMAT:
-        raise UserError(f"checkpoint format {found!r:.40}, this version reads {FORMAT}")
+    if type(tree) is not dict or size_of({k: tree.get(k) for k in _SMALL}) > _LARGEST_SMALL:
+        raise UserError("not a checkpoint: a description of another kind, or of absurd size")
+    if tree.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint format {tree.get('format')!r:.40}, this version reads {FORMAT}"
+        )
     wrong = [k for k, kind in _KINDS.items() if type(tree.get(k)) is not kind]
-    ids = ("run_id", "wandb_run_id")  # folders get their names from them
-    wrong += [k for k in ids if k not in wrong and not re.fullmatch(r"[\w-]{0,64}", tree[k])]
-    parts = [tree["model"], *tree["optimizer"].values()] if not wrong else []
-    if wrong or not all(
-        type(part) is dict and all(type(v) is Stored for v in part.values()) for part in parts
+    if not wrong:
+        parts = (tree["model"], *tree["optimizer"].values())
+        counts = [tree[k] for k in ("step", "tokens", "bad_in_row")]
+        scaler, data = tree["scaler"], tree["data"]
+        sound = {
+            "tensors": all(
+                type(p) is dict and all(type(v) is Stored for v in p.values()) for p in parts
+            ),
+            "counts": all(0 <= n < 2**62 for n in counts) and -1 <= tree["best_step"] < 2**62,
+            "run_id, wandb_run_id": all(
+                re.fullmatch(_ID, tree[k]) for k in ("run_id", "wandb_run_id")
+            ),
+            "data": all(type(data.get(k, {})) is dict for k in ("train", "val"))
+            and type(data.get("tokenizer", "")) is str,
+            "scaler": not scaler
+            or (scaler.keys() == _SCALER and all(type(v) in (int, float) for v in scaler.values())),
+        }
+        wrong = [name for name, good in sound.items() if not good]
+    if wrong:
+        raise UserError(f"missing, or not what it must be: {', '.join(wrong)}")
+    config, tensors = settings_from(tree["settings"]).model, tree["model"]
+    first = [tensors.get(f"blocks.{i}.attn.qkv.weight") for i in range(config.n_layers)]
+    if not config.vocab_size or any(
+        t is None or t.shape != (3 * config.d_model, config.d_model) for t in first
     ):
-        raise UserError(f"missing, or not what it must be: {', '.join(wrong) or 'tensors'}")
-    config = settings_from(tree["settings"]).model
-    if config.n_layers > len(tree["model"]) or not config.vocab_size:
         raise UserError("its settings describe another model than the one in it")
     with torch.device("meta"):  # shapes without memory
         described = GPTModel(config)
@@ -239,17 +282,18 @@ def newest_whole(
     wrong with a newer one. Raises UserError if none is whole.
     """
     wrong: list[str] = []
-    for file in (Path(path), sibling(path, "previous")):
+    target = Path(os.path.realpath(path))
+    for file in (Path(path), sibling(target, "previous")):
         try:
             return use(file), file, wrong
         except Unreadable as reason:
             wrong.append(str(reason))
     if not os.path.lexists(path) and not os.path.lexists(file):
         raise UserError(f"{wrong[0]} to resume; start without --resume")
-    stem = re.escape(Path(path).stem)
+    stem = re.escape(target.stem)
     others = [
         p.name
-        for p in sorted(Path(path).parent.glob("*"))
+        for p in sorted(target.parent.glob("*"))
         if re.fullmatch(rf"{stem}\.(best|step\d+)\.\w+", p.name)
     ]
     more = f"; there are also {', '.join(others)}" if others else ""
@@ -283,7 +327,8 @@ def load_checkpoint(
         if optimizer is not None:
             problems += _differences_of_optimizer(model, optimizer, tree)
         notes = _changes(tree["settings"], flat(args), "") if args else []
-        notes += _changes(tree["environment"], environment, "") if environment else []
+        if environment and tree["environment"]:
+            notes += _changes(tree["environment"], environment, "")
         allowed = bool(args and _DATA_SETTINGS & set(args.allow_change))
         for part in ("train", "val") if data else ():
             changed = changes_of_data(tree["data"].get(part, {}), (data or {})[part], part)
@@ -312,7 +357,7 @@ def load_checkpoint(
 
 def _some(problems: list[str]) -> str:
     more = f" (+{len(problems) - 20} more)" if len(problems) > 20 else ""
-    return "; ".join(sorted(problems)[:20]) + more
+    return printable("; ".join(sorted(problems)[:20]) + more)
 
 
 def _differences_of_model(model: nn.Module, tree: dict[str, Any]) -> list[str]:
@@ -338,12 +383,17 @@ def _differences_of_optimizer(
         problems += [f"optimizer state of {k} is missing" for k in parameters.keys() - saved]
     for name in parameters.keys() & saved.keys():
         moments, shape = saved[name], tuple(parameters[name].shape)
-        if isinstance(optimizer, torch.optim.AdamW) and moments.keys() != _ADAMW_STATE:
+        if name not in tree["model"] or tree["model"][name].shape != shape:
+            continue  # said already
+        expected = state_shapes(optimizer, shape) or {
+            k: shape if v.shape else () for k, v in moments.items()
+        }
+        if moments.keys() != expected.keys():
             problems.append(f"optimizer state of {name} is {sorted(moments)}")
         problems += [
-            f"optimizer state of {name} ({k}) is {v.shape}, expected {shape}"
+            f"optimizer state of {name} ({k}) is {v.shape} {v.dtype}, not {expected[k]} float32"
             for k, v in moments.items()
-            if v.shape and v.shape != shape
+            if k in expected and (v.shape, v.dtype) != (expected[k], torch.float32)
         ]
     return problems
 
@@ -407,48 +457,59 @@ def show(paths: tuple[str, ...]) -> None:
         for key in ("step", "tokens", "best_val_loss", "best_step"):
             print(f"  {key}: {tree[key]}")
         for part in ("environment", "settings"):
-            print(f"  {part}: " + ", ".join(f"{k}={v}" for k, v in sorted(tree[part].items())))
+            print(printable(f"  {part}: " + _pairs(dict(sorted(tree[part].items())))))
         for part in ("train", "val"):
-            about = tree["data"].get(part, {})
-            print(f"  {part} data: " + ", ".join(f"{k}={v}" for k, v in about.items()))
+            print(printable(f"  {part} data: " + _pairs(tree["data"].get(part, {}))))
         for name, t in tree["model"].items():
             kept = ", ".join(sorted(tree["optimizer"].get(name, {})))
             print(f"  {name} {t.shape} {str(t.dtype).removeprefix('torch.')}; {kept}")
 
 
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in values.items())
+
+
 def compare(paths: tuple[str, ...]) -> None:
-    """Prints how two files differ. Raises UserError if they do, so that scripts can tell."""
+    """Prints how two files differ. Raises UserError if weights or optimizer states do, so that
+    scripts can tell.
+    """
     if len(paths) != 2:
         raise UserError(f"compare takes two files, not {len(paths)}")
-    with open_checkpoint(paths[0]) as a, open_checkpoint(paths[1]) as b:
-        lines = [
-            f"{key}: {a.tree[key]} | {b.tree[key]}"
-            for key in (*_PLAIN_STATE, "bad_in_row", "scaler")
-            if a.tree[key] != b.tree[key]
+    about, state = differences(*paths)
+    print("\n".join(map(printable, [*about, *state] or ["no difference"])))
+    if state:
+        raise UserError(f"{paths[0]} and {paths[1]} are different states")
+
+
+def differences(one: str | Path, other: str | Path) -> tuple[list[str], list[str]]:
+    """How two checkpoints differ: (in what is said about the runs, in the states themselves), the
+    second empty if one continues exactly as the other. Raises UserError.
+    """
+    with open_checkpoint(one) as a, open_checkpoint(other) as b:
+        about = [
+            f"{part} {k}: {a.tree[part].get(k)!r:.200} | {b.tree[part].get(k)!r:.200}"
+            for part in ("settings", "environment", "data")
+            for k in sorted(a.tree[part].keys() | b.tree[part].keys())
+            if a.tree[part].get(k) != b.tree[part].get(k)
         ]
-        for part in ("settings", "environment", "data"):
-            keys = sorted(a.tree[part].keys() | b.tree[part].keys())
-            lines += [
-                f"{part} {k}: {a.tree[part].get(k)!r:.200} | {b.tree[part].get(k)!r:.200}"
-                for k in keys
-                if a.tree[part].get(k) != b.tree[part].get(k)
-            ]
+        ids = ("run_id", "wandb_run_id")
+        plain = [
+            k for k in _KINDS if k not in ("model", "optimizer", "settings", "data", "environment")
+        ]
+        changed = {k: f"{k}: {a.tree[k]} | {b.tree[k]}" for k in plain if a.tree[k] != b.tree[k]}
+        about += [line for k, line in changed.items() if k in ids]
+        state = [line for k, line in changed.items() if k not in ids]
         ours, theirs = (
             dict(_tensors({k: c.tree[k] for k in ("model", "optimizer")})) for c in (a, b)
         )
-        lines += [f"{name}: in one file only" for name in sorted(ours.keys() ^ theirs.keys())]
-        equal = 0
+        state += [f"{name}: in one file only" for name in sorted(ours.keys() ^ theirs.keys())]
         for name in sorted(ours.keys() & theirs.keys()):
             x, y = a.read(ours[name]), b.read(theirs[name])
             if x.shape != y.shape or x.dtype != y.dtype:
-                lines.append(f"{name}: {tuple(x.shape)} {x.dtype} | {tuple(y.shape)} {y.dtype}")
-            elif torch.equal(x, y):
-                equal += 1
-            else:
-                lines.append(f"{name}: up to {float((x - y).abs().max()):.3g} apart")
-    print("\n".join([*lines, f"{equal} of {len(ours | theirs)} tensors are bit-equal"]))
-    if equal < len(ours | theirs):
-        raise UserError("the weights or the optimizer states differ")
+                state.append(f"{name}: {tuple(x.shape)} {x.dtype} | {tuple(y.shape)} {y.dtype}")
+            elif not torch.equal(x, y):
+                state.append(f"{name}: up to {float((x - y).abs().max()):.3g} apart")
+    return about, state
 
 
 VERBS = {"verify": verify, "show": show, "compare": compare}

@@ -16,11 +16,11 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 import torch
 
@@ -29,8 +29,9 @@ from config import UserError
 _SEAL = b"sha256:"
 _SEAL_BYTES = len(_SEAL) + 64
 _PART = 1 << 20  # bytes hashed at once
-_LARGEST_PICKLE = 1 << 26  # names, settings and a tokenizer; those of GPT-2 XL take 0.2 MB
-_LARGEST_TREE = 1_000_000  # values in it
+_LARGEST_PICKLE = 1 << 24  # names, settings and a tokenizer; those of GPT-2 XL take 0.2 MB
+_MOST_INSTRUCTIONS = 1_000_000  # in it
+_LARGEST_TREE = 1_000_000  # as size_of counts
 _DTYPES = {
     "BFloat16Storage": torch.bfloat16,
     "BoolStorage": torch.bool,
@@ -104,8 +105,8 @@ class _Sealing:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Writes content, nested dicts of tensors and plain values, to a new file at `path`, and reads
-    it back. It is on disk when this returns. Raises OSError, or RuntimeError from torch.save.
+    """Writes content, nested dicts of tensors and plain values, to a new file at `path`. It is on
+    disk when this returns. Raises OSError, or RuntimeError from torch.save.
     """
     with open(path, "wb") as file:
         sealing = _Sealing(file)
@@ -113,8 +114,6 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
         sealing.seal()
         file.flush()
         os.fsync(file.fileno())
-    with open_sealed(path):
-        pass
 
 
 @contextmanager
@@ -126,26 +125,36 @@ def open_sealed(path: str | Path) -> Iterator[Contents]:
         raise Unreadable(
             f"{path}: " + ("not a plain file" if os.path.exists(path) else "no such checkpoint")
         )
-    try:
-        with open(path, "rb") as file:
+    with ExitStack() as stack:
+        with blames(path):
+            file = stack.enter_context(open(path, "rb"))
             _check_seal(file)
-            yield Contents(file)
-    except Unreadable:  # another file, opened meanwhile
-        raise
+            contents = Contents(file, path)
+        yield contents
+
+
+@contextmanager
+def blames(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong within is the fault of this file."""
+    try:
+        yield
     except UserError as reason:
-        raise Unreadable(f"{path}: {reason}") from None
+        raise Unreadable(printable(f"{path}: {reason}")) from None
     except Exception as reason:  # a crafted file takes zipfile and the unpickler to many places
-        raise Unreadable(
-            f"{path}: not a checkpoint, or damaged ({type(reason).__name__}: "
-            f"{' '.join(str(reason).split())[:120]})"
-        ) from reason
+        what = f"{type(reason).__name__}: {' '.join(str(reason).split())[:120]}"
+        raise Unreadable(printable(f"{path}: not a checkpoint, or damaged ({what})")) from reason
+
+
+def printable(text: str) -> str:
+    """The text on one line, with what would steer a terminal written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _check_seal(file: IO[bytes]) -> None:
     left = file.seek(0, os.SEEK_END) - _SEAL_BYTES
     file.seek(max(left, 0))
     seal = file.read(_SEAL_BYTES)
-    if not seal.startswith(_SEAL):
+    if left < 0 or not seal.startswith(_SEAL):
         raise UserError("no checksum at its end: cut off, or not a checkpoint of this program")
     file.seek(0)
     digest, part = hashlib.sha256(), memoryview(bytearray(_PART))
@@ -164,8 +173,8 @@ class Contents:
     that a file is as it was written, not that its writer meant well, so nothing here is believed.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.size = file, os.fstat(file.fileno()).st_size
+    def __init__(self, file: IO[bytes], path: str | Path) -> None:
+        self.file, self.path, self.size = file, path, os.fstat(file.fileno()).st_size
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             names = [m.filename for m in members]
@@ -187,15 +196,19 @@ class Contents:
                 raise UserError("written on a big-endian machine")
             with archive.open(f"{root}/data.pkl") as pickled:
                 self.tree = _Unpickler(pickled, self.records).load()
-        _check_plain(self.tree)
+        if size_of(self.tree) > _LARGEST_TREE:
+            raise UserError("a description of absurd size")
         if tensor_bytes(self.tree) > self.size:
             raise UserError("tensors that share their numbers, which no checkpoint has")
 
     def read(self, tree: Any) -> Any:
-        """This part of the tree with its tensors, on the CPU."""
+        """This part of the tree with its tensors, on the CPU. Raises Unreadable."""
         if isinstance(tree, dict):
             return {k: self.read(v) for k, v in tree.items()}
-        return self._tensor(tree) if isinstance(tree, Stored) else tree
+        if not isinstance(tree, Stored):
+            return tree
+        with blames(self.path):
+            return self._tensor(tree)
 
     def _tensor(self, stored: Stored) -> torch.Tensor:
         header = self.records[stored.record].header_offset
@@ -229,14 +242,27 @@ class _Unpickler(pickle._Unpickler):
     the class, as the one in C reserves gigabytes for a memo index of that size.
     """
 
-    dispatch: ClassVar[dict[int, Any]] = {
-        code: pickle._Unpickler.dispatch[code]
-        for code in (getattr(pickle, name)[0] for name in _INSTRUCTIONS.split())
-    }
-
     def __init__(self, file: IO[bytes], records: dict[str, zipfile.ZipInfo]) -> None:
         super().__init__(file)
-        self.records = records
+        self.records, self.left = records, _MOST_INSTRUCTIONS
+        known: dict[int, Any] = {
+            **pickle._Unpickler.dispatch,
+            pickle.SETITEM[0]: lambda me: set_items(me, [me.stack.pop(-2), me.stack.pop()]),
+            pickle.SETITEMS[0]: lambda me: set_items(me, me.pop_mark()),
+        }
+        codes = [getattr(pickle, name)[0] for name in _INSTRUCTIONS.split()]
+        self.dispatch = {code: self.counted(known[code]) for code in codes}  # type: ignore[misc]
+
+    def counted(self, run: Callable[[Any], object]) -> Callable[[Any], object]:
+        """An instruction, as long as there are not too many."""
+
+        def one(machine: Any) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise UserError("a description of absurd size")
+            run(machine)
+
+        return one
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
@@ -245,10 +271,12 @@ class _Unpickler(pickle._Unpickler):
             return self.rebuild_tensor
         if (module, name) == ("collections", "OrderedDict"):
             return _no_hooks
-        raise UserError(f"it would run {module}.{name}"[:160] + ", which no checkpoint needs")
+        raise UserError(f"it would run {module[:80]}.{name[:80]}, which no checkpoint needs")
 
     def persistent_load(self, pid: Any) -> Any:
         _, dtype, key, _, count = pid
+        if type(key) is not str:
+            raise UserError("a tensor without numbers")
         record = f"data/{key}"
         if record not in self.records:
             raise UserError(f"the numbers of tensor {key!r:.20} are missing")
@@ -264,37 +292,47 @@ class _Unpickler(pickle._Unpickler):
         dtype, record, count = storage
         if not all(type(n) is int and n >= 0 for n in (offset, *shape)):
             raise UserError("a tensor of impossible shape")
-        needed = 1  # elements from one index to the next, of a tensor without gaps
+        needed, ordered = 1, True  # elements from one index to the next, if there are no gaps
         for size, step in zip(reversed(shape), reversed(stride), strict=True):
-            if size > 1 and step != needed:
-                raise UserError("a tensor whose elements are not in their order")
+            ordered = ordered and (size == 1 or step == needed)
             needed *= size
+        if needed and not ordered:
+            raise UserError("a tensor whose elements are not in their order")
         if offset + needed > count:
             raise UserError(f"a tensor of {needed} elements in a space of {count}")
         return Stored(dtype, tuple(shape), record, offset)
+
+
+def set_items(machine: Any, pairs: list[Any]) -> None:
+    """Puts keys and values, in turn, into the dict on the stack. Keys other than strings can be
+    made so that hashing them takes hours, or all of the C stack.
+    """
+    table = machine.stack[-1]
+    if type(table) is not dict or any(type(k) is not str for k in pairs[::2]):
+        raise UserError("a table whose keys are not names")
+    table.update(zip(pairs[::2], pairs[1::2], strict=True))
 
 
 def _no_hooks() -> dict[str, Any]:
     return {}
 
 
-def _check_plain(tree: Any, depth: int = 8) -> int:
-    """Raises UserError unless tree is small enough, and made of what a checkpoint is made of.
-    Returns the number of its values.
+def size_of(tree: Any, depth: int = 8) -> int:
+    """How much is in a tree: its values, and a 32nd of its characters, each as often as it is met.
+    Raises UserError where it is nested too deep, or not made of what a checkpoint is made of.
     """
-    if type(tree) is dict and all(type(k) is str for k in tree):
-        parts = list(tree.values())
-    elif type(tree) is list:
-        parts = tree
-    elif type(tree) in (str, int, float, bool, type(None), Stored):
+    if type(tree) in (int, float, bool, type(None), Stored):
         return 1
-    else:
+    if type(tree) is str:
+        tree.encode()  # raises UnicodeError for halves of characters
+        return 1 + len(tree) // 32
+    if type(tree) is not dict and type(tree) is not list:
         raise UserError(f"a {type(tree).__name__}, which no checkpoint has")
     if depth == 0:
         raise UserError("values nested too deep")
-    count = 1
-    for part in parts:
-        count += _check_plain(part, depth - 1)
-        if count > _LARGEST_TREE:
-            raise UserError("too many values")
-    return count
+    size = 1
+    for part in tree if isinstance(tree, list) else (*tree.keys(), *tree.values()):
+        size += size_of(part, depth - 1)
+        if size > _LARGEST_TREE:
+            break
+    return size

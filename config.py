@@ -46,8 +46,8 @@ class GPTConfig:
     arch: str = flag("gpt2", "architecture of the blocks", "gpt2", "modern")
     vocab_size: int = flag(50257, "token ids that exist; 0 = as the tokenizer", at_least=0)
     max_position_embeddings: int = flag(1024, "longest input, tokens", at_least=1,
-                                         at_most=2**24)
-    n_layers: int = flag(12, "blocks", at_least=1)
+                                         at_most=2**20)
+    n_layers: int = flag(12, "blocks", at_least=1, at_most=4096)
     n_heads: int = flag(12, "attention heads per block", at_least=1, fixed=True)
     d_model: int = flag(768, "width of the residual stream", at_least=1)
     d_ff: int = flag(0, "hidden width of the MLP; 0 = 4 x d_model", at_least=0)
@@ -398,7 +398,7 @@ def check_fields(settings: Any) -> None:
 def choose(name: str, given: str, allowed: Mapping[str, Any]) -> Any:
     """What `given` stands for in `allowed`. Raises UserError that names those that are close."""
     if given not in allowed:
-        close = difflib.get_close_matches(given, allowed, n=2, cutoff=0.4)
+        close = difflib.get_close_matches(given[:80], allowed, n=2, cutoff=0.4)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise UserError(f"{name}={given!r:.80} is not one of {', '.join(allowed)}{hint}")
     return allowed[given]

@@ -103,7 +103,10 @@ def own_report(number: int) -> Report:
     lines = _lines(stack)
     for thread in threading.enumerate():
         if thread is not main and not thread.daemon and thread.ident in frames:
-            lines += [f"thread {thread.name}:", *_lines(traceback.extract_stack(frames[thread.ident]))]
+            lines += [
+                f"thread {thread.name}:",
+                *_lines(traceback.extract_stack(frames[thread.ident])),
+            ]
     return Report(number, 0.0, waiting, patient, lines)
 
 

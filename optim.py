@@ -26,6 +26,17 @@ def make_optimizer(model: nn.Module, args: Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
 
 
+def state_shapes(
+    optimizer: torch.optim.Optimizer, shape: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that the optimizer keeps for a parameter of this shape, all of them float32;
+    nothing for one that is not known here.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    return {}
+
+
 def lr_at(step: int, args: Settings) -> float:
     """Learning rate of update `step` (0 = the first): linear warm-up to lr, then the course of
     lr_scheduler to min_lr.

@@ -18,6 +18,26 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def comparable(path: Path) -> list[dict[str, Any]]:
+    """The records without what may differ between two runs that are the same: timings, names of
+    files and of the run itself.
+    """
+    records = read_records(path)
+    first = [{k: r[k] for k in ("event", "train", "val")} for r in records[:1]]
+    return first + [{k: v for k, v in r.items() if k != "time"} for r in records[1:]]
+
+
+def first_difference(one: Path, other: Path) -> str:
+    """Where the metrics of two runs first differ; "" if they are the same."""
+    ours, theirs = comparable(one), comparable(other)
+    for a, b in zip(ours, theirs, strict=False):
+        if a != b:
+            names = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+            what = ", ".join(f"{k} {a.get(k)} | {b.get(k)}" for k in names)
+            return f"step {a.get('step', 'none')}: {what}"
+    return "" if len(ours) == len(theirs) else f"{len(ours)} | {len(theirs)} records"
+
+
 def draw_losses(jsonl: Path, picture: Path) -> None:
     """Train and validation loss over steps, with tokens along the top, as a PNG."""
     from matplotlib.figure import Figure  # here, since only the end of a run needs it

@@ -87,8 +87,8 @@ class Saver:
     @property
     def overdue(self) -> bool:
         """Whether --save-minutes have passed since the last save."""
-        minutes = self.args.save_minutes
-        return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+        seconds = 60 * self.args.save_minutes
+        return self.rank == 0 and 0 < seconds <= time.monotonic() - self.saved_at
 
     def save(self) -> float:
         """Saves the current step; returns the seconds that this took of the run's time. A save that
@@ -123,12 +123,12 @@ class Saver:
     def _write(self, content: dict[str, Any], step: int, labels: list[str]) -> None:
         try:
             write_checkpoint(self.path, content, *labels)
-        except UserError as reason:
+        except Exception as reason:  # in a thread of its own it would else be lost
             self.failed = f"step {step} was not saved: {reason}"
             self.state.notes.append(f"{self.failed}; the run goes on")
         else:
             self.failed = ""
-            also = "".join(f" and {sibling(self.path, label).name}" for label in labels)
+            also = "".join(f" and {sibling(target_of(self.path), label).name}" for label in labels)
             self.state.notes.append(f"saved {self.path}{also} at step {step}")
 
     def _wait(self) -> None:
@@ -186,7 +186,8 @@ def claim(path: Path) -> IO[str]:
         lock.flush()
         stem = re.escape(target.stem)
         for rest in target.parent.iterdir():
-            if re.fullmatch(rf"{stem}(\.\w+)?{re.escape(target.suffix)}\.\d+\.tmp", rest.name):
+            label = r"(\.(previous|best|step\d+))?"
+            if re.fullmatch(rf"{stem}{label}{re.escape(target.suffix)}\.\d+\.tmp", rest.name):
                 rest.unlink()
     except OSError as reason:
         raise UserError(

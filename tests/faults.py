@@ -15,7 +15,7 @@ stops with one line and a good checkpoint, or it refuses to start with one line.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import random
 import re
@@ -34,6 +34,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from checkpoint import (  # noqa: E402
+    differences,
+    newest_whole,
+    read_checkpoint,
+    save_checkpoint,
+    saved_settings,
+)
+from config import UserError  # noqa: E402
+from report import comparable, first_difference  # noqa: E402
 
 OUTCOMES = ("survived", "refused", "hung", "silent", "lost", "orphans")
 TOY = (
@@ -125,13 +135,15 @@ class Place:
         paths = [self.folder / f"checkpoints/{name}.pt" for name in names]
         return [path for path in paths if path.exists()]
 
+    @property
+    def jsonl(self) -> Path:
+        """Its metrics."""
+        paths = [self.folder / f"logs/{s}.jsonl" for s in ("train_minimal", "train_ddp")]
+        return next(path for path in paths if path.exists())
+
     def metrics(self) -> list[dict[str, Any]]:
         """The records, without what may differ between two equal runs."""
-        (path,) = [self.folder / f"logs/{s}.jsonl" for s in ("train_minimal", "train_ddp")
-                   if (self.folder / f"logs/{s}.jsonl").exists()]  # fmt: skip
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        records[0] = {k: records[0][k] for k in ("event", "train", "val")}
-        return [{k: v for k, v in record.items() if k != "time"} for record in records]
+        return comparable(self.jsonl)
 
     def clear(self) -> None:
         """Frees the disk."""
@@ -146,22 +158,16 @@ def _command_line(pid: int) -> bytes:
 
 @contextmanager
 def _gone_is_fine() -> Iterator[None]:
-    try:
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         yield
-    except (ProcessLookupError, FileNotFoundError):
-        pass
 
 
 def difference(place: Place, reference: Place) -> str:
     """Where two runs differ first; "" if nowhere. Looks at metrics, weights, optimizer states, and
     at which checkpoints there are.
     """
-    ours, theirs = place.metrics(), reference.metrics()
-    for a, b in zip(ours, theirs, strict=False):
-        if a != b:
-            return f"metrics: {a} | {b}"
-    if len(ours) != len(theirs):
-        return f"metrics: {len(ours)} | {len(theirs)} records"
+    if found := first_difference(place.jsonl, reference.jsonl):
+        return f"metrics: {found}"
     for name, (a, b) in _by_name(place, reference).items():
         if not (a and b):
             return f"{name} is not in both"
@@ -177,22 +183,7 @@ def _by_name(*places: Place) -> dict[str, list[Path | None]]:
 
 
 def _unequal(a: Path, b: Path) -> str:
-    import torch
-
-    from checkpoint import read_checkpoint
-
-    x, y = read_checkpoint(a), read_checkpoint(b)
-    for key in ("step", "tokens", "best_val_loss", "best_step", "scaler", "bad_in_row"):
-        if x[key] != y[key]:
-            return f"{key}: {x[key]} | {y[key]}"
-    for part in ("model", "optimizer"):
-        flat = [dict(_leaves(c[part])) for c in (x, y)]
-        if flat[0].keys() != flat[1].keys():
-            return f"{part}: other names"
-        for name in flat[0]:
-            if not torch.equal(flat[0][name], flat[1][name]):
-                return f"{part}: {name}"
-    return ""
+    return "; ".join(differences(a, b)[1][:3])
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -306,9 +297,6 @@ def killed_run(rig: Rig, flags: list[str], ranks: int, kills: int, seed: int) ->
 
 
 def _whole(place: Place) -> bool:
-    from checkpoint import newest_whole, saved_settings
-    from config import UserError
-
     try:
         newest_whole(place.checkpoints()[0], saved_settings)
         return True
@@ -538,9 +526,7 @@ def hangs(rig: Rig) -> None:
         outcome = "survived"
         if code == -99 or not left:
             outcome = "hung"
-        elif said and (code == 0 or said not in out or frame not in out):
-            outcome = "silent"
-        elif not said and (code or difference(place, reference)):
+        elif said and (code == 0 or said not in out or frame not in out) or not said and (code or difference(place, reference)):
             outcome = "silent"
         elif said and place.checkpoints():
             code = place.run("--resume", ranks=2)
@@ -577,7 +563,10 @@ def storage(rig: Rig) -> None:
         return lambda path: (path.unlink(), make(path))[0]
 
     damages: dict[str, Callable[[Path], object]] = {
-        **{"truncated": cut, "a byte flipped": flip, "tail zeroed": zero, "deleted": Path.unlink},
+        "truncated": cut,
+        "a byte flipped": flip,
+        "tail zeroed": zero,
+        "deleted": Path.unlink,
         "replaced by a directory": instead(Path.mkdir),
         "replaced by a FIFO": instead(os.mkfifo),
         "replaced by HTML": instead(lambda p: p.write_text("<html>404</html>")),
@@ -638,8 +627,6 @@ def _odd_paths(rig: Rig, flags: list[str]) -> None:
 
 
 def _reading_while_saving(rig: Rig) -> None:
-    from checkpoint import read_checkpoint
-
     place = rig.place()
     process = place.start(*TOY, "--arch", "gpt2", "--save-steps", "1", "--num-steps", "400")
     path = place.folder / "checkpoints/minigpt_single.pt"
@@ -754,7 +741,7 @@ def outside(rig: Rig) -> None:
     """What the environment does."""
     flags = [*TOY, "--arch", "gpt2", "--num-steps", "60"]
     reference = rig.reference(*flags)
-    secret = "0123456789abcdef0123456789abcdef01234567"  # noqa: S105
+    secret = "0123456789abcdef0123456789abcdef01234567"
     worlds: dict[str, tuple[list[str], dict[str, str], str]] = {
         "locale C, TERM=dumb": ([], {"LC_ALL": "C", "LANG": "C", "TERM": "dumb"}, ""),
         "clock set back by a day at step 30": (["--save-minutes", "0.02"], {}, """
@@ -816,8 +803,6 @@ def damage(rig: Rig) -> None:
 
     import torch
 
-    from checkpoint import read_checkpoint, save_checkpoint
-    from config import UserError
     from model import GPTModel
     from optim import make_optimizer
     from step import RunState
@@ -879,14 +864,8 @@ def damage(rig: Rig) -> None:
 
 
 GROUPS: dict[str, Callable[[Rig], None]] = {
-    **{"damage": damage, "signals": signals, "second_signal": second_signal, "hangs": hangs},
-    **{
-        "storage": storage,
-        "numbers": numbers,
-        "outside": outside,
-        "worlds": worlds,
-        "kills": kills,
-    },
+    group.__name__: group
+    for group in (damage, signals, second_signal, hangs, storage, numbers, outside, worlds, kills)
 }
 
 

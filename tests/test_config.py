@@ -198,7 +198,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(flags, said):
         ({"n_layers": "12"}, "n_layers='12' must be of type int"),
         ({"n_layers": True}, "must be of type int"),
         ({"lr": float("inf")}, "finite"),
-        ({"vocab_size": 10**30}, "absurdly large"),
+        ({"vocab_size": 10**30}, "at most"),
         ({"evil": 1}, "unknown settings evil"),
         ({"model": {}}, "unknown settings model"),
     ],

@@ -1,5 +1,7 @@
 import json
 import math
+import shutil
+import socket
 
 import pytest
 import torch
@@ -7,8 +9,9 @@ import torch.distributed as dist
 from conftest import CPU
 from test_step import Run
 
-from distributed import sum_ranks, wrap
-from report import read_records
+from checkpoint import differences
+from distributed import Ranks, sum_ranks, wrap
+from report import first_difference, read_records
 from step import train_step
 
 TINY = (
@@ -40,7 +43,7 @@ def count_syncs(ddp):
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_gradients_are_synchronised_once_per_optimizer_step(group, accumulation):
     run = Run("--grad-accum-steps", str(accumulation))
-    ddp = wrap(run.model, CPU)
+    ddp = wrap(run.model, CPU, run.args)
     calls = count_syncs(ddp)
     for step in range(4):
         batch = run.train.global_batch(step, run.args)
@@ -113,3 +116,31 @@ def test_a_checkpoint_of_two_ranks_continues_on_one_and_back(program):
         ok=False,
     )
     assert "global_batch_size=4 is not 3 ranks" in refused
+
+
+def test_three_ranks_that_resume_are_those_that_did_not_stop(program):
+    # The order in which three ranks add is where DDP's rebuilt buckets would show.
+    flags = f"{TINY} --dropout 0.1 --global-batch-size 12 --batch-size 2 --num-steps 24".split()
+    program("train_ddp.py", *flags, "--keep-every", "6", ranks=3)
+    folder = program.folder
+    (folder / "checkpoints/minigpt_ddp.pt").rename(folder / "straight.pt")
+    shutil.copy(folder / "logs/train_ddp.jsonl", folder / "straight.jsonl")
+    (folder / "checkpoints/minigpt_ddp.step000006.pt").rename(folder / "checkpoints/minigpt_ddp.pt")
+    out = program("train_ddp.py", "--resume", ranks=3)
+    assert "resumed checkpoints/minigpt_ddp.pt at step 6" in out
+    assert first_difference(folder / "straight.jsonl", folder / "logs/train_ddp.jsonl") == ""
+    assert differences(folder / "straight.pt", folder / "checkpoints/minigpt_ddp.pt")[1] == []
+
+
+def test_ranks_agree_on_the_largest_wish(group):
+    assert Ranks().agree(15, 0) == [15, 0]
+    assert Ranks(patient=dist.group.WORLD).agree(0, True) == [0, 1]
+
+
+def test_a_port_in_use_ends_with_one_line(program):
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        out = program("train_ddp.py", *TINY.split(), ok=False, **env)
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("error: no connection to the other ranks") and "Traceback" not in out

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from checkpoint import differences
 from report import read_records
 
 SMALL = "--n-layers 1 --n-heads 2 --d-model 16 --seq-len 16 --batch-size 4 --num-steps 6 --eval-steps 3 --device cpu"
@@ -90,21 +91,6 @@ def read_records_of(name="train_minimal"):
     from pathlib import Path
 
     return read_records(Path("logs") / f"{name}.jsonl")
-
-
-def losses():
-    return [r["train_loss"] for r in read_records_of() if r["event"] == "train"]
-
-
-def test_evaluating_sampling_profiling_and_logging_change_no_bit_of_training(script, text):
-    common = ["--train-data", text, "--dropout", "0.2", "--log-steps", "1"]
-    train(script, *common)
-    plain, weights = losses(), torch.load("checkpoints/minigpt_single.pt")["model"]
-    train(script, *common, "--eval-steps", "1", "--sample-prompt", "x", "--use-profiler", "--save-steps", "2",
-          "--use-wandb", "--wandb-mode", "offline")  # fmt: skip
-    assert losses() == plain
-    again = torch.load("checkpoints/minigpt_single.pt")["model"]
-    assert all(torch.equal(weights[k], again[k]) for k in weights)
 
 
 def test_resumed_run_writes_the_metrics_of_the_uninterrupted_one(script, text):
@@ -505,6 +491,54 @@ def test_a_mistake_with_data_ends_with_one_clear_line(
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0], (
         err
     )
+
+
+LOOKING = {
+    "evaluation": ["--eval-steps", "1"],
+    "sampling": ["--eval-steps", "2", "--sample-prompt", "line"],
+    "profiling": ["--use-profiler"],
+    "WandB": ["--use-wandb", "--wandb-mode", "offline"],
+    "saving in the background": ["--save-steps", "1", "--checkpoint-async", "on"],
+    "saving at once": ["--save-steps", "2", "--keep-every", "1", "--checkpoint-async", "off"],
+    "saving by the clock": ["--save-minutes", "0.0001"],
+    "rare records": ["--log-steps", "3"],
+}
+
+
+@pytest.mark.parametrize("looking", LOOKING)
+def test_looking_at_a_run_does_not_change_it(script, text, tmp_path, looking):
+    flags = ["--train-data", text, "--dropout", "0.1", "--num-steps", "9", "--log-steps", "1"]
+    flags += ["--arch", "gpt2", "--grad-accum-steps", "2"]
+    train(script, *flags, "--eval-steps", "9", "--save-steps", "9", "--checkpoint-path", "a.pt")
+    losses = {r["step"]: r["train_loss"] for r in read_records_of() if r["event"] == "train"}
+    train(script, *flags, *LOOKING[looking], "--checkpoint-path", "b.pt")
+    found = {r["step"]: r["train_loss"] for r in read_records_of() if r["event"] == "train"}
+    assert len(losses) == 9 and found and found.items() <= losses.items()
+    assert not [d for d in differences("a.pt", "b.pt")[1] if not d.startswith("best_")]
+
+
+def test_settings_that_make_another_run_need_allow_change(script, text):
+    train(script, "--train-data", text)
+    code, _, err = script("train_minimal.py", "--resume", "--seed", "5", "--seq-len", "12")
+    assert code == 2 and "seed was 1337, is 5; seq_len was 16, is 12" in err
+    assert "--allow-change seed seq_len" in err and err.count("\n") == 1
+    code, out, err = script(
+        "train_minimal.py", "--resume", "--seed", "5", "--num-steps", "8", "--allow-change", "seed"
+    )
+    assert code == 0 and "changed since it was saved: num_steps was 6, is 8; seed was 1337" in out
+    code, _, err = script("train_minimal.py", "--resume", "--allow-change", "sead")
+    assert code == 2 and "did you mean seed" in err
+
+
+def test_other_data_is_taken_only_where_it_is_allowed(script, text, tmp_path):
+    train(script, "--train-data", text)
+    other = tmp_path / "other.txt"
+    other.write_text("another text, of which every line is the same\n" * 200)
+    flags = ["train_minimal.py", "--resume", "--train-data", str(other), "--num-steps", "8"]
+    code, _, err = script(*flags)
+    assert code == 2 and "train data: fingerprint was" in err
+    code, out, err = script(*flags, "--allow-change", "train_data")
+    assert code == 0 and "train data: fingerprint was" in out, err
 
 
 def test_interruption_ends_with_one_line(script, text, monkeypatch):

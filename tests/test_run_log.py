@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from config import UserError
 from dataset import open_data
 from eval import EvalResult
 from model import GPTModel
-from report import draw_losses, read_records
+from report import draw_losses, first_difference, read_records
 from run_log import RunLog, to_json
 from step import RunState, StepStats
 
@@ -105,7 +106,7 @@ def test_skipped_updates_are_said_even_between_logged_steps(folder, capsys):
     update(log, state)
     update(log, state)
     out = capsys.readouterr().out
-    assert out.count("2 updates skipped, their gradients were not finite") == 1
+    assert out.count("2 updates skipped: loss or gradients not finite") == 1
 
 
 def test_a_full_disk_or_a_closed_terminal_does_not_stop_the_run(folder, capsys):
@@ -154,6 +155,8 @@ def test_timings_cover_training_and_nothing_else(folder, monkeypatch):
         update(log, state)
         clock[0] += spent_on_evaluation
         log.eval(state, RESULT)
+        clock[0] += 30.0
+        log.saved(30.0)
     log.finish(state)
     timings = [r["time"] for r in read_records(log.jsonl_path) if r["event"] == "train"]
     assert timings == [{"step_seconds": 2.0, "tokens_per_sec": 30.0}] * 2
@@ -165,22 +168,59 @@ def test_other_ranks_write_nothing(folder, capsys):
     update(log, state)
     log.eval(state, RESULT)
     log.sample("x")
-    log.saved(state)
-    log.tick()
+    log.saved(3.0)
+    log.tick(state)
     log.finish(state)
     assert capsys.readouterr().out == "" and list(folder.iterdir()) == []
     assert state.best_val_loss == RESULT.loss  # all ranks agree on it
 
 
-def test_a_new_run_sets_the_old_one_aside_and_says_so(folder, capsys):
-    (folder / "c.pt").write_text("old checkpoint")
+def test_a_new_run_sets_the_old_metrics_aside_and_says_so(folder, capsys):
     start().finish(RunState())
     first = (folder / "logs/train_minimal.jsonl").read_text()
     start().finish(RunState())
-    assert (folder / "c.1.pt").read_text() == "old checkpoint" and not (folder / "c.pt").exists()
     assert (folder / "logs/train_minimal.1.jsonl").read_text() == first
+    assert "train_minimal.jsonl -> train_minimal.1.jsonl" in capsys.readouterr().out
+
+
+def test_notes_are_said_once(folder, capsys):
+    state = RunState(notes=["resumed c.pt at step 4"])
+    log = start(state)
+    state.notes.append("saved c.pt at step 5")
+    log.tick(state)
+    log.tick(state)
+    log.finish(state)
+    out, text = capsys.readouterr().out, (folder / "logs/train_minimal.log").read_text()
+    for said in ("resumed c.pt at step 4", "saved c.pt at step 5"):
+        assert out.count(said) == text.count(said) == 1
+
+
+def test_the_end_of_a_stopped_run_says_so_and_continues_with_the_same_steps(folder, capsys):
+    state = RunState(step=3, stop=signal.SIGTERM)
+    start(state).finish(state)
     out = capsys.readouterr().out
-    assert "c.pt of an earlier run is now c.1.pt" in out
+    assert "SIGTERM: stopped at step 3" in out and "--resume --checkpoint-path c.pt" in out
+
+
+def test_a_loss_far_above_the_records_before_is_said_with_them(folder, capsys):
+    state = RunState()
+    log = start(state)
+    for i in range(40):
+        update(log, state, loss=2.0 + 0.01 * (i % 2))
+    assert "spike" not in capsys.readouterr().out
+    update(log, state, loss=2.5)
+    said = "step 41: loss spike, 2.5000 where the last 20 records had 2.0050 +- 0.0"
+    assert said in capsys.readouterr().out
+    update(log, state, loss=math.nan)
+    assert "step 42: loss spike, nan" in capsys.readouterr().out
+
+
+def test_a_falling_loss_is_no_spike(folder, capsys):
+    state = RunState()
+    log = start(state)
+    for i in range(60):
+        update(log, state, loss=10.0 / (1 + i / 10))
+    assert "spike" not in capsys.readouterr().out
 
 
 def test_a_resumed_run_continues_its_files(folder):
@@ -197,7 +237,25 @@ def test_a_resumed_run_continues_its_files(folder):
     after = read_records(log.jsonl_path)
     assert after[:5] == before[:5] and [r["step"] for r in after[1:]] == [1, 2, 3, 4, 5]
     assert after[5]["train_loss"] == 9.0
-    assert "at step 4" in (folder / "logs/train_minimal.log").read_text()
+    assert read_records(folder / "logs/train_minimal.cut.jsonl") == before[5:]
+    text = (folder / "logs/train_minimal.log").read_text()
+    assert "2 records beyond step 4 are now in logs/train_minimal.cut.jsonl" in text
+
+
+def test_two_runs_are_compared_without_what_may_differ(folder):
+    paths = []
+    for name, loss in (("a", 2.0), ("b", 2.0), ("c", 2.5)):
+        state = RunState()
+        log = start(state, log_dir=name, checkpoint_path=f"{name}.pt")
+        for step in range(3):
+            update(log, state, loss=loss if step == 2 else 2.0)
+        paths.append(log.jsonl_path)
+    assert first_difference(paths[0], paths[1]) == ""
+    assert first_difference(paths[0], paths[2]) == "step 3: train_loss 2.0 | 2.5"
+    update(log, state)
+    assert "train_loss" in first_difference(paths[1], paths[2])
+    paths[1].write_text("".join(paths[1].read_text().splitlines(True)[:-1]))
+    assert first_difference(paths[0], paths[1]) == "4 | 3 records"
 
 
 def test_a_record_cut_short_by_a_crash_is_dropped(folder):

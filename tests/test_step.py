@@ -205,16 +205,50 @@ def test_due_names_everything_at_the_end_and_logs_whatever_is_due():
     args = toy_settings(
         "--num-steps", "50", "--eval-steps", "20", "--save-steps", "15", "--log-steps", "7"
     )
-    last = due(50, args)
+    last = due(RunState(50), args)
     assert last.log and last.eval and last.save and last.sample
     for step in range(1, 51):
-        now = due(step, args)
+        now = due(RunState(step), args)
         assert now.log or not (now.eval or now.save or now.sample)
         assert now.sample == (step == 50)
     prompted = dataclasses.replace(args, sample_prompt="x", keep_every=4)
-    assert due(20, prompted).sample and due(4, prompted).save and not due(5, prompted).log
+    assert due(RunState(20), prompted).sample and due(RunState(4), prompted).save
+    assert not due(RunState(5), prompted).log
+
+
+def test_an_unplanned_save_adds_nothing_to_the_metrics():
+    args = toy_settings("--num-steps", "50", "--log-steps", "7")
+    for now in (due(RunState(5), args, overdue=1), due(RunState(5, stop=15), args)):
+        assert now.save and not (now.log or now.eval or now.sample)
 
 
 def test_random_data_cannot_be_learned():
     losses = Run("--num-steps", "40").steps(40)
     assert all(abs(loss - math.log(97)) < 0.1 for loss in losses)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradients_are(monkeypatch):
+    run = Run("--grad-accum-steps", "2")
+    run.steps(2)
+    before, moments = run.weights(), run.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    forward = type(run.model).forward
+
+    def with_infinite_loss(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        return logits, loss + math.inf  # adds nothing to the gradients
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run.model), "forward", with_infinite_loss)
+        run.step()
+    assert run.state.bad_in_row == 1 and run.state.step == 3
+    assert all(torch.equal(before[k], v) for k, v in run.weights().items())
+    assert torch.equal(moments, run.optimizer.state_dict()["state"][0]["exp_avg"])
+    run.step()
+    assert run.state.bad_in_row == 0
+
+
+def test_the_end_after_bad_updates_names_steps_and_samples():
+    args = toy_settings("--global-batch-size", "12")
+    check_finite(RunState(step=35, bad_in_row=torch.tensor(4.0)), args)
+    with pytest.raises(UserError, match="steps 30 to 34, samples 360 to 419"):
+        check_finite(RunState(step=35, bad_in_row=torch.tensor(5.0)), args)

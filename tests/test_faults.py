@@ -1,0 +1,16 @@
+"""A short version of the fault rig; `python -m tests.faults` is the whole of it."""
+
+import os
+
+import pytest
+
+from tests.faults import GROUPS, Rig
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.timeout(180)
+def test_no_fault_hangs_loses_a_checkpoint_or_changes_a_number(tmp_path, group):
+    rig = Rig(tmp_path / "rig", short=True, at_once=os.cpu_count() or 1)
+    (tmp_path / "rig").mkdir()
+    GROUPS[group](rig)
+    assert rig.rows and rig.bad() == 0, "\n".join([rig.table(), *rig.notes])

@@ -1,0 +1,108 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from watch import Watch
+
+
+def until(true, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return true()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_is_noted_and_nothing_else_happens(number, capfd):
+    with Watch() as watch:
+        watch.begin()
+        assert watch.signal == 0
+        os.kill(os.getpid(), number)
+        assert until(lambda: watch.signal == number)
+        assert number.name in capfd.readouterr().err
+
+
+def test_handlers_are_as_before_afterwards():
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with Watch() as watch:
+        watch.begin()
+        assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+    assert {s: signal.getsignal(s) for s in before} == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_before_it_begins_signals_do_what_they_always_do():
+    with Watch(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+
+def test_what_was_ignored_stays_ignored():
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Watch() as watch:
+            watch.begin()
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.3)
+            assert watch.signal == 0
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+SCRIPT = f"""
+import hashlib, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from watch import Watch, end_with_parent
+"""
+BUSY = """
+with Watch() as watch:
+    watch.begin()
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # no handler of Python's runs in here
+"""
+
+
+def started(code, **options):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, **options,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_the_second_signal_ends_the_process_at_once_and_a_repeated_first_does_not():
+    process = started(BUSY)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)  # a launcher passes on what the terminal sent as well
+    time.sleep(0.8)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130
+    assert "again = at once" in process.stderr.read()
+
+
+def test_a_process_gets_a_sigterm_when_its_parent_is_gone():
+    child = SCRIPT + "end_with_parent()\nprint('ready', flush=True)\ntime.sleep(60)"
+    parent = started(
+        f"import subprocess\nchild = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "sys.stderr.write(f'{child.pid}\\n'); sys.stderr.flush()\ntime.sleep(60)"
+    )
+    pid = int(parent.stderr.readline())
+    parent.kill()
+    parent.wait()
+
+    def gone():
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                return stat.read().rsplit(")", 1)[1].split()[0] == "Z"
+        except FileNotFoundError:
+            return True
+
+    assert until(gone, 5)
