@@ -293,9 +293,12 @@ class RunLog:
             self.restart_clock()
 
     def saved(self, seconds: float) -> None:
-        """Leaves the time that a save took out of the timings."""
+        """Leaves the time that a save took out of the timings, and makes the metrics up to it as
+        safe as the checkpoint.
+        """
         if self.on:
             self.mark += seconds
+            self._safely("the metrics file", lambda: os.fsync(self.jsonl.fileno()))
 
     def finish(self, state: RunState) -> None:
         """Draws the loss picture, says what can be done next, and closes everything."""

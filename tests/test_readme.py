@@ -6,6 +6,9 @@ import shlex
 import pytest
 from conftest import ROOT
 
+from bench import VERBS as BENCHMARKS
+from bench import BenchSettings
+from checkpoint import VERBS, CheckpointSettings
 from cli import parse_flags, parse_settings
 from config import EvalSettings, SampleSettings
 
@@ -26,6 +29,13 @@ def test_command_is_accepted(command):
         EvalSettings(**parse_flags(EvalSettings, script, flags))
     elif script == "generate.py":
         SampleSettings(**parse_flags(SampleSettings, script, flags))
+    elif script == "checkpoint.py":
+        assert CheckpointSettings(**parse_flags(CheckpointSettings, script, flags)).verb[0] in VERBS
+    elif script == "bench.py":
+        own, _, trainer = " ".join(flags).partition(" -- ")
+        settings = BenchSettings(**parse_flags(BenchSettings, script, own.split()))
+        assert settings.verb[0] in BENCHMARKS
+        parse_settings("train_minimal", trainer.split())
     else:
         saved = {"num_steps": 500, "warmup_steps": 50}
         parse_settings(script[:-3], flags, world=2, saved=lambda path: saved)
