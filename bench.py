@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -217,10 +218,14 @@ def bench_resume(args: BenchSettings) -> list[dict[str, Any]]:
         wait(start(straight, *args.trainer, *length))
         run = start(killed, *args.trainer, *length)
         metrics = killed / f"{script}.jsonl"
-        while run.poll() is None and _last_step(metrics) < args.steps + max(1, args.steps // 3):
+        enough = args.steps + max(1, args.steps // 3)
+        while run.poll() is None and not (
+            (killed / "c.pt").exists() and _last_step(metrics) >= enough
+        ):
             time.sleep(0.01)
         run.kill()
-        run.wait()
+        if run.wait() != -signal.SIGKILL:
+            raise UserError("the run ended before it could be killed; give more --steps")
         reached = _last_step(metrics)
         _wait_for_lock(killed / "c.pt")
         wait(start(killed, "--resume"))
@@ -262,6 +267,7 @@ def bench_save(args: BenchSettings) -> list[dict[str, Any]]:
     flags = ["--preset", "gpt2-small", "--use-toy-data", "--tokenizer-name", "", "--device", "cpu"]
     flags += ["--batch-size", size, "--global-batch-size", size, "--vocab-size", "50257"]
     rows: list[dict[str, Any]] = []
+    Path(args.log_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.log_dir) as folder:
         path = Path(folder) / "c.pt"
         settings = parse_settings("train_minimal", [*flags, "--checkpoint-path", str(path)])

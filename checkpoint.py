@@ -6,6 +6,8 @@ files a run keeps, and when it writes them, is in saver.py.
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import re
 import shutil
@@ -43,9 +45,9 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("run_id", "wandb_run_id"), str),
     "best_val_loss": float,
 }
-_DATA_SETTINGS = {
-    *("train_data", "val_data", "train_npy", "val_npy", "val_ratio", "max_tokens"),
-    *("val_max_tokens", "tokenizer_name"),
+_DATA_SETTINGS: dict[str, tuple[str, ...]] = {  # which part of the data they decide
+    "train": ("train_data", "train_npy", "max_tokens", "val_ratio", "tokenizer_name"),
+    "val": ("val_data", "val_npy", "val_max_tokens", "val_ratio", "tokenizer_name"),
 }
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 _ID = r"(?!\.)[\w.-]{0,128}"  # folders get their names from them
@@ -200,10 +202,13 @@ def _says_why(target: Path) -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power failure."""
+    """Makes a rename survive a power failure, where the file system knows how to."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as reason:
+        if reason.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(fd)
 
@@ -288,15 +293,15 @@ def newest_whole(
             return use(file), file, wrong
         except Unreadable as reason:
             wrong.append(str(reason))
-    if not os.path.lexists(path) and not os.path.lexists(file):
-        raise UserError(f"{wrong[0]} to resume; start without --resume")
     stem = re.escape(target.stem)
     others = [
         p.name
         for p in sorted(target.parent.glob("*"))
-        if re.fullmatch(rf"{stem}\.(best|step\d+)\.\w+", p.name)
+        if re.fullmatch(rf"{stem}(\.\d+)?\.(best|step\d+|\d+)\.\w+", p.name)
     ]
     more = f"; there are also {', '.join(others)}" if others else ""
+    if not os.path.lexists(path) and not os.path.lexists(file):
+        raise UserError(f"{wrong[0]} to resume; start without --resume{more}")
     raise UserError(f"no whole checkpoint: {'; '.join(wrong)}{more}")
 
 
@@ -329,10 +334,16 @@ def load_checkpoint(
         notes = _changes(tree["settings"], flat(args), "") if args else []
         if environment and tree["environment"]:
             notes += _changes(tree["environment"], environment, "")
-        allowed = bool(args and _DATA_SETTINGS & set(args.allow_change))
-        for part in ("train", "val") if data else ():
+        other_val = False
+        for part, names in _DATA_SETTINGS.items() if data else ():
             changed = changes_of_data(tree["data"].get(part, {}), (data or {})[part], part)
-            (notes if allowed else problems).extend(changed)
+            if part == "val" and args and not args.has_val_files:  # it is part of the other data
+                names = _DATA_SETTINGS["train"] + names
+            if args and set(names) & set(args.allow_change):
+                notes += changed
+                other_val |= part == "val" and bool(changed)
+            elif changed:
+                problems += [f"{c} (if you mean it: --allow-change {names[0]})" for c in changed]
         tensors = {} if problems else contents.read({k: tree[k] for k in ("model", "optimizer")})
     if problems:
         raise UserError(f"{path} does not fit this run: {_some(problems)}")
@@ -345,9 +356,12 @@ def load_checkpoint(
     state = state or RunState()
     for key in _PLAIN_STATE:
         setattr(state, key, tree[key])
+    state.home = tree["settings"]["checkpoint_path"]
     state.bad_in_row = torch.tensor(
         float(tree["bad_in_row"]), device=next(model.parameters()).device
     )
+    if other_val:  # another scale
+        state.best_val_loss, state.best_step = math.inf, -1
     if state.scaler.is_enabled() and tree["scaler"]:
         state.scaler.load_state_dict(tree["scaler"])
     if notes:
@@ -379,7 +393,7 @@ def _differences_of_optimizer(
     problems = [
         f"optimizer state of {k}, a parameter unknown here" for k in saved.keys() - parameters
     ]
-    if saved:
+    if saved or (tree["step"] and state_shapes(optimizer, ())):
         problems += [f"optimizer state of {k} is missing" for k in parameters.keys() - saved]
     for name in parameters.keys() & saved.keys():
         moments, shape = saved[name], tuple(parameters[name].shape)

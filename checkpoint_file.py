@@ -31,6 +31,7 @@ _SEAL_BYTES = len(_SEAL) + 64
 _PART = 1 << 20  # bytes hashed at once
 _LARGEST_PICKLE = 1 << 24  # names, settings and a tokenizer; those of GPT-2 XL take 0.2 MB
 _MOST_INSTRUCTIONS = 1_000_000  # in it
+_MOST_DIMENSIONS = 8
 _LARGEST_TREE = 1_000_000  # as size_of counts
 _DTYPES = {
     "BFloat16Storage": torch.bfloat16,
@@ -138,6 +139,8 @@ def blames(path: str | Path) -> Iterator[None]:
     """Whatever goes wrong within is the fault of this file."""
     try:
         yield
+    except MemoryError:
+        raise
     except UserError as reason:
         raise Unreadable(printable(f"{path}: {reason}")) from None
     except Exception as reason:  # a crafted file takes zipfile and the unpickler to many places
@@ -290,8 +293,9 @@ class _Unpickler(pickle._Unpickler):
     def rebuild_tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Stored:
         """In place of torch._utils._rebuild_tensor_v2."""
         dtype, record, count = storage
-        if not all(type(n) is int and n >= 0 for n in (offset, *shape)):
-            raise UserError("a tensor of impossible shape")
+        small = all(type(n) is int and 0 <= n < 2**62 for n in (offset, *shape))
+        if not small or len(shape) > _MOST_DIMENSIONS:
+            raise UserError(f"a tensor of impossible shape in a space of {count}")
         needed, ordered = 1, True  # elements from one index to the next, if there are no gaps
         for size, step in zip(reversed(shape), reversed(stride), strict=True):
             ordered = ordered and (size == 1 or step == needed)

@@ -28,17 +28,23 @@ def parse_settings(
     argv: list[str],
     world: int = 1,
     saved: Callable[[str], Mapping[str, Any]] | None = None,
+    restarted: bool = False,
 ) -> Settings:
     """Settings of a trainer from its command line. Raises UserError.
 
     script: "train_minimal" or "train_ddp", for the default paths. world: number of processes, for
     the global batch. saved(path): the flat settings stored in a checkpoint, asked for with
-    --resume.
+    --resume. restarted: by a launcher that repeats the command; a checkpoint that is there is then
+    of this very run, which continues.
     """
     typed = parse_flags(Settings, f"{script}.py", argv)
     path = typed.get("checkpoint_path") or default_checkpoint(script)
+    if restarted and os.path.lexists(path):
+        typed["resume"] = True
+    if typed.get("allow_change") and not typed.get("resume"):
+        raise UserError("--allow-change is about a run to continue; give --resume too")
     if typed.get("resume") and saved is not None:
-        if "preset" in typed:
+        if "preset" in typed and not restarted:
             raise UserError(
                 "--preset with --resume: the run keeps its own settings; give single flags to "
                 "change them"
@@ -180,5 +186,8 @@ def run_script(body: Callable[[list[str]], int | None]) -> None:
             file=sys.stderr,
         )
         sys.exit(130)
+    except BrokenPipeError:  # who read the output has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     if code:
         sys.exit(code)

@@ -25,7 +25,7 @@ from model import GPTModel
 from step import StepStats
 from watch import end_with_parent
 
-_SAVE_HOURS = 2
+_PATIENT_SECONDS = 7200  # that a save may take
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0  # among the processes of this machine
-    patient: dist.ProcessGroup | None = None  # the same ranks, for waiting longer than for a step
-    guard: HangGuard | None = None
+    on_cpu: dist.ProcessGroup | None = None  # the same ranks, connected over the CPU
+    patient: dist.ProcessGroup | None = None  # and once more, for waiting longer than for a step
 
     def meet(self) -> None:
         """Waits until all ranks are here, such as after rank 0 has saved, which may take
@@ -50,11 +50,24 @@ class Ranks:
         step. Goes over the CPU: a GPU is not waited for.
         """
         most = torch.tensor(wishes)
-        if self.patient is not None:
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.patient)
-        if self.guard is not None:
-            self.guard.beat()
+        if self.on_cpu is not None:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.on_cpu)
         return most.tolist()
+
+    def must_agree(self, what: str, mine: object) -> None:
+        """Raises UserError on all ranks unless they have the same."""
+        if self.on_cpu is None:
+            return
+        found: list[object] = [None] * self.world
+        dist.all_gather_object(found, mine, group=self.on_cpu)
+        if any(other != found[0] for other in found):
+            each = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
+            raise UserError(f"ranks differ in {what}: {each}; do they all see the same files?")
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process in the place of one that died (--max-restarts)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def ranks_of_torchrun() -> Ranks:
@@ -91,9 +104,12 @@ def process_group(device_name: str, timeout_seconds: int, alone: bool = False) -
             device_id=device if cuda else None,
             **({} if started else here),
         )
-        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=_SAVE_HOURS))
+        on_cpu, patient = (
+            dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=seconds))
+            for seconds in (timeout_seconds, _PATIENT_SECONDS)
+        )
         guard = _guard(ranks, timeout_seconds) if ranks.world > 1 else None
-        yield dataclasses.replace(ranks, patient=patient, guard=guard)
+        yield dataclasses.replace(ranks, on_cpu=on_cpu, patient=patient)
         if guard is not None:
             guard.end()
     except (dist.DistError, RuntimeError, ValueError) as reason:

@@ -9,15 +9,16 @@ import os
 import sys
 import threading
 import time
-import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
 from watch import tell
 
-_OVERDUE = 0.8  # part of the timeout after which a rank that waits looks at the others
-_SILENT_REPORTS = 4  # missed in a row by a rank that does not answer
+_WAITED = 0.8  # part of the timeout after which a rank that waits looks for the one to blame
+_STUCK = 0.4  # part of the timeout in which a rank that works gets on to another line
+_SILENT_SECONDS = 10.0  # without a report: far longer than a busy rank needs for one
 _HERE = str(Path(__file__).parent)
 
 
@@ -34,55 +35,56 @@ class Report:
     """What a rank says about itself, several times within a timeout."""
 
     number: int
-    idle: float  # seconds since its main thread got through a step
+    still: float  # seconds for which its main thread has been at the same lines
     waiting: bool  # for other ranks
     patient: bool  # may take its time: it is writing a checkpoint
-    stack: list[str]  # of its main thread, then of those that work for it
+    stack: list[str]  # of its main thread, then of those that work for it; innermost last
 
 
 class HangGuard:
-    """Watches the ranks from a thread of each. `beat()` says that a step is done on all of them."""
+    """Watches the ranks from a thread of each, from the first to the last time they wait for each
+    other. Slow steps are no hang, however long they take.
+    """
 
     def __init__(self, store: Store, rank: int, world: int, timeout_seconds: float) -> None:
         self.store, self.rank, self.world, self.timeout = store, rank, world, timeout_seconds
         self.pause = min(1.0, timeout_seconds / 40)
-        self.beaten: float | None = None  # nothing is judged before the first step
+        self.silence = min(_SILENT_SECONDS, timeout_seconds / 4)
         self.ended = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
-
-    def beat(self) -> None:
-        """All ranks have come as far as this one."""
-        self.beaten = time.monotonic()
 
     def end(self) -> None:
         """The ranks part: from now on none is missed."""
         self.ended.set()
 
     def _run(self) -> None:
-        number, seen = 0, dict[int, tuple[int, int]]()  # rank: its last report, when it was new
+        number, calls, moved = 0, [("", 0, "")], time.monotonic()
+        heard: dict[int, tuple[int, float]] = {}  # rank: its last report, and when it came
         while not self.ended.wait(self.pause):
-            number += 1
-            mine = own_report(number)
-            beaten, now = self.beaten, time.monotonic()
-            idle = 0.0 if beaten is None else now - beaten
+            number, now = number + 1, time.monotonic()
+            if calls != (
+                calls := calls_of(sys._current_frames()[threading.main_thread().ident or 0])
+            ):
+                moved = now
+            mine = report_of(calls, number, now - moved)
             try:
-                self.store.set(f"rank{self.rank}", to_json(mine, idle))
-                if idle < _OVERDUE * self.timeout:
-                    seen.clear()
+                self.store.set(f"rank{self.rank}", json.dumps(asdict(mine)))
+                if not mine.waiting or mine.still < _WAITED * self.timeout / 2:
+                    heard.clear()
                     continue
                 reports = self._reports()
             except Exception:  # the launcher is gone, and its store with it
-                if idle > self.timeout and mine.waiting:
+                if mine.waiting and mine.still > self.timeout:
                     tell(f"rank {self.rank}: the launcher is gone, and no rank gets on; ended")
                     os._exit(1)
                 continue
             for rank, report in reports.items():
-                if rank not in seen or seen[rank][0] != report.number:
-                    seen[rank] = (report.number, number)
-            silent = [r for r in reports if number - seen[r][1] >= _SILENT_REPORTS]
+                if rank not in heard or heard[rank][0] != report.number:
+                    heard[rank] = (report.number, now)
+            silent = [r for r in reports if now - heard[r][1] >= self.silence]
             verdict = judge(reports, silent, self.timeout)
-            if verdict and self.beaten == beaten:
-                if self.rank == min((r for r in reports if r not in silent), default=0):
+            if verdict:
+                if self.rank == min(r for r in reports if r not in silent):
                     tell(verdict)
                 time.sleep(2 * self.pause)  # for the one that prints
                 os._exit(1)
@@ -93,52 +95,58 @@ class HangGuard:
         return {rank: Report(**json.loads(self.store.get(key))) for rank, key in there.items()}
 
 
-def own_report(number: int) -> Report:
-    """What the stacks of this process say."""
-    frames, main = sys._current_frames(), threading.main_thread()
-    stack = traceback.extract_stack(frames[main.ident or 0])
-    last = stack[-1]
-    waiting = "torch/distributed" in last.filename or last.name == "_engine_run_backward"
-    patient = any(Path(f.filename).name == "saver.py" for f in stack)
-    lines = _lines(stack)
+def calls_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
+    """(file, line, function) of each call on a stack, innermost last. Unlike the traceback module
+    it reads no source files.
+    """
+    calls = []
+    while frame is not None:
+        calls.append((frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_name))
+        frame = frame.f_back
+    return calls[::-1]
+
+
+def report_of(calls: list[tuple[str, int, str]], number: int, still: float) -> Report:
+    """What the stack of the main thread says, and those of the threads that work for it."""
+    file, _, function = calls[-1]
+    waiting = "torch/distributed" in file or function == "_engine_run_backward"
+    patient = any(Path(file).name == "saver.py" for file, _, _ in calls)
+    lines, frames = _lines(calls), sys._current_frames()
     for thread in threading.enumerate():
-        if thread is not main and not thread.daemon and thread.ident in frames:
-            lines += [
-                f"thread {thread.name}:",
-                *_lines(traceback.extract_stack(frames[thread.ident])),
-            ]
-    return Report(number, 0.0, waiting, patient, lines)
+        main = thread is threading.main_thread()
+        if not main and not thread.daemon and thread.ident in frames:
+            lines += [f"thread {thread.name}:", *_lines(calls_of(frames[thread.ident]))]
+    return Report(number, still, waiting, patient, lines)
 
 
-def _lines(stack: traceback.StackSummary) -> list[str]:
-    return [f"{os.path.relpath(f.filename, _HERE)}:{f.lineno} in {f.name}" for f in stack[-12:]]
-
-
-def to_json(report: Report, idle: float) -> str:
-    """A report as it is published."""
-    return json.dumps({**report.__dict__, "idle": idle})
+def _lines(calls: list[tuple[str, int, str]]) -> list[str]:
+    return [f"{os.path.relpath(file, _HERE)}:{n} in {name}" for file, n, name in calls[-12:]]
 
 
 def judge(reports: dict[int, Report], silent: list[int], timeout: float) -> str | None:
-    """Who is stuck, if anybody is: some rank waits, and another neither waits nor gets on. Slow
-    steps are no hang, as long as nobody waits for them.
+    """Who is stuck, if anybody is: some rank has waited long, and another neither waits nor gets
+    from one line to the next, or says nothing at all.
     """
-    waiting = [r for r, report in reports.items() if report.waiting and r not in silent]
+    waited = [
+        report.still
+        for r, report in reports.items()
+        if r not in silent and report.waiting and report.still >= _WAITED * timeout
+    ]
     stuck = [
         r
         for r, report in reports.items()
         if r not in silent
         and not (report.waiting or report.patient)
-        and report.idle >= _OVERDUE * timeout / 2
+        and report.still >= _STUCK * timeout
     ]
-    if not waiting or not (silent or stuck):
+    if not waited or not (silent or stuck):
         return None
     lines = []
     for r in sorted((*silent, *stuck)):
         how = "does not answer (stopped, or its machine is gone)" if r in silent else "is stuck"
         lines.append(
-            f"error: rank {r} {how}: the others have waited {reports[waiting[0]].idle:.0f} s for "
-            "it (--timeout-seconds). Its Python stack, innermost last:"
+            f"error: rank {r} {how}: others have waited {max(waited):.0f} s for it "
+            "(--timeout-seconds). Its Python stack, innermost last:"
         )
         lines += [f"  {line}" for line in reports[r].stack]
     return "\n".join([*lines, "the run continues from its last checkpoint with --resume"])

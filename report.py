@@ -8,13 +8,17 @@ from typing import Any
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file. A last line that a crash cut short is left out."""
+    """The records of a metrics file. Lines that are none are left out, such as the last one that a
+    crash cut short.
+    """
     records = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "event" in record:
+            records.append(record)
     return records
 
 

@@ -100,24 +100,34 @@ class RunLog:
         self.restart_clock()
 
     def _continue(self, state: RunState) -> bool:
-        """Drops the records beyond the step of a resumed run, which it will make again, and keeps
-        them in a file of their own. False if the metrics are those of another run.
+        """Finds the metrics of a resumed run, drops the records beyond its step, which it will make
+        again, and keeps them in a file of their own. False if there are none.
         """
         path = self.jsonl_path
-        records = read_records(path) if path.exists() else []
-        if not records or records[0].get("run_id") != state.run_id:
+        for file in (path, *sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))):
+            records = read_records(file) if file.is_file() else []
+            if records and records[0].get("run_id") == state.run_id:
+                break
+        else:
             return False
+        if file != path:  # another run was here meanwhile
+            state.notes += set_aside([path])
         kept = [r for r in records if r.get("step", 0) <= state.step]
-        dropped = records[len(kept) :]
+        lines = {to_json(r) for r in kept}
+        dropped = [
+            x for x in file.read_bytes().splitlines() if x.decode(errors="replace") not in lines
+        ]
         aside, temporary = path.with_suffix(".cut.jsonl"), path.with_suffix(f".{os.getpid()}.tmp")
         if dropped:
-            with open(aside, "a", encoding="utf-8") as file:
-                file.writelines(to_json(r) + "\n" for r in dropped)
+            with open(aside, "ab") as cut:
+                cut.write(b"".join(line + b"\n" for line in dropped))
             state.notes.append(
                 f"{len(dropped)} records beyond step {state.step} are now in {aside}"
             )
         temporary.write_text("".join(to_json(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(temporary, path)
+        if file != path:
+            file.unlink()
         losses = [r["train_loss"] for r in kept if r["event"] == "train"]
         self.losses.extend(x for x in losses if x is not None)
         return True
@@ -244,7 +254,7 @@ class RunLog:
 
     def eval(self, state: RunState, result: EvalResult) -> None:
         """Records an evaluation and prints the one line that says how the run stands."""
-        if result.loss < state.best_val_loss:  # a NaN is never the best
+        if state.step and result.loss < state.best_val_loss:  # a NaN is never the best
             state.best_val_loss, state.best_step = result.loss, state.step
         if not self.on:
             return
@@ -306,8 +316,9 @@ class RunLog:
             return
         self.bar.close()
         self._say_notes(state)
-        if state.stop:
-            self.line(f"{signal.Signals(state.stop).name}: stopped at step {state.step}")
+        stopped = state.stopped_by(self.args)
+        if stopped:
+            self.line(f"{signal.Signals(stopped).name}: stopped at step {state.step}")
         picture = self.jsonl_path.with_suffix(".png")
         self._safely("the loss picture", lambda: draw_losses(self.jsonl_path, picture))
         self.line(f"wrote {self.text_path}, {self.jsonl_path} and {picture}")
@@ -319,7 +330,7 @@ class RunLog:
             if path == default_checkpoint(self.script)
             else f" --checkpoint-path {shlex.quote(path)}"
         )
-        more = "" if state.stop else f" --num-steps {2 * state.step}"
+        more = "" if stopped else f" --num-steps {2 * state.step}"
         self.line(f"evaluate: python eval.py --checkpoint-path {shlex.quote(path)}")
         self.line(f"continue: {launch} {self.script}.py --resume{more}{where}")
         self.line(

@@ -31,6 +31,8 @@ from config import Settings, UserError
 from device import Device, environment, free_memory
 from step import RunState
 
+_LABELS = r"previous|best|step\d+"
+
 
 class Saver:
     """Saves one run. On ranks other than 0 it only loads; what it has to say goes to
@@ -48,21 +50,20 @@ class Saver:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """Takes the lock on the checkpoint path, which is kept until the process ends, and gives
-        what an earlier run left there other names. Raises UserError where it can't save.
+        """Takes the lock on the checkpoint path, which is kept until the process ends. Raises
+        UserError where it can't save.
         """
         self.args, self.model, self.optimizer, self.state = args, model, optimizer, state
         self.data, self.rank, self.device = data, rank, device
         self.environment = environment(device, world)
         self.path = Path(args.checkpoint_path)
-        self.saved_at, self.failed = time.monotonic(), ""
+        self.saved_at = time.monotonic()
         self.writing: threading.Thread | None = None
+        self.wrong: list[str] = []  # with the files that are newer than the one resumed
         self.copies: dict[str, Any] = {}  # of all tensors, used again by each save
         if rank == 0:
             self.lock = claim(self.path)
             try:
-                if not args.resume:
-                    state.notes += set_aside(run_files(self.path))
                 check_space(target_of(self.path).parent, 3 * tensor_bytes(model.state_dict()))
             except OSError as reason:
                 raise UserError(
@@ -73,12 +74,26 @@ class Saver:
         """Continues the newest whole checkpoint. Raises UserError if there is none, or if it is of
         another run.
         """
-        _, file, wrong = newest_whole(self.path, self._load)
-        self.state.notes.append(f"resumed {file} at step {self.state.step}")
-        if wrong:
-            self.state.notes.append(f"not the latest, since {'; '.join(wrong)}")
-            if self.rank == 0 and os.path.lexists(self.path):  # or it would become the previous one
-                self.state.notes += set_aside([target_of(self.path)])
+        state, steps = self.state, self.args.num_steps
+        _, file, self.wrong = newest_whole(self.path, self._load)
+        state.notes.append(f"resumed {file} at step {state.step}")
+        if self.wrong:
+            state.notes.append(f"not the latest, since {'; '.join(self.wrong)}")
+        if state.step > steps:
+            raise UserError(f"{file} is at step {state.step} already, beyond --num-steps {steps}")
+        if target_of(state.home) != target_of(self.path) and os.path.exists(state.home):
+            # A copy, whose original may go on: as the same run they would share their metrics.
+            state.notes.append(f"a branch of run {state.run_id}, whose checkpoint is {state.home}")
+            state.run_id, state.wandb_run_id = RunState().run_id, ""
+
+    def begin(self) -> None:
+        """Makes the path this run's: gives what is there of an earlier run, or damaged, other
+        names.
+        """
+        if self.rank == 0 and not self.args.resume:
+            self.state.notes += set_aside(run_files(self.path))
+        elif self.rank == 0 and self.wrong:  # or the next save would make it the previous one
+            self.state.notes += set_aside([target_of(self.path)])
 
     def _load(self, file: Path) -> None:
         args, state = self.args, self.state
@@ -97,7 +112,7 @@ class Saver:
         if self.rank:
             return 0.0
         start = time.perf_counter()
-        self._wait()
+        self.finish()
         self.saved_at = time.monotonic()
         content = content_of(
             self.model, self.optimizer, self.state, self.args, self.data, self.environment
@@ -106,14 +121,23 @@ class Saver:
         labels = ["best"] if self.state.at_best else []
         labels += [f"step{step:06d}"] if keep and step % keep == 0 else []
         if self._in_background(tensor_bytes(content)):
-            content = copied(content, self.copies, pinned=self.device.torch.type == "cuda")
-            if self.device.torch.type == "cuda":
-                torch.cuda.synchronize(self.device.torch)
-            self.writing = threading.Thread(target=self._write, args=(content, step, labels))
-            self.writing.start()
-        else:
-            self._write(content, step, labels)
+            try:
+                content = self._snapshot(content)
+                self.writing = threading.Thread(target=self._write, args=(content, step, labels))
+                self.writing.start()
+                return time.perf_counter() - start
+            except (MemoryError, RuntimeError) as reason:
+                self.copies = {}
+                self.state.notes.append(f"no memory to save in the background ({reason})")
+        self._write(content, step, labels)
         return time.perf_counter() - start
+
+    def _snapshot(self, content: dict[str, Any]) -> dict[str, Any]:
+        cuda = self.device.torch.type == "cuda"
+        content = copied(content, self.copies, pinned=cuda)
+        if cuda:
+            torch.cuda.synchronize(self.device.torch)
+        return content
 
     def _in_background(self, n_bytes: int) -> bool:
         if self.args.checkpoint_async != "auto":
@@ -124,23 +148,18 @@ class Saver:
         try:
             write_checkpoint(self.path, content, *labels)
         except Exception as reason:  # in a thread of its own it would else be lost
-            self.failed = f"step {step} was not saved: {reason}"
-            self.state.notes.append(f"{self.failed}; the run goes on")
+            self.state.unsaved = True
+            self.state.notes.append(f"step {step} was not saved: {reason}; the run goes on")
         else:
-            self.failed = ""
+            self.state.unsaved = False
             also = "".join(f" and {sibling(target_of(self.path), label).name}" for label in labels)
             self.state.notes.append(f"saved {self.path}{also} at step {step}")
 
-    def _wait(self) -> None:
+    def finish(self) -> None:
+        """Waits until the last save is safe on disk, or has failed: see `state.unsaved`."""
         if self.writing is not None:
             self.writing.join()
             self.writing = None
-
-    def finish(self) -> None:
-        """Waits until the last save is safe on disk. Raises UserError if it failed."""
-        self._wait()
-        if self.failed:
-            raise UserError(self.failed)
 
 
 def copied(tree: Any, into: dict[str, Any], pinned: bool = False) -> dict[str, Any]:
@@ -168,6 +187,11 @@ def claim(path: Path) -> IO[str]:
     Returns the lock, held until it is closed or the process ends. Raises UserError.
     """
     target = target_of(path)
+    if part := re.fullmatch(rf"(.+)\.({_LABELS})", target.stem):
+        raise UserError(
+            f"{path} belongs to the run at {part[1]}{target.suffix}; copy it to another name to "
+            "start a run from it"
+        )
     if target.exists() and not target.is_file():
         raise UserError(f"{path} is not a plain file; give a file name as --checkpoint-path")
     try:
@@ -186,7 +210,7 @@ def claim(path: Path) -> IO[str]:
         lock.flush()
         stem = re.escape(target.stem)
         for rest in target.parent.iterdir():
-            label = r"(\.(previous|best|step\d+))?"
+            label = rf"(\.({_LABELS}))?"
             if re.fullmatch(rf"{stem}{label}{re.escape(target.suffix)}\.\d+\.tmp", rest.name):
                 rest.unlink()
     except OSError as reason:
@@ -202,7 +226,7 @@ def run_files(path: Path) -> list[Path]:
     if not target.parent.is_dir():
         return []
     stem, suffix = re.escape(target.stem), re.escape(target.suffix)
-    name = rf"{stem}(\.(previous|best|step\d+))?{suffix}"
+    name = rf"{stem}(\.({_LABELS}))?{suffix}"
     return sorted(p for p in target.parent.iterdir() if re.fullmatch(name, p.name))
 
 
@@ -222,6 +246,6 @@ def set_aside(files: list[Path]) -> list[str]:
 
 def _numbered(file: Path, number: int) -> Path:
     """name.best.pt -> name.1.best.pt, which is then the best of name.1.pt."""
-    parts = re.fullmatch(r"(.+?)((\.(previous|best|step\d+))?(\.\w+)?)", file.name)
+    parts = re.fullmatch(rf"(.+?)((\.({_LABELS}))?(\.\w+)?)", file.name)
     assert parts is not None, "the first part takes what the others don't"
     return file.with_name(f"{parts[1]}.{number}{parts[2]}")

@@ -38,12 +38,18 @@ class RunState:
     bad_in_row: Tensor | None = None  # () float32: updates skipped since the last good one
     skipped: Tensor | None = None  # () float32: updates skipped since this process started
     stop: int = 0  # the signal that ends the run, on all ranks after the same step
+    home: str = ""  # the path that a resumed checkpoint was written to
+    unsaved: bool = False  # the last save failed
     notes: list[str] = field(default_factory=list)  # what the log has yet to say
 
-    @property
-    def exit_code(self) -> int:
-        """0, or as a shell names the signal that ended the run."""
-        return 128 + self.stop if self.stop else 0
+    def stopped_by(self, args: Settings) -> int:
+        """The signal that ended the run before its last step; 0 = none did."""
+        return self.stop if self.step < args.num_steps else 0
+
+    def exit_code(self, args: Settings) -> int:
+        """2 where the last step is not saved, 128 + n where signal n ended the run, else 0."""
+        stopped = self.stopped_by(args)
+        return 2 if self.unsaved else 128 + stopped if stopped else 0
 
     @property
     def at_best(self) -> bool:

@@ -8,7 +8,7 @@ from cli import parse_settings, run_script
 from config import Settings
 from dataset import Prefetch, open_data, record_of
 from device import pick_device, wants_compile
-from distributed import Ranks, process_group, ranks_of_torchrun, sum_ranks, summed, wrap
+from distributed import Ranks, process_group, ranks_of_torchrun, restarted, sum_ranks, summed, wrap
 from eval import evaluate
 from generate import sample
 from model import GPTModel
@@ -30,6 +30,7 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
     saver = Saver(args, model, optimizer, state, data, device, rank, world)
     if args.resume:
         saver.load()
+        ranks.must_agree("what they resume", (state.run_id, state.step))
     if wants_compile(args.compile, device):
         model.compile()
     ddp = wrap(model, device, args)  # the same weights, but its backward pass averages over ranks
@@ -37,7 +38,8 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
     batches = Prefetch(train, args, device, rank, world)
     if state.step == 0:
         log.eval(state, evaluate(model, val, args.batch_size, device, rank, world, sum_ranks))
-    watch.begin()  # from here on a signal ends the run after its step, with a checkpoint
+    saver.begin()  # from here on the checkpoint path is this run's,
+    watch.begin()  # and a signal ends the run after its step, with a checkpoint
     while state.step < args.num_steps and not state.stop:  # step = updates finished, everywhere
         batch = batches(state.step)  # this rank's rows of it
         stats = train_step(ddp, optimizer, batch, args, state, device, rank, world, ddp.no_sync)
@@ -57,11 +59,12 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
     saver.finish()
     ranks.meet()
     log.finish(state)
-    return state.exit_code
+    return state.exit_code(args)
 
 
 def launch(argv: list[str]) -> int:
-    args = parse_settings("train_ddp", argv, ranks_of_torchrun().world, resumable_settings)
+    world, again = ranks_of_torchrun().world, restarted()
+    args = parse_settings("train_ddp", argv, world, resumable_settings, again)
     with Watch() as watch, process_group(args.device, args.timeout_seconds, alone=True) as ranks:
         return main(args, watch, ranks)
 

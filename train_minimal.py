@@ -31,7 +31,8 @@ def main(args: Settings, watch: Watch) -> int:
     batches = Prefetch(train, args, device)
     if state.step == 0:
         log.eval(state, evaluate(model, val, args.batch_size, device))
-    watch.begin()  # from here on a signal ends the run after its step, with a checkpoint
+    saver.begin()  # from here on the checkpoint path is this run's,
+    watch.begin()  # and a signal ends the run after its step, with a checkpoint
     while state.step < args.num_steps and not state.stop:  # step = updates finished, everywhere
         batch = batches(state.step)  # a function of (seed, step), nothing else
         stats = train_step(model, optimizer, batch, args, state, device)
@@ -49,7 +50,7 @@ def main(args: Settings, watch: Watch) -> int:
             log.saved(saver.save())
     saver.finish()
     log.finish(state)
-    return state.exit_code
+    return state.exit_code(args)
 
 
 def launch(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-_ONE_EVENT_SECONDS = 0.5  # a launcher repeats to its workers what the terminal sent them too
+_ONE_EVENT_SECONDS = 2.0  # torchrun repeats to its workers what all its processes were sent
 
 
 class Watch:
@@ -27,6 +27,7 @@ class Watch:
     def __init__(self) -> None:
         self.signal = 0  # the one that was noted
         self._heard_at = 0.0
+        self._one_event = _ONE_EVENT_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
         self._old: dict[signal.Signals, Any] = {}  # handlers before begin()
 
     def __enter__(self) -> Watch:
@@ -64,7 +65,7 @@ class Watch:
             if not self.signal:
                 self.signal, self._heard_at = number, time.monotonic()
                 tell(f"{signal.Signals(number).name}: stopping after this step; again = at once")
-            elif time.monotonic() - self._heard_at > _ONE_EVENT_SECONDS:
+            elif number == self.signal and time.monotonic() - self._heard_at > self._one_event:
                 os._exit(128 + number)
         os.close(pipe)
 

@@ -405,7 +405,7 @@ def worlds(rig: Rig) -> None:
 
 def signals(rig: Rig) -> None:
     """A signal must end the run after its step, with a checkpoint that continues exactly."""
-    few = [(signal.SIGTERM, 0, "process"), (signal.SIGINT, 2, "one rank")]
+    few = [(signal.SIGTERM, 0, "process"), (signal.SIGINT, 2, "all ranks")]
     many = [
         (s, 0, "process") for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     ]
@@ -425,7 +425,10 @@ def signals(rig: Rig) -> None:
         for pid in targets.get(who, [process.pid]):
             os.kill(pid, number)
         code, left = place.end_of(process, 30), place.empty()
-        stopped = re.findall(r"stopped at step (\d+)", place.printed())
+        # Those that torchrun dies of reach the workers as their parent's end.
+        passed_on = who != "torchrun" or number not in (signal.SIGUSR1, signal.SIGKILL)
+        name = (number if passed_on else signal.SIGTERM).name
+        stopped = re.findall(rf"{name}: stopped at step (\d+)", place.printed())
         if code == -99 or not left:
             outcome, note = "hung", "it did not end"
         elif not stopped or f"at step {stopped[-1]}" not in place.printed().split("stopped")[0]:

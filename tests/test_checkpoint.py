@@ -107,8 +107,9 @@ def test_the_whole_state_comes_back(tmp_path, run):
     save(run, tmp_path / "c.pt")
     state = load_checkpoint(tmp_path / "c.pt", run.model)
     for field in dataclasses.fields(RunState):
-        if field.name not in ("scaler", "skipped"):
+        if field.name not in ("scaler", "skipped", "home"):
             assert getattr(state, field.name) == getattr(run.state, field.name), field.name
+    assert state.home == run.args.checkpoint_path
     assert state.step == 3 and state.tokens == 3 * 8 * 15  # 2 x 4 sequences of 16 tokens
 
 
@@ -477,9 +478,15 @@ def test_other_data_is_refused_and_every_difference_listed(tmp_path, run):
     assert "elsewhere" not in refused(lambda: load_checkpoint(*load), *said)
     seed_may_change = dataclasses.replace(run.args, allow_change=("seed",))
     refused(lambda: load_checkpoint(*load, seed_may_change), *said)
+    own_val = {"data_mode": "text", "train_data": ("a",), "val_data": ("b",), "use_toy_data": False}
+    one_part = dataclasses.replace(run.args, allow_change=("max_tokens",), **own_val)
+    left = refused(lambda: load_checkpoint(*load, one_part), said[2], "--allow-change val_data")
+    assert "train data" not in left
     allowed = dataclasses.replace(run.args, allow_change=("max_tokens",))
-    (note,) = load_checkpoint(*load, allowed).notes
+    state = load_checkpoint(*load, allowed)
+    (note,) = state.notes
     assert all(part in note for part in said)
+    assert (state.best_val_loss, state.best_step) == (math.inf, -1)  # was of other data
 
 
 def test_the_same_data_elsewhere_is_no_difference(tmp_path, run):
@@ -710,7 +717,7 @@ def test_no_whole_checkpoint_names_what_is_wrong_and_what_else_there_is(tmp_path
         f"no whole checkpoint: {tmp_path}/c.pt: no checksum",
         f"{tmp_path}/c.previous.pt: no checksum",
     )
-    assert said.endswith("; there are also c.best.pt, c.step000500.pt")
+    assert said.endswith("; there are also c.1.pt, c.best.pt, c.step000500.pt")
 
 
 def test_no_checkpoint_at_all_says_how_to_start(tmp_path):

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import struct
+import time
 import tracemalloc
 import warnings
 import zipfile
@@ -583,3 +584,12 @@ def test_a_refusal_is_one_line_whatever_the_file_says(tmp_path):
     with pytest.raises(Unreadable) as caught:
         read(tmp_path / "c.pt")
     assert str(caught.value).isprintable()
+
+
+def test_a_shape_of_absurd_numbers_takes_no_time(tmp_path):
+    shape = (2**2000,) * 8000
+    for hostile in (shape, (1,) * 9, (2**62, 0)):
+        (tmp_path / "c.pt").write_bytes(sealed(described({"t": Claim(shape=hostile)})))
+        start = time.perf_counter()
+        refused(tmp_path / "c.pt", "a tensor of impossible shape")
+        assert time.perf_counter() - start < 5

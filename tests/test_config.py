@@ -214,3 +214,20 @@ def test_help_names_every_flag(capsys):
         parse_flags(Settings, "train_minimal.py", ["--help"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in DESIGN_FLAGS)
+
+
+def test_a_run_that_torchrun_starts_again_continues_what_it_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = flat(parse_settings("train_ddp", ["--num-steps", "7", "--device", "cpu"]))
+    typed = ["--preset", "toy", "--checkpoint-path", "c.pt"]
+    again = parse_settings("train_ddp", typed, saved=lambda path: saved, restarted=True)
+    assert not again.resume and again.num_steps == 50  # nothing was saved yet
+    (tmp_path / "c.pt").touch()
+    again = parse_settings("train_ddp", typed, saved=lambda path: saved, restarted=True)
+    assert again.resume and again.num_steps == 7
+    assert not parse_settings("train_ddp", typed, saved=lambda path: saved).resume
+
+
+def test_allow_change_is_for_resumed_runs():
+    with pytest.raises(UserError, match="give --resume too"):
+        parse_settings("train_minimal", ["--allow-change", "seed"])

@@ -1,20 +1,22 @@
+import json
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 
 import hang
-from hang import HangGuard, Report, judge, own_report
+from hang import HangGuard, Report, judge, report_of
 
 
-def report(waiting=False, idle=50.0, patient=False, where="model.py:1 in forward"):
-    return Report(number=1, idle=idle, waiting=waiting, patient=patient, stack=[where])
+def report(waiting=False, still=50.0, patient=False, where="model.py:1 in forward"):
+    return Report(number=1, still=still, waiting=waiting, patient=patient, stack=[where])
 
 
 def test_the_rank_that_the_others_wait_for_is_named_with_its_stack():
     ranks = {0: report(waiting=True), 1: report(where="text.py:9 in read"), 2: report(waiting=True)}
     said = judge(ranks, [], timeout=60)
-    assert said.startswith("error: rank 1 is stuck: the others have waited 50 s for it")
+    assert said.startswith("error: rank 1 is stuck: others have waited 50 s for it")
     assert "text.py:9 in read" in said and "rank 0" not in said and "--resume" in said
 
 
@@ -26,10 +28,11 @@ def test_a_rank_that_says_nothing_is_named_with_what_it_did_last():
 @pytest.mark.parametrize(
     "ranks",
     [
-        {0: report(), 1: report()},  # all compute: a slow step
+        {0: report(), 1: report()},  # all compute
         {0: report(waiting=True), 1: report(waiting=True)},  # in a collective that takes its time
         {0: report(patient=True), 1: report(waiting=True)},  # rank 0 saves
-        {0: report(waiting=True), 1: report(idle=10.0)},  # has just come from a step
+        {0: report(waiting=True), 1: report(still=10.0)},  # gets from line to line: a slow step
+        {0: report(waiting=True, still=40.0), 1: report()},  # nobody has waited for long
     ],
 )
 def test_what_is_only_slow_is_left_alone(ranks):
@@ -56,32 +59,31 @@ def ended(monkeypatch):
     return said, over
 
 
-def waits_in_a_collective(monkeypatch):
-    mine = report(waiting=True)
-    monkeypatch.setattr(hang, "own_report", lambda n: Report(n, 0.0, True, False, mine.stack))
+WAITING = [("train_ddp.py", 40, "main"), ("torch/distributed/c10d.py", 7, "all_reduce")]
+
+
+def silent_rank(where="data.py:5 in read"):
+    return Store(rank1=json.dumps(asdict(report(where=where))).encode())
 
 
 def test_a_guard_ends_a_run_that_waits_for_a_silent_rank(ended, monkeypatch):
     said, over = ended
-    waits_in_a_collective(monkeypatch)
-    store = Store(rank1=hang.to_json(report(where="data.py:5 in read"), 0.0).encode())
-    guard = HangGuard(store, rank=0, world=2, timeout_seconds=1.0)
-    assert not over.wait(1.5)  # nothing is judged before the first step
-    guard.beat()
+    monkeypatch.setattr(hang, "calls_of", lambda frame: WAITING)
     start = time.monotonic()
-    assert over.wait(5)
-    assert time.monotonic() - start < 1.5 and "rank 1 does not answer" in said[0]
+    HangGuard(silent_rank(), rank=0, world=2, timeout_seconds=2.0)
+    assert over.wait(8) and "rank 1 does not answer" in said[0] and "data.py:5" in said[0]
+    assert 1.5 < time.monotonic() - start < 4
 
 
-def test_steps_that_get_on_are_left_alone(ended, monkeypatch):
+def test_ranks_that_get_on_are_left_alone(ended, monkeypatch):
     _, over = ended
-    waits_in_a_collective(monkeypatch)
-    guard = HangGuard(Store(rank1=hang.to_json(report(), 0.0).encode()), 0, 2, timeout_seconds=0.5)
-    for _ in range(12):
-        guard.beat()
-        assert not over.wait(0.1)
+    line = iter(range(10**6))
+    monkeypatch.setattr(hang, "calls_of", lambda frame: [*WAITING[:1], ("d.py", next(line), "f")])
+    guard = HangGuard(silent_rank(), 0, 2, timeout_seconds=0.4)
+    assert not over.wait(1.5)
+    monkeypatch.setattr(hang, "calls_of", lambda frame: [*WAITING, *WAITING[:1]])
+    assert not over.wait(1.5)  # at one line, but its own
     guard.end()
-    assert not over.wait(1.0)
 
 
 def test_a_lost_store_ends_only_those_that_wait(ended, monkeypatch):
@@ -92,9 +94,8 @@ def test_a_lost_store_ends_only_those_that_wait(ended, monkeypatch):
             raise ConnectionError
 
     guard = HangGuard(Lost(), 1, 2, timeout_seconds=0.3)
-    guard.beat()
     assert not over.wait(1.0)  # computes
-    waits_in_a_collective(monkeypatch)
+    monkeypatch.setattr(hang, "calls_of", lambda frame: WAITING)
     assert over.wait(2) and "the launcher is gone" in said[0]
     guard.end()
 
@@ -108,11 +109,12 @@ def test_a_report_shows_the_threads_that_work_for_the_main_one():
     thread = threading.Thread(target=reading_slowly, name="prefetch_0")
     thread.start()
     try:
-        found = own_report(3)
+        found = report_of([("train_ddp.py", 40, "main")], number=3, still=1.0)
     finally:
         go_on.set()
     assert found.number == 3 and not found.waiting and not found.patient
+    assert found.stack[0].endswith("train_ddp.py:40 in main")
     stack = "\n".join(found.stack)
-    assert (
-        "test_hang.py" in stack and "thread prefetch_0:" in stack and "in reading_slowly" in stack
-    )
+    assert "thread prefetch_0:" in stack and "in reading_slowly" in stack
+    assert report_of(WAITING, 1, 0.0).waiting
+    assert report_of([("/x/saver.py", 1, "save"), ("io.py", 2, "write")], 1, 0.0).patient

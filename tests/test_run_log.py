@@ -91,7 +91,7 @@ def test_infinite_perplexity_is_shown_and_the_record_stays_json(folder, capsys):
 
 
 def test_a_nan_is_never_the_best(folder):
-    state = RunState()
+    state = RunState(step=1)
     log = start(state)
     log.eval(state, dataclasses.replace(RESULT, loss=math.nan))
     assert state.best_val_loss == math.inf
@@ -240,6 +240,48 @@ def test_a_resumed_run_continues_its_files(folder):
     assert read_records(folder / "logs/train_minimal.cut.jsonl") == before[5:]
     text = (folder / "logs/train_minimal.log").read_text()
     assert "2 records beyond step 4 are now in logs/train_minimal.cut.jsonl" in text
+
+
+def test_metrics_that_another_run_set_aside_are_found_again(folder):
+    first = RunState()
+    log = start(first, checkpoint_path="a.pt")
+    for _ in range(3):
+        update(log, first)
+    log.finish(first)
+    before, other = read_records(log.jsonl_path), RunState()
+    log = start(other, checkpoint_path="b.pt")
+    update(log, other)
+    log.finish(other)
+    resumed = RunState(step=2, run_id=first.run_id)
+    log = start(resumed, resume=True, checkpoint_path="a.pt")
+    log.finish(resumed)
+    assert read_records(folder / "logs/train_minimal.jsonl") == before[:3]
+    (aside,) = (folder / "logs").glob("train_minimal.[0-9]*.jsonl")
+    assert read_records(aside)[0]["run_id"] == other.run_id
+
+
+def test_lines_that_are_no_records_are_kept_aside(folder):
+    state = RunState()
+    log = start(state)
+    for _ in range(3):
+        update(log, state)
+    log.finish(state)
+    lines = log.jsonl_path.read_bytes().splitlines(True)
+    log.jsonl_path.write_bytes(lines[0] + b"\xff{\n[1]\n" + b"".join(lines[1:]) + b'{"event": "tr')
+    resumed = RunState(step=2, run_id=state.run_id)
+    log = start(resumed, resume=True)
+    log.finish(resumed)
+    assert log.jsonl_path.read_bytes() == b"".join(lines[:3])
+    aside = (folder / "logs/train_minimal.cut.jsonl").read_bytes()
+    assert aside == b"\xff{\n[1]\n" + lines[3] + b'{"event": "tr\n'
+
+
+def test_a_signal_in_the_last_step_leaves_a_finished_run(folder, capsys):
+    state = RunState(step=20, stop=signal.SIGTERM)
+    log = start(state)
+    log.finish(state)
+    assert state.exit_code(log.args) == 0 and "stopped" not in capsys.readouterr().out
+    assert RunState(step=19, stop=signal.SIGTERM).exit_code(log.args) == 143
 
 
 def test_two_runs_are_compared_without_what_may_differ(folder):

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import os
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -40,8 +41,10 @@ def saver(tmp_path, run):
         args = dataclasses.replace(run.args, checkpoint_path=str(path), **changes)
         run.state.notes.clear()
         stop()
-        made.append(Saver(args, run.model, run.optimizer, run.state, data, CPU, rank))
-        return made[-1]
+        made.append(s := Saver(args, run.model, run.optimizer, run.state, data, CPU, rank))
+        if not args.resume:
+            s.begin()
+        return s
 
     def stop():
         while made:
@@ -52,7 +55,7 @@ def saver(tmp_path, run):
 
     yield make
     for s in made:
-        s._wait()
+        s.finish()
         if s.rank == 0:
             s.lock.close()
 
@@ -375,27 +378,29 @@ def test_a_save_that_fails_is_noted_and_the_next_one_makes_it_good(
     failing_once(monkeypatch, UserError("the disk is full"))
     s.save()
     said = "step 1 was not saved: the disk is full"
-    refused(s.finish, said)
+    s.finish()
+    assert run.state.unsaved and run.state.exit_code(s.args) == 2
     assert run.state.notes == [f"{said}; the run goes on"]
     run.step()
     s.save()
     s.finish()
+    assert not run.state.unsaved and run.state.exit_code(s.args) == 0
     assert run.state.notes[1:] == [f"saved {tmp_path}/c.pt at step 2"]
     failing_once(monkeypatch, UserError("the disk is full"))
     run.step()
     s.save()
-    refused(s.finish, "step 3 was not saved")
+    s.finish()
+    assert run.state.unsaved
     assert step_of(tmp_path / "c.pt") == 2
-    s.failed = ""
 
 
 @pytest.mark.parametrize("error", [MemoryError("no memory"), TypeError("x"), AssertionError()])
-def test_no_failure_in_the_background_is_lost(saver, monkeypatch, error):
+def test_no_failure_in_the_background_is_lost(run, saver, monkeypatch, error):
     s = saver(checkpoint_async="on")
     failing_once(monkeypatch, error)
     s.save()
-    refused(s.finish, f"step 1 was not saved: {error}")
-    s.failed = ""
+    s.finish()
+    assert run.state.notes == [f"step 1 was not saved: {error}; the run goes on"]
 
 
 def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, run, saver):
@@ -404,9 +409,9 @@ def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, run, save
     run.step()
     run.model.wpe.weight.data[3, 3] = float("nan")
     s.save()
-    refused(s.finish, "step 2 was not saved", "wpe.weight is not finite")
+    s.finish()
+    assert "step 2 was not saved: model wpe.weight is not finite" in run.state.notes[-1]
     assert step_of(tmp_path / "c.pt") == 1 and names(tmp_path) == ["c.pt"]
-    s.failed = ""
 
 
 def test_a_save_is_overdue_by_the_minutes_since_the_last(tmp_path, saver, monkeypatch):
@@ -462,7 +467,9 @@ def test_the_newest_whole_checkpoint_is_continued(
             os.remove(tmp_path / name)
     wanted = {name: saved.weights() for name in files} if step == 2 else {}
     fresh = Run()
-    saver(run=fresh, resume=True, rank=rank).load()
+    s = saver(run=fresh, resume=True, rank=rank)
+    s.load()
+    s.begin()
     assert fresh.state.step == step and fresh.state.run_id == saved.state.run_id
     if wanted:
         assert equal(fresh.weights(), wanted["c.pt"])
@@ -483,6 +490,7 @@ def test_a_damaged_file_never_becomes_the_previous_one(tmp_path, saved, saver):
     fresh = Run()
     s = saver(run=fresh, resume=True)
     s.load()
+    s.begin()
     for step in (2, 3):
         fresh.step()
         s.save()
@@ -550,3 +558,47 @@ def test_notes_name_files_that_exist(tmp_path, run, saver):
     saver(path=tmp_path / "link.pt").save()
     (note,) = run.state.notes
     assert "c.best.pt" in note and (tmp_path / "real" / "c.best.pt").exists()
+
+
+def test_a_run_that_does_not_come_to_begin_renames_nothing(tmp_path, saved, saver, monkeypatch):
+    before = names(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "begin", lambda self: None)
+        saver()
+    assert names(tmp_path) == before
+
+
+def test_a_copy_becomes_a_run_of_its_own_and_a_moved_file_does_not(tmp_path, saved, saver):
+    shutil.copy(tmp_path / "c.pt", tmp_path / "copy.pt")
+    branch = Run()
+    saver(run=branch, resume=True, path=tmp_path / "copy.pt").load()
+    assert branch.state.run_id != saved.state.run_id and branch.state.wandb_run_id == ""
+    assert f"a branch of run {saved.state.run_id}" in branch.state.notes[-1]
+    (tmp_path / "c.pt").rename(tmp_path / "moved.pt")
+    moved = Run()
+    saver(run=moved, resume=True, path=tmp_path / "moved.pt").load()
+    assert moved.state.run_id == saved.state.run_id
+
+
+@pytest.mark.parametrize("name", ["c.best.pt", "c.previous.pt", "c.step000500.pt"])
+def test_the_files_of_a_run_are_no_paths_for_another(tmp_path, name):
+    refused(lambda: claim(tmp_path / name), "belongs to the run at c.pt", "copy it")
+
+
+def test_a_run_beyond_its_end_is_refused(saved, saver):
+    refused(
+        saver(run=Run(), resume=True, num_steps=1, warmup_steps=0).load,
+        "at step 2 already",
+        "--num-steps 1",
+    )
+
+
+def test_without_memory_for_a_copy_it_saves_at_once(tmp_path, run, saver, monkeypatch):
+    def no_memory(*_, **__):
+        raise RuntimeError("can't allocate memory")
+
+    s = saver(checkpoint_async="on")
+    monkeypatch.setattr(saver_module, "copied", no_memory)
+    s.save()
+    assert step_of(tmp_path / "c.pt") == 1 and s.writing is None
+    assert "no memory to save in the background" in run.state.notes[0]
