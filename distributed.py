@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Settings, UserError
@@ -67,7 +68,11 @@ class Ranks:
 
 def restarted() -> bool:
     """Whether torchrun has started this process in the place of one that died (--max-restarts)."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return _start_number() > 0
+
+
+def _start_number() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def ranks_of_torchrun() -> Ranks:
@@ -96,13 +101,20 @@ def process_group(device_name: str, timeout_seconds: int, alone: bool = False) -
         end_with_parent()
     device = pick_device(device_name, local_rank=ranks.local_rank).torch
     cuda = device.type == "cuda"
-    here: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
+        store: dist.Store = dist.HashStore()
+        if started:
+            store, _, _ = next(rendezvous("env://", timeout=timeout))
+            # Ranks that torchrun started again would find addresses of those that died.
+            store = dist.PrefixStore(f"start{_start_number()}", store)
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            timeout=datetime.timedelta(seconds=timeout_seconds),
+            timeout=timeout,
             device_id=device if cuda else None,
-            **({} if started else here),
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world,
         )
         on_cpu, patient = (
             dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=seconds))
@@ -127,8 +139,7 @@ def _guard(ranks: Ranks, timeout_seconds: int) -> HangGuard:
     where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     wait = datetime.timedelta(seconds=10)
     store = dist.TCPStore(where, port, is_master=False, timeout=wait)  # used by its thread alone
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    mine = dist.PrefixStore(f"guard{start}", store)
+    mine = dist.PrefixStore(f"guard{_start_number()}", store)
     return HangGuard(mine, ranks.rank, ranks.world, timeout_seconds)
 
 

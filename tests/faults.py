@@ -43,7 +43,7 @@ from checkpoint import (  # noqa: E402
     saved_settings,
 )
 from config import UserError  # noqa: E402
-from report import comparable, first_difference  # noqa: E402
+from report import comparable, first_difference, read_records  # noqa: E402
 
 OUTCOMES = ("survived", "refused", "hung", "silent", "lost", "orphans")
 TOY = """
@@ -64,10 +64,13 @@ class Place:
         self.env |= {"FAULT_MARK": self.mark, "PYTHONUNBUFFERED": "1"}
         self.out = folder / "out.txt"
 
-    def start(self, *flags: str, ranks: int = 0, script: str = "", **env: str) -> subprocess.Popen:
+    def start(
+        self, *flags: str, ranks: int = 0, script: str = "", restarts: int = 0, **env: str
+    ) -> subprocess.Popen:
         """Starts a trainer; what it prints is added to out.txt."""
         name = script or str(ROOT / ("train_ddp.py" if ranks else "train_minimal.py"))
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        launch.append(f"--max-restarts={restarts}")
         command = [sys.executable, *(launch if ranks else []), name, *flags]
         with open(self.out, "a") as out:
             return subprocess.Popen(
@@ -345,31 +348,31 @@ def _kill(place: Place, process: subprocess.Popen, draw: random.Random, ranks: i
 
 
 def kills(rig: Rig) -> None:
-    """200 kills of runs of one process, and 40 of runs of 2, 3 and 4 ranks."""
-    archs = [[*TOY, "--arch", arch] for arch in ("gpt2", "modern")]
-    plan: list[tuple[list[str], int, int]] = [(flags, 0, 100) for flags in archs]
-    if rig.short:
-        plan = [([*archs[0], "--num-steps", "120"], 0, 4), (_for_ranks(archs[1], 3), 3, 1)]
-    else:
-        plan += [
-            (_for_ranks(archs[i % 2], r), r, n)
-            for i, (r, n) in enumerate(((2, 13), (3, 14), (4, 13)))
-        ]
-    for flags, ranks, _ in plan:
-        rig.reference(*flags, ranks=ranks)
-    for flags, ranks, wanted in plan:
-        together = 1 if ranks else rig.at_once
+    """200 kills of runs of one process."""
+    for arch in ("gpt2",) if rig.short else ("gpt2", "modern"):
+        flags = [*TOY, "--arch", arch, *(["--num-steps", "120"] if rig.short else [])]
+        rig.reference(*flags)
 
-        def work(
-            i: int, flags: list[str] = flags, ranks: int = ranks, n: int = wanted // together
-        ) -> None:
-            left, seed = n, 1000 * (i + 1) + 100_000 * ranks
+        def work(i: int, flags: list[str] = flags) -> None:
+            left, seed = (4 if rig.short else 100) // rig.at_once, 1000 * (i + 1)
             while left > 0:
-                left -= killed_run(rig, flags, ranks, min(left, 5), seed)
+                left -= killed_run(rig, flags, 0, min(left, 5), seed)
                 seed += 1
 
-        with ThreadPoolExecutor(together) as pool:
-            list(pool.map(work, range(together)))
+        with ThreadPoolExecutor(rig.at_once) as pool:
+            list(pool.map(work, range(rig.at_once)))
+
+
+def rank_kills(rig: Rig) -> None:
+    """40 kills of runs of 2, 3 and 4 ranks: of torchrun, of a rank, or of all at once."""
+    plan = ((3, 1),) if rig.short else ((2, 13), (3, 14), (4, 13))
+    for ranks, left in plan:
+        flags = _for_ranks([*TOY, "--arch", "modern" if ranks == 3 else "gpt2"], ranks)
+        rig.reference(*flags, ranks=ranks)
+        seed = 100_000 * ranks
+        while left > 0:
+            left -= killed_run(rig, flags, ranks, min(left, 5), seed)
+            seed += 1
 
 
 def _for_ranks(flags: list[str], ranks: int) -> list[str]:
@@ -410,7 +413,7 @@ def signals(rig: Rig) -> None:
         (s, 0, "process") for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     ]
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        many += [(s, 2, who) for who in ("one rank", "all ranks", "torchrun")]
+        many += [(s, 2, who) for who in ("one rank", "all ranks", "torchrun", "everyone")]
     many.append((signal.SIGKILL, 2, "torchrun"))
     for number, ranks, who in few if rig.short else many:
         flags = _for_ranks([*TOY, "--arch", "gpt2"], 2) if ranks else [*TOY, "--arch", "gpt2"]
@@ -422,6 +425,7 @@ def signals(rig: Rig) -> None:
             outcome, note = "hung", "it never came to step 25"
         workers = place.workers()
         targets = {"process": workers, "one rank": workers[-1:], "all ranks": workers}
+        targets["everyone"] = place.processes()
         for pid in targets.get(who, [process.pid]):
             os.kill(pid, number)
         code, left = place.end_of(process, 30), place.empty()
@@ -515,6 +519,8 @@ def hangs(rig: Rig) -> None:
         ),
         ("a rank is slow", READS.format(what="time.sleep(6)"), "", ""),
     ]
+    if not rig.short:
+        _steps_longer_than_the_timeout(rig)
     for name, body, said, frame in cases[1:2] if rig.short else cases:
         reference, place = rig.reference(*flags, ranks=2), rig.place()
         process = place.start(*flags, ranks=2, script=patched(place, body))
@@ -536,6 +542,42 @@ def hangs(rig: Rig) -> None:
             code = place.run("--resume", ranks=2)
             outcome = "silent" if code or difference(place, reference) else outcome
         rig.count(name, outcome, place, f"ended after {seconds:.0f} s")
+
+
+def _steps_longer_than_the_timeout(rig: Rig) -> None:
+    flags = [*_for_ranks([*TOY, "--arch", "gpt2"], 2), "--global-batch-size", "9000"]
+    flags += ["--num-steps", "3", "--warmup-steps", "1"]
+    reference, place = rig.reference(*flags, ranks=2), rig.place()
+    code = place.run(*flags, "--timeout-seconds", "3", ranks=2)
+    seconds = max(r["time"]["step_seconds"] for r in read_records(place.jsonl) if "time" in r)
+    note = difference(place, reference) if code == 0 else f"exit code {code}"
+    note = note or ("" if seconds > 3 else f"a step took only {seconds:.1f} s")
+    rig.count("steps longer than the timeout", "silent" if note else "survived", place, note)
+
+
+def restarts(rig: Rig) -> None:
+    """A rank dies and torchrun starts all of them again; ranks that find different files."""
+    flags = _for_ranks([*TOY, "--arch", "gpt2"], 2)
+    reference, place = rig.reference(*flags, ranks=2), rig.place()
+    process = place.start(*flags, ranks=2, restarts=1)
+    _until(lambda: "step 45 /" in place.printed())
+    os.kill(place.workers()[-1], signal.SIGKILL)
+    code = place.end_of(process)
+    note = difference(place, reference) if code == 0 else f"exit code {code}"
+    rig.count("a rank killed under --max-restarts", "silent" if note else "survived", place, note)
+    body = """
+import saver
+load = saver.Saver.load
+def load_other(self):
+    load(self)
+    self.state.step -= 20 * rank
+saver.Saver.load = load_other
+"""
+    place = rig.place()
+    shutil.copytree(reference.folder / "checkpoints", place.folder / "checkpoints")
+    code = place.run("--resume", ranks=2, script=patched(place, body))
+    good = code not in (0, -99) and "ranks differ in what they resume" in place.printed()
+    rig.count("ranks find different checkpoints", "refused" if good else "silent", place)
 
 
 # ---------------------------------------------------------------- storage
@@ -872,7 +914,19 @@ def damage(rig: Rig) -> None:
 
 GROUPS: dict[str, Callable[[Rig], None]] = {
     group.__name__: group
-    for group in (damage, signals, second_signal, hangs, storage, numbers, outside, worlds, kills)
+    for group in (
+        damage,
+        signals,
+        second_signal,
+        hangs,
+        restarts,
+        storage,
+        numbers,
+        outside,
+        worlds,
+        kills,
+        rank_kills,
+    )
 }
 
 
