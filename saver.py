@@ -8,6 +8,7 @@ They are names of the same files where they hold the same step, and take no spac
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import threading
@@ -84,7 +85,9 @@ class Saver:
         if target_of(state.home) != target_of(self.path) and os.path.exists(state.home):
             # A copy, whose original may go on: as the same run they would share their metrics.
             state.notes.append(f"a branch of run {state.run_id}, whose checkpoint is {state.home}")
-            state.run_id, state.wandb_run_id = RunState().run_id, ""
+            known = f"{state.run_id} {target_of(self.path)}"  # so that all ranks have the same
+            state.run_id = hashlib.sha256(known.encode()).hexdigest()[:12]
+            state.wandb_run_id = ""
 
     def begin(self) -> None:
         """Makes the path this run's: gives what is there of an earlier run, or damaged, other

@@ -628,7 +628,7 @@ def storage(rig: Rig) -> None:
             good = code == 2 and "not a plain file" in out
             rig.count(f"newest checkpoint {name}", "refused" if good else "silent", place)
             continue
-        good = code == 0 and "minigpt_single.previous.pt at step 40" in out
+        good = code == 0 and "minigpt_single.previous.pt at step 50" in out
         why = "" if good and "not the latest, since" in out else f"exit code {code}"
         note = why or difference_of_weights(place, reference)
         rig.count(f"newest checkpoint {name}", "silent" if note else "survived", place, note)

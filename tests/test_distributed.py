@@ -105,6 +105,11 @@ def test_a_checkpoint_of_two_ranks_continues_on_one_and_back(program):
         "train_ddp.py", "--resume", "--checkpoint-path", "c.pt", "--num-steps", "16", ranks=4
     )
     assert "resumed c.pt at step 12" in out and "16 steps of 4 x 16 tokens" in out
+    shutil.copy(program.folder / "c.pt", program.folder / "d.pt")
+    out = program(
+        "train_ddp.py", "--resume", "--checkpoint-path", "d.pt", "--num-steps", "18", ranks=2
+    )
+    assert "a branch of run" in out and "step 18 / 18" in out
     refused = program(
         "train_ddp.py",
         "--resume",
