@@ -645,9 +645,7 @@ def storage(rig: Rig) -> None:
         for more in (flags, ["--resume"])
     )
     first.send_signal(signal.SIGTERM)
-    good = (
-        refused and place.end_of(first) == 143 and place.run("--resume", "--num-steps", "300") == 0
-    )
+    good = refused and place.end_of(first) == 143 and _whole(place)
     rig.count("a second run on the same path", "refused" if good else "silent", place)
     if not rig.short:
         _odd_paths(rig, flags)
