@@ -393,13 +393,13 @@ def _differences_of_optimizer(
     problems = [
         f"optimizer state of {k}, a parameter unknown here" for k in saved.keys() - parameters
     ]
-    if saved or (tree["step"] and state_shapes(optimizer, ())):
+    if saved or (tree["step"] and any(state_shapes(optimizer, p) for p in parameters.values())):
         problems += [f"optimizer state of {k} is missing" for k in parameters.keys() - saved]
     for name in parameters.keys() & saved.keys():
         moments, shape = saved[name], tuple(parameters[name].shape)
         if name not in tree["model"] or tree["model"][name].shape != shape:
             continue  # said already
-        expected = state_shapes(optimizer, shape) or {
+        expected = state_shapes(optimizer, parameters[name]) or {
             k: shape if v.shape else () for k, v in moments.items()
         }
         if moments.keys() != expected.keys():

@@ -22,6 +22,8 @@ from config import (
     settings_from,
 )
 
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # in what torch says
+
 
 def parse_settings(
     script: str,
@@ -56,6 +58,8 @@ def parse_settings(
         base = dict(choose("preset", typed.get("preset", "quickstart"), PRESETS))
         if typed.get("data_mode") == "fineweb_npy" or typed.get("train_npy"):
             base.pop("tokenizer_name", None)  # shards need none, and its files may not be at hand
+        if typed.get("arch") == "gpt2":
+            base.pop("ngram_rows", None)  # a part of the other architecture
         if "num_steps" in typed:
             base["warmup_steps"] = min(base["warmup_steps"], typed["num_steps"] // 10)
     values = {**base, **typed, "checkpoint_path": path}
@@ -179,6 +183,16 @@ def run_script(body: Callable[[list[str]], int | None]) -> None:
     except UserError as mistake:
         rank = os.environ.get("RANK", "0")
         print(("" if rank == "0" else f"rank {rank}: ") + f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as reason:
+        if not any(sign in str(reason) for sign in _NO_MEMORY):
+            raise
+        print(
+            "error: out of memory; lower --batch-size or let --micro-batch auto choose it (the "
+            "global batch stays the same), lower --seq-len or --d-model, or try "
+            "--use-activation-checkpoint",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print(

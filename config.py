@@ -52,6 +52,7 @@ class GPTConfig:
     d_model: int = flag(768, "width of the residual stream", at_least=1)
     d_ff: int = flag(0, "hidden width of the MLP; 0 = 4 x d_model", at_least=0)
     dropout: float = flag(0.0, "probability of dropping an activation", at_least=0)
+    ngram_rows: int = flag(0, "modern: rows of the hashed n-gram embedding; 0 = none", at_least=0)
     use_activation_checkpoint: bool = flag(False, "recompute blocks backward to save memory")
 
     def __post_init__(self) -> None:
@@ -73,6 +74,8 @@ class GPTConfig:
                 "need an "
                 "even width per head; try another n_heads"
             )
+        if self.arch == "gpt2" and self.ngram_rows:
+            raise UserError(f"ngram_rows={self.ngram_rows} is for --arch modern; leave it at 0")
         if not self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1; try 0.1")
 
@@ -115,6 +118,8 @@ class Settings:
     global_batch_size: int = flag(0, "sequences per optimizer step, over all ranks; 0 = "
                                   "batch-size x grad-accum-steps x ranks", at_least=0,
                                   at_most=2**20, fixed=True)
+    micro_batch: str = flag("given", "auto = the largest batch-size that is estimated to fit",
+                            "given", "auto")
     seq_len: int = flag(128, "tokens per sequence; all but the first are scored", at_least=2,
                         fixed=True)
     num_steps: int = flag(1000, "optimizer steps of the whole run", at_least=1)
@@ -128,6 +133,9 @@ class Settings:
     weight_decay: float = flag(0.1, "decoupled decay of matrices; vectors have none", at_least=0)
     beta1: float = flag(0.9, "AdamW: decay of the mean gradient", at_least=0)
     beta2: float = flag(0.95, "AdamW: decay of the mean squared gradient", at_least=0)
+    muon_lr_ratio: float = flag(0.5, "Muon: learning rate of matrices in blocks, as part of lr",
+                                at_least=0)
+    muon_momentum: float = flag(0.95, "Muon: decay of the mean gradient", at_least=0)
     grad_clip_norm: float = flag(1.0, "largest global gradient norm; 0 = no limit", at_least=0)
 
     eval_steps: int = flag(100, "steps between evaluations; always at the end", at_least=1)
@@ -176,7 +184,6 @@ class Settings:
             ("parallel", "ddp", self.parallel),
             ("tensor_parallel_size", 1, self.tensor_parallel_size),
             ("use_tensor_parallel", False, self.use_tensor_parallel),
-            ("optimizer", "adamw", self.optimizer),
         ):
             if given != default:
                 raise UserError(f"{name}={given} is not available yet; leave it at {default}")
@@ -239,7 +246,7 @@ class Settings:
             )
         if not self.decay_ratio <= 1:
             raise UserError(f"decay_ratio={self.decay_ratio} must be at most 1; try 0.2")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             if not getattr(self, name) < 1:
                 raise UserError(
                     f"{name}={getattr(self, name)} must be at least 0 and below 1; try 0.9"
@@ -302,9 +309,10 @@ _GPT2 = dict(
 PRESETS: dict[str, dict[str, Any]] = {
     # Learns visibly in about a minute on two CPU cores.
     "quickstart": dict(
-        arch="modern", vocab_size=0, max_position_embeddings=0, n_layers=4, n_heads=4, d_model=128,
-        seq_len=128, batch_size=12, global_batch_size=12, num_steps=500, lr=3e-3, warmup_steps=50,
-        eval_steps=100, save_steps=100, val_max_tokens=100_000,
+        arch="modern", vocab_size=0, max_position_embeddings=0, n_layers=2, n_heads=2, d_model=64,
+        ngram_rows=10_500, seq_len=128, batch_size=24, global_batch_size=24, num_steps=1000,
+        optimizer="muon", lr=0.02, muon_lr_ratio=0.4, min_lr=0.0, lr_scheduler="linear",
+        warmup_steps=0, eval_steps=250, save_steps=250, val_max_tokens=100_000,
     ),
     "toy": dict(
         arch="gpt2", vocab_size=10_000, max_position_embeddings=0, n_layers=2, n_heads=4,

@@ -8,13 +8,14 @@ import dataclasses
 import datetime
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +24,7 @@ from config import Settings, UserError
 from device import Device, pick_device
 from hang import HangGuard
 from model import GPTModel
-from step import StepStats
+from step import StepStats, rehearse
 from watch import end_with_parent
 
 _PATIENT_SECONDS = 7200  # that a save may take
@@ -36,6 +37,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0  # among the processes of this machine
+    local_world: int = 1  # how many those are
     on_cpu: dist.ProcessGroup | None = None  # the same ranks, connected over the CPU
     patient: dist.ProcessGroup | None = None  # and once more, for waiting longer than for a step
 
@@ -77,11 +79,9 @@ def _start_number() -> int:
 
 def ranks_of_torchrun() -> Ranks:
     """As torchrun says in its environment variables."""
-    rank, world, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    return Ranks(rank, world, local)
+    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    rank, world, local, here = (int(os.environ.get(name, default)) for name, default in names)
+    return Ranks(rank, world, local, here)
 
 
 @contextmanager
@@ -156,11 +156,7 @@ def wrap(model: GPTModel, device: Device, args: Settings) -> DistributedDataPara
     # After its first backward pass DDP sorts gradients into other buckets, in which three or more
     # ranks add them in another order. So that a resumed run adds as the one that did not stop, that
     # first pass belongs to no step: here it is, on zeros, with its gradients thrown away.
-    zeros = torch.zeros(args.batch_size, args.seq_len, dtype=torch.int64, device=device.torch)
-    with device.autocast():
-        loss = ddp(zeros, labels=zeros, reduction="sum", return_logits=False)[1]
-    loss.backward()
-    ddp.zero_grad(set_to_none=True)
+    rehearse(ddp, args, device)
     return ddp
 
 
@@ -172,6 +168,19 @@ def sum_ranks(values: Tensor) -> Tensor:
     total = values.to(there, copy=True)
     dist.all_reduce(total)
     return total.to(values.device)
+
+
+def divide(work: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    """work(stack), for work that treats each of stack's (N, m, n) alone: every rank does N / world
+    of them, and all get all.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    share = -(-len(stack) // world)
+    mine = F.pad(stack, (0, 0, 0, 0, 0, share * world - len(stack)))[share * rank :][:share]
+    part = work(mine).contiguous()
+    whole = part.new_empty(share * world, *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part)
+    return whole[: len(stack)]
 
 
 def summed(stats: StepStats) -> StepStats:

@@ -51,6 +51,11 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
+def workspace_bytes(vocab_size: int) -> float:
+    """What one chunk takes: its logits, and as much again while they change."""
+    return 8.0 * max(_CHUNK_LOGITS, 16 * vocab_size)
+
+
 def _chunk_rows(weight: Tensor) -> int:
     return max(16, _CHUNK_LOGITS // weight.shape[0])
 
@@ -88,11 +93,13 @@ class _ChunkedSum(torch.autograd.Function):
                 scored = y != IGNORE
                 target = y.where(scored, 0)[:, None]  # (rows, 1)
                 logits = (h @ w.T).float()  # (rows, V)
-                log_z = logits.logsumexp(-1, keepdim=True)
-                total += ((log_z - logits.gather(1, target)).squeeze(1) * scored).sum()
-                logits.sub_(log_z).exp_()  # softmax, in place
-                logits.scatter_add_(1, target, torch.full_like(log_z, -1.0))
-                d_logits = logits.mul_(scored[:, None]).to(dtype)
+                top, right = logits.amax(-1, keepdim=True), logits.gather(1, target)
+                share = logits.sub_(top).exp_()  # of the softmax, once divided; in place
+                z = share.sum(-1, keepdim=True)
+                total += ((top + z.log() - right).squeeze(1) * scored).sum()
+                once = scored[:, None].float()
+                share.mul_(once / z).scatter_add_(1, target, -once)
+                d_logits = share.to(dtype)
                 if d_hidden is not None:
                     d_hidden[start : start + rows] = d_logits @ w
                 if d_weight is not None:
@@ -100,15 +107,13 @@ class _ChunkedSum(torch.autograd.Function):
                         d_weight.addmm_(d_logits.T, h)
                     else:
                         d_weight += d_logits.T @ h
+                del logits, share, d_logits  # before the next chunk takes as much
         ctx.save_for_backward(d_hidden, d_weight)
         return total
 
     @staticmethod
     def backward(ctx, d_total):  # type: ignore[no-untyped-def]
-        d_hidden, d_weight = ctx.saved_tensors
-        return (
-            None if d_hidden is None else d_hidden * d_total,
-            None if d_weight is None else d_weight * d_total,
-            None,
-            None,
-        )
+        # In place, since a second d_weight would be the largest tensor of the step. A second
+        # backward pass, which would scale it again, is refused by autograd: the saved one changed.
+        d_hidden, d_weight = (None if d is None else d.mul_(d_total) for d in ctx.saved_tensors)
+        return d_hidden, d_weight, None, None

@@ -3,36 +3,136 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from itertools import groupby
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import Settings
+from device import has_bf16_units
+
+Divide = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+_STACK_NUMBERS = 1 << 25  # orthogonalized at once: bounds the memory that this takes
 
 
-def make_optimizer(model: nn.Module, args: Settings) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) that decays matrices and embeddings, but no bias and no
-    norm.
+def make_optimizer(
+    model: nn.Module, args: Settings, divide: Divide = lambda work, stack: work(stack)
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), or Muon for the matrices in blocks and AdamW for the
+    rest. Matrices and embeddings decay, but no bias and no norm.
 
-    Fused on every device: one kernel, and the only AdamW of torch that can skip an update on the
-    device (`found_inf`) without asking the host.
+    AdamW is fused on every device: one kernel, and the only AdamW of torch that can skip an update
+    on the device (`found_inf`) without asking the host. divide: see `Muon`.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [
+        p
+        for name, p in named.items()
+        if args.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
+    ]
+    own = {id(p) for p in matrices}
+    rest = [p for p in named.values() if id(p) not in own]
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    if not matrices:
+        return adamw
+    return Muon(matrices, adamw, args, divide)
 
 
-def state_shapes(
-    optimizer: torch.optim.Optimizer, shape: tuple[int, ...]
-) -> dict[str, tuple[int, ...]]:
-    """The tensors that the optimizer keeps for a parameter of this shape, all of them float32;
-    nothing for one that is not known here.
+class Muon(torch.optim.Optimizer):
+    """Steepest descent in the spectral norm (Jordan et al. 2024, "Muon"): a matrix moves by its
+    momentum with all singular values made about 1. `others`, an AdamW, updates all else.
+
+    The update of a matrix (m, n) is scaled by 0.2 sqrt(max(m, n)), so that its numbers are as large
+    as those of AdamW, and lr and weight_decay mean the same for both (Liu et al. 2025, sec. 2.2).
+    Matrices of one shape are orthogonalized together: for the small ones of small models, calls
+    cost more than computing. divide(work, stack): work(stack) for a stack (N, m, n), perhaps done
+    in parts by several ranks.
     """
-    if isinstance(optimizer, torch.optim.AdamW):
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: torch.optim.AdamW,
+        args: Settings,
+        divide: Divide,
+    ) -> None:
+        ratio = args.muon_lr_ratio
+        defaults = {"lr": args.lr * ratio, "lr_ratio": ratio, "weight_decay": args.weight_decay}
+        super().__init__(matrices, defaults)
+        self.matrices = sorted(matrices, key=lambda p: tuple(p.shape))  # stable: the same each run
+        self.momentum, self.others, self.divide = args.muon_momentum, others, divide
+        self.param_groups += others.param_groups  # one list and one mapping for whoever sets lr
+        self.state = others.state  # or saves
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update. Where `found_inf` is 1, of nothing: weights and moments stay as they are."""
+        self.others.grad_scale, self.others.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
+        self.others.step()
+        group = self.param_groups[0]
+        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
+        for stack in self._stacks():
+            moments = [self._momentum_of(p) for p in stack]
+            grads = [p.grad for p in stack if p.grad is not None]
+            if self.found_inf is not None:
+                grads = [
+                    g.where(self.found_inf == 0, m) for g, m in zip(grads, moments, strict=True)
+                ]
+            torch._foreach_lerp_(moments, grads, 1 - self.momentum)
+            ahead = torch.stack(torch._foreach_lerp(grads, moments, self.momentum))  # Nesterov's
+            updates = self.divide(orthogonalize, ahead)
+            go = 1.0 if self.found_inf is None else 1.0 - self.found_inf
+            size = 0.2 * math.sqrt(max(stack[0].shape)) * lr
+            for p, update in zip(stack, updates, strict=True):
+                p.mul_(1 - decay * go).sub_(update * (size * go))
+
+    def _momentum_of(self, p: nn.Parameter) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+    def _stacks(self) -> Iterator[list[nn.Parameter]]:
+        """The matrices in lists of one shape, none of more than _STACK_NUMBERS numbers."""
+        for shape, alike in groupby(self.matrices, key=lambda p: p.shape):
+            some, most = list(alike), max(1, _STACK_NUMBERS // shape.numel())
+            yield from (some[i : i + most] for i in range(0, len(some), most))
+
+
+def orthogonalize(stack: Tensor) -> Tensor:
+    """The nearest (semi-)orthogonal matrix of each, roughly: (N, m, n) float32 to (N, m, n), with
+    singular values of 0.7 to 1.2 (Jordan et al. 2024).
+
+    Five steps of a Newton-Schulz iteration, with their coefficients; in bfloat16 where the device
+    has units for it.
+    """
+    x = stack.mT if stack.shape[1] > stack.shape[2] else stack
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x.to(torch.bfloat16 if has_bf16_units(stack.device) else torch.float32)
+    for _ in range(5):
+        gram = x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, poly, x, beta=3.4445)
+    return x.mT if stack.shape[1] > stack.shape[2] else x
+
+
+def state_shapes(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, tuple[int, ...]]:
+    """The tensors that the optimizer keeps for this parameter, all of them float32; nothing for an
+    optimizer that is not known here.
+    """
+    shape = tuple(p.shape)
+    if isinstance(optimizer, Muon) and any(p is own for own in optimizer.matrices):
+        return {"momentum_buffer": shape}
+    if isinstance(optimizer, (Muon, torch.optim.AdamW)):
         return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
     return {}
 

@@ -26,6 +26,7 @@ from config import Settings, UserError, default_checkpoint, flat
 from dataset import TokenDataset
 from device import Device, environment
 from eval import EvalResult
+from memory import estimate, free_memory_of
 from model import GPTModel
 from report import draw_losses, read_records
 from saver import set_aside
@@ -89,6 +90,7 @@ class RunLog:
         run = {
             "run_id": state.run_id,
             "settings": flat(args),
+            "parameters": model.num_parameters(),
             "train": train.describe(),
             "val": val.describe(),
             "environment": environment(device, world),
@@ -147,6 +149,11 @@ class RunLog:
             f"model: {config.arch}, {config.n_layers} layers, {config.n_heads} heads, "
             f"{config.d_model} channels, "
             f"vocabulary {config.vocab_size:,}: {model.num_parameters():,} parameters"
+        )
+        free = free_memory_of(self.device) / 1e9
+        self.line(
+            f"memory: a step takes about {estimate(args, self.device)} besides the program, "
+            f"{free:.2f} GB are free"
         )
         self.line(
             f"run: preset {args.preset}, {args.num_steps} steps of {args.global_batch_size} x "

@@ -126,7 +126,7 @@ def train_step(
     """
     lr = lr_at(state.step, args)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     n_tokens = args.global_batch_size * (args.seq_len - 1)  # windows are always full
     clip = args.grad_clip_norm or math.inf
     for _ in range(_FP16_RETRIES):
@@ -179,6 +179,17 @@ def _backward(
             state.scaler.scale(nll * share).backward()
         nll_sum += nll.detach()
     return nll_sum
+
+
+def rehearse(model: nn.Module, args: Settings, device: Device) -> None:
+    """A forward and a backward pass on zeros that belongs to no step and leaves nothing behind."""
+    zeros = torch.zeros(args.batch_size, args.seq_len, dtype=torch.int64, device=device.torch)
+    try:
+        with device.autocast():
+            loss = model(zeros, labels=zeros, reduction="sum", return_logits=False)[1]
+        loss.backward()
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def check_finite(state: RunState, args: Settings) -> None:

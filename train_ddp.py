@@ -7,32 +7,42 @@ from checkpoint import resumable_settings
 from cli import parse_settings, run_script
 from config import Settings
 from dataset import Prefetch, open_data, record_of
-from device import pick_device, wants_compile
-from distributed import Ranks, process_group, ranks_of_torchrun, restarted, sum_ranks, summed, wrap
+from device import compile_model, pick_device
+from distributed import (
+    Ranks,
+    divide,
+    process_group,
+    ranks_of_torchrun,
+    restarted,
+    sum_ranks,
+    summed,
+    wrap,
+)
 from eval import evaluate
 from generate import sample
+from memory import fit_micro_batch
 from model import GPTModel
 from optim import make_optimizer
 from run_log import RunLog
 from saver import Saver
-from step import RunState, check_finite, due, train_step
+from step import RunState, check_finite, due, rehearse, train_step
 from watch import Watch
 
 
 def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
-    device = pick_device(args.device, args.precision, ranks.local_rank)
-    rank, world = ranks.rank, ranks.world
-    train, val, args = open_data(args)  # fills in vocab_size
+    rank, world, sparing = ranks.rank, ranks.world, args.model.use_activation_checkpoint
+    device = pick_device(args.device, args.precision, ranks.local_rank, sparing)
+    train, val, args = open_data(args)  # fills in vocab_size,
+    args = fit_micro_batch(args, device, world, ranks.local_world, ranks.agree)
     data = record_of(train, val)
     model = GPTModel(args.model, seed=args.seed).to(device.torch)
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(model, args, divide)
     state = RunState.fresh(device)
     saver = Saver(args, model, optimizer, state, data, device, rank, world)
     if args.resume:
         saver.load()
         ranks.must_agree("what they resume", (state.run_id, state.step))
-    if wants_compile(args.compile, device):
-        model.compile()
+    state.notes += compile_model(model, args.compile, device, lambda: rehearse(model, args, device))
     ddp = wrap(model, device, args)  # the same weights, but its backward pass averages over ranks
     log = RunLog("train_ddp", args, state, device, model, train, val, rank, world)
     batches = Prefetch(train, args, device, rank, world)

@@ -144,7 +144,9 @@ def test_presets_start_on_any_number_of_processes(world):
 
 
 def test_resume_keeps_the_global_batch_on_another_number_of_processes():
-    saved = flat(parse("--batch-size", "4", "--grad-accum-steps", "3", "--lr", "0.5"))
+    saved = flat(
+        parse("--batch-size", "4", "--grad-accum-steps", "3", "--lr", "0.5", "--min-lr", "-1")
+    )
     args = parse("--resume", world=4, saved=lambda path: saved)
     assert (args.global_batch_size, args.batch_size, args.lr) == (12, 3, 0.5)
     assert "global_batch_size=12" in message("--resume", world=5, saved=lambda path: saved)
@@ -162,7 +164,10 @@ def test_resume_takes_typed_flags_over_saved_ones():
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--n-heads", "5"], "n_heads=5 does not divide d_model=128; try 4 or 8"),
+        (
+            ["--n-heads", "5", "--d-model", "128"],
+            "n_heads=5 does not divide d_model=128; try 4 or 8",
+        ),
         (["--seq-len", "256", "--max-position-embeddings", "128"], "seq_len=256 is beyond"),
         (["--num-steps", "0"], "num_steps=0 must be at least 1"),
         (["--batch-size", "-3"], "batch_size=-3 must be at least 1"),
@@ -172,7 +177,10 @@ def test_resume_takes_typed_flags_over_saved_ones():
         (["--dropout", "1.0"], "dropout=1.0"),
         (["--beta2", "1"], "beta2=1.0"),
         (["--min-lr", "1"], "min_lr=1.0 is above lr"),
-        (["--warmup-steps", "900"], "warmup_steps=900 must be below num_steps"),
+        (
+            ["--warmup-steps", "900", "--num-steps", "900"],
+            "warmup_steps=900 must be below num_steps",
+        ),
         (["--val-ratio", "1.5"], "val_ratio=1.5 must lie between 0 and 1"),
         (["--preset", "quikstart"], "did you mean quickstart?"),
         (["--lr-schedular", "cosine"], "did you mean --lr-scheduler"),
@@ -183,7 +191,9 @@ def test_resume_takes_typed_flags_over_saved_ones():
         (["--use-toy-data", "--train-data", "x.txt"], "give one of"),
         (["--train-data", "x.txt", "--val-npy", "y.npy"], "text goes with text"),
         (["--preset", "toy", "--resume"], "--preset with --resume"),
-        (["--optimizer", "muon"], "not available yet"),
+        (["--arch", "gpt2", "--ngram-rows", "100"], "ngram_rows=100 is for --arch modern"),
+        (["--muon-momentum", "1"], "muon_momentum=1.0 must be at least 0 and below 1"),
+        (["--micro-batch", "all"], "micro_batch='all' is not one of given, auto"),
         (["--parallel", "fsdp"], "not available yet"),
         (["--tensor-parallel-size", "2"], "not available yet"),
     ],

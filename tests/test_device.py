@@ -4,7 +4,7 @@ from conftest import CPU
 
 import device as device_module
 from config import UserError
-from device import pick_device, seed_dropout, wants_compile
+from device import compile_model, has_bf16_units, pick_device, seed_dropout, wants_compile
 
 
 def test_without_gpu_auto_is_the_cpu_in_float32_and_says_why(monkeypatch):
@@ -51,3 +51,43 @@ def test_dropout_seed_decides_the_masks():
         seed_dropout(CPU, seed)
         masks.append(torch.nn.functional.dropout(x))
     assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])
+
+
+def failing():
+    raise RuntimeError("no\n  such kernel")
+
+
+def test_a_compiler_that_fails_leaves_the_model_as_it_was_and_says_why(monkeypatch):
+    monkeypatch.setattr(device_module, "wants_compile", lambda compile, device: True)
+    model = torch.nn.Linear(2, 2)
+    assert compile_model(model, "auto", CPU, failing) == ["not compiled: no such kernel"]
+    assert model(torch.ones(1, 2)).shape == (1, 2) and model._compiled_call_impl is None
+    with pytest.raises(UserError, match="--compile on: no such kernel; try --compile off"):
+        compile_model(model, "on", CPU, failing)
+
+
+def test_compiling_is_rehearsed_and_timed_or_not_done_at_all(monkeypatch):
+    calls = []
+    model = torch.nn.Linear(2, 2)
+    assert compile_model(model, "off", CPU, lambda: calls.append(1)) == [] and not calls
+    monkeypatch.setattr(device_module, "wants_compile", lambda compile, device: True)
+    (line,) = compile_model(model, "auto", CPU, lambda: calls.append(1))
+    assert line.startswith("compiled in ") and calls == [1]
+    assert model._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("found, has", [({"avx512_bf16": True}, True), ({"avx512_f": True}, False)])
+def test_bf16_units_of_a_cpu_are_asked_for(monkeypatch, found, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    has_bf16_units.cache_clear()
+    assert has_bf16_units(torch.device("cpu")) is has
+    has_bf16_units.cache_clear()
+
+
+def test_memory_is_kept_unless_it_is_to_be_spared(monkeypatch):
+    calls = []
+    monkeypatch.setattr(device_module, "keep_freed_memory", lambda: calls.append(1))
+    pick_device("cpu", sparing=True)
+    assert calls == []
+    pick_device("cpu")
+    assert calls == [1]

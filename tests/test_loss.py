@@ -67,14 +67,28 @@ def test_nothing_scored_gives_zero_and_no_nan():
 
 def test_logits_never_exist_at_once(monkeypatch):
     seen = []
-    original = torch.Tensor.logsumexp
+    original = torch.Tensor.exp_
     monkeypatch.setattr(
         torch.Tensor,
-        "logsumexp",
+        "exp_",
         lambda self, *a, **k: (seen.append(self.shape), original(self, *a, **k))[1],
     )
     next_token_loss(*problem())
     assert len(seen) == 6 and all(shape[0] <= 16 for shape in seen)  # 87 rows in chunks of 16
+
+
+def test_a_second_backward_pass_is_refused_and_not_scaled_twice():
+    total, _ = next_token_loss(*problem())
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_large_logits_overflow_nothing():
+    hidden, weight, labels = problem()
+    total, _ = next_token_loss(hidden * 100, weight * 100, labels)
+    torch.testing.assert_close(total, plain(hidden * 100, weight * 100, labels), rtol=1e-6, atol=0)
+    assert all(g.isfinite().all() for g in gradients(total, hidden, weight))
 
 
 def test_per_token_losses_add_up_to_the_sum():

@@ -171,6 +171,72 @@ def test_activation_checkpointing_is_on_only_when_asked_and_changes_no_gradient(
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_is_computed_again_in_the_backward_pass_changes_no_bit_and_is_not_kept(arch):
+    gradients, kept = [], []
+    for forget in (False, True):
+        model, ids = GPTModel(tiny(arch), seed=1), batch()
+        for block in model.blocks:
+            fill = torch.Generator().manual_seed(2)
+            torch.nn.init.normal_(block.mlp.proj.weight, generator=fill)
+            block.attn.forget = block.mlp.forget = forget
+        seen = {}
+
+        def keep(x, seen=seen):
+            seen[model_module.storage_of(x)] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model(ids, labels=ids)[1]
+        own = {model_module.storage_of(p) for p in model.parameters()}
+        kept.append(sum(x.untyped_storage().nbytes() for k, x in seen.items() if k not in own))
+        model(ids, labels=ids)[1].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    # Two blocks forget two norms of 16 channels and 64 numbers of the MLP, for 2 x 16 tokens.
+    assert loss.isfinite() and kept[0] - kept[1] == 2 * (2 * 16 + 64) * 2 * 16 * 4
+
+
+def test_an_ngram_row_depends_on_the_last_four_ids_and_on_nothing_else():
+    ids = torch.randint(0, 97, (1, 40))
+    rows = model_module.ngram_table_rows(ids, 10_007)
+    assert rows.shape == (1, 40, 3) and rows.min() >= 0 and rows.max() < 10_007
+    moved = model_module.ngram_table_rows(torch.cat((ids[:, 5:], ids[:, :5]), 1), 10_007)
+    for i, n in enumerate((2, 3, 4)):  # a window has the same rows wherever it stands
+        assert torch.equal(rows[:, 5 + n :, i], moved[:, n:35, i])
+    other = ids.clone()
+    other[0, 20] = (ids[0, 20] + 1) % 97
+    changed = (model_module.ngram_table_rows(other, 10_007) != rows)[0]
+    assert [changed[:, i].nonzero().flatten().tolist() for i in range(3)] == [
+        [20, 21],
+        [20, 21, 22],
+        [20, 21, 22, 23],
+    ]
+    assert not torch.equal(rows, model_module.ngram_table_rows(ids.flip(1), 10_007).flip(1))
+
+
+def test_ngram_rows_spread_evenly():
+    # All 97 * 97 pairs into 1000 rows: 9.409 each on average; Poisson, 6 sigma.
+    pairs = torch.cartesian_prod(torch.arange(97), torch.arange(97))
+    rows = model_module.ngram_table_rows(pairs, 1000)[:, 1, 0]
+    counts = torch.bincount(rows, minlength=1000)
+    assert counts.max() <= 9.409 + 6 * 9.409**0.5
+
+
+def test_ngrams_see_no_future_no_padding_and_short_input():
+    model, ids = awake("modern", ngram_rows=500), batch()
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    with torch.no_grad():
+        before = model(ids)[0]
+        hidden = model(ids, attention_mask=mask)[0]
+        ids[0, :6] = (ids[0, :6] + 1) % 97  # padding, whose ids must not matter
+        torch.testing.assert_close(model(ids, attention_mask=mask)[0][:, 6:], hidden[:, 6:])
+        ids[:, 9] = (ids[:, 9] + 1) % 97
+        assert torch.equal(before[1, :9], model(ids)[0][1, :9])
+        assert model(ids[:, :1])[0].shape == (2, 1, 97)
+
+
 def test_heads_are_tied_as_the_architecture_says():
     gpt2, modern = (GPTModel(tiny(arch)) for arch in ARCHS)
     assert gpt2.output_weight is gpt2.wte.weight
@@ -194,7 +260,10 @@ def test_a_slice_of_qkv_is_whole_heads():
         half.qkv.bias.copy_(whole.qkv.bias[:24])
         whole.proj = torch.nn.Identity()
         x = torch.randn(2, 5, 16)
-        torch.testing.assert_close(half.eval()(x, None, None), whole(x, None, None)[..., :8])
+        same = torch.nn.Identity()
+        torch.testing.assert_close(
+            half.eval()(x, same, None, None), whole(x, same, None, None)[..., :8]
+        )
 
 
 def test_the_seed_alone_decides_the_initial_weights():

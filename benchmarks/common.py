@@ -1,0 +1,146 @@
+"""What the benchmarks share: settings, processes of their own, memory, the machine's speed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import GPTConfig, check_fields, flag
+
+
+# fmt: off
+@dataclass(frozen=True)
+class BenchSettings:
+    """Settings of bench.py."""
+
+    verb: tuple[str, ...] = flag((), "what to measure", positional=True)
+    train_data: tuple[str, ...] = flag((), "prepare, recipe: texts; none = source of Python's "
+                                       "library")
+    synthetic_bytes: int = flag(0, "prepare: so much text made from these lines; 0 = as it is")
+    tokenizer_name: str = flag("gpt2", "prepare: tokenizer")
+    steps: int = flag(20, "resume: steps before the kill, and after it", at_least=2)
+    ranks: int = flag(0, "resume: processes under torchrun; 0 = train_minimal.py", at_least=0)
+    batch_size: int = flag(4, "save, train, eval: sequences of 1024 tokens", at_least=1)
+    seeds: int = flag(3, "recipe: runs of each side", at_least=1)
+    ablate: bool = flag(False, "recipe: also without each of its parts")
+    recipe_steps: int = flag(200, "recipe: steps of the default recipe", at_least=1)
+    target_loss: float = flag(0.0, "recipe: validation loss to reach; 0 = that of the plain one")
+    repeats: int = flag(5, "runs of each side; the median counts", at_least=1)
+    log_dir: str = flag("logs", "folder of the JSON")
+    trainer: tuple[str, ...] = ()  # what stands behind --
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+# fmt: on
+
+
+def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What work returns in a process of its own, so that memory and caches of others don't
+    count.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def memory(kind: str) -> float:
+    """MB of this process: "VmRSS" now, "VmHWM" at its highest. 0 where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1000
+    except OSError:
+        return 0.0
+
+
+class Side:
+    """One side of a comparison, in a process of its own: `build(*arguments)` prepares there, and
+    what it returns is run by each call.
+    """
+
+    def __init__(self, build: Callable[..., Callable[[], Any]], *arguments: Any) -> None:
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.pool.submit(_keep, build, arguments).result()
+
+    def __call__(self) -> Any:
+        return self.pool.submit(_run_kept).result()
+
+    def end(self) -> None:
+        """Ends the process and frees its memory."""
+        self.pool.shutdown()
+
+
+_kept: list[Callable[[], Any]] = []  # of the process of one side
+
+
+def _keep(build: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> None:
+    _kept.append(build(*arguments))
+
+
+def _run_kept() -> Any:
+    return _kept[-1]()
+
+
+def side_by_side(sides: dict[str, Side], repeats: int, warm_up: int = 1) -> dict[str, list[Any]]:
+    """What each side returned, run in turns: a machine that is slow for a while is so for all."""
+    found: dict[str, list[Any]] = {name: [] for name in sides}
+    for i in range(warm_up + repeats):
+        for name, side in sides.items():
+            result = side()
+            if i >= warm_up:
+                found[name].append(result)
+    for side in sides.values():
+        side.end()
+    return found
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each figure over the runs."""
+    return {k: statistics.median(run[k] for run in runs) for k in runs[0]}
+
+
+def build_matmul_peak(device: str, dtype: torch.dtype) -> Callable[[], float]:
+    """FLOP/s of the fastest of a few plain matrix products: what nothing here can exceed."""
+    shapes = ((2048, 2048, 2048), (4096, 768, 3072), (4096, 3072, 768))
+    if device != "cpu":
+        shapes = ((8192, 8192, 8192), (16384, 4096, 4096), (8192, 8192, 4096))
+    pairs = [
+        (torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype).T)
+        for m, k, n in shapes
+    ]
+
+    def measure() -> float:
+        best = 0.0
+        for a, b in pairs:
+            for _ in range(5):
+                synchronize(device)
+                start = time.perf_counter()
+                a @ b
+                synchronize(device)
+                done = 2 * a.shape[0] * a.shape[1] * b.shape[1]
+                best = max(best, done / (time.perf_counter() - start))
+        return best
+
+    return measure
+
+
+def synchronize(device: str) -> None:
+    """Waits until a GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def flops_per_token(config: GPTConfig, seq_len: int) -> float:
+    """Of one training step, forward and backward, as Chowdhery et al. 2022, appendix B count: 6 for
+    each number of a matrix (the embedding counts as head only), 12 L C T for attention, as if it
+    were not causal.
+    """
+    c, ff = config.d_model, config.d_ff
+    matrices = config.n_layers * (4 * c * c + 2 * c * ff) + config.vocab_size * c
+    return 6.0 * matrices + 12.0 * config.n_layers * c * seq_len

@@ -1,0 +1,108 @@
+"""How much memory a step takes, and the largest micro-batch that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from config import GPTConfig, Settings, UserError
+from device import Device, free_memory
+from loss import workspace_bytes
+
+# Bytes per token and channel that a block keeps for its backward pass, besides those of the MLP, in
+# float32 and in 16 bits: its two inputs, QKV, what attention gives, and in modern the normed and
+# turned Q and K. tests/test_memory.py compares with what the model keeps.
+_BLOCK = {"gpt2": (24, 16), "modern": (37, 31)}
+_USABLE = 0.9  # of the free memory: allocators lose some between their blocks
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one process needs at the highest point of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # kept for the backward pass, and the logits of a chunk
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in dataclasses.asdict(self).items())
+        return f"{self.total / 1e9:.2f} GB ({parts})"
+
+
+def estimate(args: Settings, device: Device, batch_size: int | None = None) -> Need:
+    """What training with these settings needs, for micro-batches of batch_size sequences."""
+    size = batch_size or args.batch_size
+    weights = 4.0 * _numbers(args.model)
+    matrices = 4.0 * _block_numbers(args.model) if args.optimizer == "muon" else 0.0
+    activations = _activations(args, device.precision, size)
+    return Need(weights, weights, 2 * weights - matrices, activations)
+
+
+def fit_micro_batch(
+    args: Settings,
+    device: Device,
+    world: int = 1,
+    local_world: int = 1,
+    agree: Callable[..., list[int]] = lambda *wishes: list(wishes),
+) -> Settings:
+    """With micro_batch=auto, the settings with the largest batch_size whose step is estimated to
+    fit, and as many micro-steps as give the same global batch; else as they are. Raises UserError
+    where not even one sequence fits.
+
+    local_world: processes that share the main memory. agree: the largest of a number over the
+    ranks, which must all do the same.
+    """
+    if args.micro_batch != "auto":
+        return args
+    rows = args.global_batch_size // world
+    limit = _USABLE * free_memory_of(device) / (local_world if device.torch.type == "cpu" else 1)
+    sizes = [n for n in range(1, rows + 1) if rows % n == 0]
+    fitting = [n for n in sizes if estimate(args, device, n).total <= limit]
+    if not fitting:
+        raise UserError(
+            f"one sequence of {args.seq_len} tokens needs {estimate(args, device, 1)}, and "
+            f"{limit / 1e9:.2f} GB can be used; lower --seq-len, --d-model or --n-layers, or try "
+            "--use-activation-checkpoint"
+        )
+    size = -agree(-max(fitting))[0]
+    return dataclasses.replace(
+        args, batch_size=size, grad_accum_steps=rows // size, micro_batch="given"
+    )
+
+
+def free_memory_of(device: Device) -> float:
+    """Bytes that this process can still take where it computes."""
+    if device.torch.type == "cuda":
+        return float(torch.cuda.mem_get_info(device.torch)[0])
+    return free_memory()
+
+
+def _block_numbers(c: GPTConfig) -> int:
+    return c.n_layers * (4 * c.d_model * c.d_model + 2 * c.d_model * c.d_ff)
+
+
+def _numbers(c: GPTConfig) -> int:
+    """Parameters, but for the vectors."""
+    rest = c.max_position_embeddings if c.arch == "gpt2" else c.ngram_rows + c.vocab_size
+    return _block_numbers(c) + (c.vocab_size + rest) * c.d_model
+
+
+def _activations(args: Settings, precision: str, batch_size: int) -> float:
+    """Bytes kept between the forward and the backward pass, the gradient of the head among them."""
+    c, half = args.model, precision != "fp32"
+    block = _BLOCK[c.arch][half] * c.d_model + (2 if half else 4) * c.d_ff
+    layers = block * c.n_layers
+    if c.use_activation_checkpoint:  # the inputs of all blocks, and one block that keeps it all
+        norms_and_activation = (4 if half else 8) * c.d_model + (2 if half else 4) * c.d_ff
+        layers = 4 * c.d_model * c.n_layers + block + norms_and_activation
+    ends = 16 * c.d_model  # the embedding, the last norm, and the gradient of what it gives
+    head = 4.0 * c.vocab_size * c.d_model
+    return batch_size * args.seq_len * (layers + ends) + head + workspace_bytes(c.vocab_size)

@@ -1,0 +1,85 @@
+import pytest
+import torch
+from conftest import CPU, toy_settings
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import memory
+from config import UserError
+from device import Device
+from loss import workspace_bytes
+from memory import estimate, fit_micro_batch
+from model import GPTModel, storage_of
+
+BF16 = Device(torch.device("cpu"), "bf16", "test")
+SHAPE = "--n-layers 6 --n-heads 4 --d-model 256 --vocab-size 1000 --seq-len 512 --lr 1e-3".split()
+
+
+def kept(args, device):
+    """What a forward pass keeps besides the parameters, counted on tensors without data."""
+    found = {}
+
+    def keep(x):
+        found[storage_of(x)] = x
+        return x
+
+    with FakeTensorMode():
+        model = GPTModel(args.model)
+        own = {storage_of(x) for x in (*model.parameters(), *model.buffers())}
+        ids = torch.zeros(args.batch_size, args.seq_len, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), device.autocast():
+            model(ids, labels=ids, reduction="sum", return_logits=False)
+    return sum(x.untyped_storage().nbytes() for k, x in found.items() if k not in own)
+
+
+@pytest.mark.parametrize("device", [CPU, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_activations_are_those_that_the_model_keeps(arch, device):
+    args = toy_settings(*SHAPE, "--arch", arch, "--batch-size", "8")
+    found = estimate(args, device).activations - workspace_bytes(1000)
+    assert found == pytest.approx(kept(args, device), rel=0.08)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_weights_gradients_and_optimizer_are_counted(arch):
+    args = toy_settings(*SHAPE, "--arch", arch)
+    need, numbers = estimate(args, CPU), GPTModel(args.model).num_parameters()
+    assert need.weights == need.gradients == pytest.approx(4 * numbers, rel=0.01)
+    assert need.optimizer == 2 * need.weights
+    muon = estimate(toy_settings(*SHAPE, "--arch", arch, "--optimizer", "muon"), CPU)  # flags win
+    blocks = 6 * 12 * 256 * 256 * 4  # one momentum instead of two moments
+    assert muon.optimizer == need.optimizer - blocks
+
+
+def test_recomputing_keeps_one_block_and_the_inputs_of_the_others():
+    plain, spare = (
+        estimate(toy_settings(*SHAPE, "--batch-size", "8", *more), CPU).activations
+        for more in ([], ["--use-activation-checkpoint"])
+    )
+    # Per token: 6 x 40 C bytes of blocks against 6 x 4 C of their inputs and 64 C of one whole block.
+    assert plain - spare == 8 * 512 * 256 * (6 * 40 - 6 * 4 - 64)
+
+
+def test_the_largest_micro_batch_that_fits_is_taken(monkeypatch):
+    args = toy_settings(*SHAPE, "--global-batch-size", "24", "--micro-batch", "auto")
+    need = estimate(args, CPU, 6).total
+
+    def fit(free, **more):
+        monkeypatch.setattr(memory, "free_memory_of", lambda device: free)
+        return fit_micro_batch(args, CPU, **more)
+
+    fitted = fit(need / 0.9 * 1.001)
+    assert (fitted.batch_size, fitted.grad_accum_steps) == (6, 4)
+    assert (fitted.global_batch_size, fitted.micro_batch) == (24, "given")
+    assert fit(need / 0.9 * 0.999).batch_size == 4
+    assert fit(1e15).batch_size == 24 and fit(1e15, world=2).batch_size == 12
+    assert fit(2 * need / 0.9 * 1.001, local_world=2).batch_size == 6
+    assert fit(1e15, agree=lambda wish: [-3]).batch_size == 3  # what another rank can
+    with pytest.raises(
+        UserError, match=r"one sequence of 512 tokens needs .* GB can be used; lower"
+    ):
+        fit(1e6)
+
+
+def test_a_given_micro_batch_stays():
+    args = toy_settings("--batch-size", "4")
+    assert fit_micro_batch(args, CPU) is args
