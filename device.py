@@ -78,6 +78,8 @@ def pick_device(
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        if _settle_precision(precision, kind)[0] != "fp32":  # what is left in float32 may use TF32
+            torch.set_float32_matmul_precision("high")
         label = torch.cuda.get_device_name(device)
     else:
         device = torch.device(kind)

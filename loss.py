@@ -4,6 +4,8 @@ backward.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,6 +58,13 @@ def workspace_bytes(vocab_size: int) -> float:
     return 8.0 * max(_CHUNK_LOGITS, 16 * vocab_size)
 
 
+def _unused_columns(weight: Tensor, dtype: torch.dtype) -> int:
+    """Logits added so that their number is a multiple of 128, as the fast kernels of GPUs want it;
+    they are -inf, so nothing predicts them.
+    """
+    return -len(weight) % 128 if weight.is_cuda and dtype != torch.float32 else 0
+
+
 def _chunk_rows(weight: Tensor) -> int:
     return max(16, _CHUNK_LOGITS // weight.shape[0])
 
@@ -84,15 +93,18 @@ class _ChunkedSum(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         rows = _chunk_rows(weight)
+        unused = _unused_columns(weight, dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
+            w = F.pad(w, (0, 0, 0, unused)) if unused else w
             if dtype == torch.float16:  # whose products of more rows could overflow
                 rows = min(rows, 1024)
             for start in range(0, len(labels), rows):
                 h, y = hidden[start : start + rows].to(dtype), labels[start : start + rows]
                 scored = y != IGNORE
                 target = y.where(scored, 0)[:, None]  # (rows, 1)
-                logits = (h @ w.T).float()  # (rows, V)
+                logits = (h @ w.T).float()  # (rows, V), and the unused ones
+                logits[:, len(weight) :] = -math.inf
                 top, right = logits.amax(-1, keepdim=True), logits.gather(1, target)
                 share = logits.sub_(top).exp_()  # of the softmax, once divided; in place
                 z = share.sum(-1, keepdim=True)
@@ -103,10 +115,10 @@ class _ChunkedSum(torch.autograd.Function):
                 if d_hidden is not None:
                     d_hidden[start : start + rows] = d_logits @ w
                 if d_weight is not None:
-                    if dtype == d_weight.dtype:
+                    if dtype == d_weight.dtype and not unused:
                         d_weight.addmm_(d_logits.T, h)
                     else:
-                        d_weight += d_logits.T @ h
+                        d_weight += (d_logits.T @ h)[: len(weight)]
                 del logits, share, d_logits  # before the next chunk takes as much
         ctx.save_for_backward(d_hidden, d_weight)
         return total

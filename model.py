@@ -53,7 +53,7 @@ def linear_of(
     that way (10 C instead of 16 C in gpt2), for 1 % more time, and the gradients are the same bits.
     """
     y = function(x)
-    if not forget or torch.compiler.is_compiling():  # a compiler decides that itself
+    if not (forget and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return linear(y)
     own = storage_of(y)
 

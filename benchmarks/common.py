@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,18 @@ class Side:
     what it returns is run by each call.
     """
 
-    def __init__(self, build: Callable[..., Callable[[], Any]], *arguments: Any) -> None:
+    def __init__(
+        self,
+        build: Callable[..., Callable[[], Any]],
+        *arguments: Any,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        before = dict(os.environ)
+        os.environ.update(environment or {})
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         self.pool.submit(_keep, build, arguments).result()
+        os.environ.clear()
+        os.environ.update(before)
 
     def __call__(self) -> Any:
         return self.pool.submit(_run_kept).result()
@@ -106,7 +116,7 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def build_matmul_peak(device: str, dtype: torch.dtype) -> Callable[[], float]:
-    """FLOP/s of the fastest of a few plain matrix products: what nothing here can exceed."""
+    """FLOP/s of the fastest of a few plain matrix products, each kept up for half a second."""
     shapes = ((2048, 2048, 2048), (4096, 768, 3072), (4096, 3072, 768))
     if device != "cpu":
         shapes = ((8192, 8192, 8192), (16384, 4096, 4096), (8192, 8192, 4096))
@@ -118,13 +128,14 @@ def build_matmul_peak(device: str, dtype: torch.dtype) -> Callable[[], float]:
     def measure() -> float:
         best = 0.0
         for a, b in pairs:
-            for _ in range(5):
-                synchronize(device)
-                start = time.perf_counter()
+            a @ b
+            synchronize(device)
+            start, done = time.perf_counter(), 0
+            while time.perf_counter() - start < 0.5:
                 a @ b
                 synchronize(device)
-                done = 2 * a.shape[0] * a.shape[1] * b.shape[1]
-                best = max(best, done / (time.perf_counter() - start))
+                done += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+            best = max(best, done / (time.perf_counter() - start))
         return best
 
     return measure

@@ -143,6 +143,10 @@ def bench_train(args: BenchSettings) -> list[dict[str, Any]]:
         "ours": Side(build_trainer, flags),
         "ours, recomputing": Side(build_trainer, [*flags, "--use-activation-checkpoint"]),
     }
+    if device.type == "cpu":  # torch's own switch, read as it is imported
+        with_huge_pages = {"THP_MEM_ALLOC_ENABLE": "1"}
+        again = [*flags, "--use-activation-checkpoint"]
+        sides["the same, huge pages"] = Side(build_trainer, again, environment=with_huge_pages)
     try:
         sides["Hugging Face"] = Side(build_hugging_face, gpt2_small(args.batch_size))
     except ImportError:
@@ -152,7 +156,10 @@ def bench_train(args: BenchSettings) -> list[dict[str, Any]]:
     known = next((v for k, v in _KNOWN_PEAKS.items() if k in _name_of(device)), None)
     tokens = args.batch_size * (settings.seq_len)
     work = flops_per_token(settings.model, settings.seq_len) * tokens
-    rows, reference = [], medians(runs["Hugging Face" if "Hugging Face" in runs else "ours"])
+    rows, reference = (
+        list[dict[str, Any]](),
+        medians(runs["Hugging Face" if "Hugging Face" in runs else "ours"]),
+    )
     for name, some in runs.items():
         m = medians(some)
         gb = m.pop("gb")

@@ -261,7 +261,7 @@ def test_a_mixture_of_shards_trains_and_holds_out_a_part_of_each(tmp_path):
     flags = ["--train-npy", f"{tmp_path}/a.npy:0.75", f"{tmp_path}/b.npy:0.25", "--seq-len", "16"]
     train, val, args = open_data(text_flags(tmp_path, *flags))
     batch = torch.cat([train.global_batch(step, args) for step in range(10)])
-    assert (batch == 10).all(1).sum() == 90 and (batch == 11).all(1).sum() == 30
+    assert (batch == 10).all(1).sum() == 180 and (batch == 11).all(1).sum() == 60
     assert val.num_tokens == 1000 and train.describe()["weights"] == ["3/4", "1/4"]
     ids = val.source.read(0, 1000)
     assert (ids[:500] == 10).all() and (ids[500:] == 11).all()

@@ -112,3 +112,14 @@ def test_shapes_must_match():
     hidden, weight, labels = problem()
     with pytest.raises(ValueError, match="share"):
         next_token_loss(hidden, weight, labels[:, :-1])
+
+
+def test_unused_columns_change_nothing(monkeypatch):
+    found = []
+    for unused in (0, 31):
+        monkeypatch.setattr(loss, "_unused_columns", lambda weight, dtype, n=unused: n)
+        hidden, weight, labels = problem()
+        total, _ = next_token_loss(hidden, weight, labels)
+        found.append((total.detach(), *gradients(total, hidden, weight)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

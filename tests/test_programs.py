@@ -552,7 +552,7 @@ def test_interruption_ends_with_one_line(script, text, monkeypatch):
 
 def test_a_mistake_under_torchrun_is_named(program):
     out = program("train_ddp.py", "--n-heads", "5", ranks=2, ok=False)
-    assert "error: n_heads=5 does not divide d_model=128" in out
+    assert "error: n_heads=5 does not divide d_model=64" in out
 
 
 def test_the_page_of_the_trainers_fits_a_screen():
