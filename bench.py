@@ -28,7 +28,9 @@ from benchmarks.speed import (
 from cli import parse_flags, run_script
 from config import UserError, choose
 
-VERBS: dict[str, Callable[[BenchSettings], list[dict[str, Any]]]] = {
+Rows = list[dict[str, Any]]
+
+VERBS: dict[str, Callable[[BenchSettings], Rows | tuple[Rows, str]]] = {
     "train": bench_train,
     "loss": bench_loss,
     "optim": bench_optim,
@@ -57,7 +59,8 @@ def main(args: BenchSettings) -> None:
     """Runs one benchmark."""
     if len(args.verb) != 1:
         raise UserError(f"say what to measure: bench.py {'|'.join(VERBS)}")
-    rows = choose("benchmark", args.verb[0], VERBS)(args)
+    found = choose("benchmark", args.verb[0], VERBS)(args)
+    rows, last_line = found if isinstance(found, tuple) else (found, "")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{args.verb[0]} on {machine}; medians of {args.repeats} where times are given")
     show(rows)
@@ -65,6 +68,7 @@ def main(args: BenchSettings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine, "command": sys.argv[1:], "rows": rows}
     (folder / f"bench_{args.verb[0]}.json").write_text(json.dumps(result, indent=1))
+    print(last_line)
 
 
 def launch(argv: list[str]) -> None:

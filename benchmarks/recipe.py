@@ -30,15 +30,16 @@ PARTS = {
 }
 
 
-def bench_recipe(args: BenchSettings) -> list[dict[str, Any]]:
+def bench_recipe(args: BenchSettings) -> tuple[list[dict[str, Any]], str]:
     """Training seconds of the plain recipe to its end, and of the default one to the same loss on
-    the whole validation part; with --ablate also the loss that the default one reaches, in the same
-    number of steps, without each of its parts. Ends with how many times faster the default is.
+    the whole validation part, and a last line that says how many times faster the default is. With
+    --ablate the other sides are the default recipe without each of its parts.
     """
     length = ["--num-steps", str(args.recipe_steps)]
     sides = {"plain": PLAIN, "default": length}
     if args.ablate:
-        sides |= {f"default without {part}": [*length, *flags] for part, flags in PARTS.items()}
+        parts = {f"without {part}": [*length, *flags] for part, flags in PARTS.items()}
+        sides = {"default": length, **parts}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for seed in range(args.seeds):
         for name, flags in sides.items():
@@ -52,15 +53,15 @@ def bench_recipe(args: BenchSettings) -> list[dict[str, Any]]:
         for key in ("seconds", "val_loss", "val_bpb"):
             row[key] = statistics.median(run[key] for run in some)
         rows.append({**row, "worst_val_loss": max(run["val_loss"] for run in some)})
+    if args.ablate:
+        return rows, ""
     target = args.target_loss or max(run["val_loss"] for run in runs["plain"])
     worst = max(run["val_loss"] for run in runs["default"])
     ratio = rows[0]["seconds"] / rows[1]["seconds"]
     print(f"target: {target:.4f}; the default recipe's worst seed ends at {worst:.4f}")
     if worst > target:
-        print("the default recipe did not get there; give more --recipe-steps")
-    else:
-        print(f"{ratio:.1f} times faster")
-    return rows
+        return rows, "the default recipe did not get there; give more --recipe-steps"
+    return rows, f"{ratio:.1f} times faster"
 
 
 def train(args: BenchSettings, flags: list[str]) -> dict[str, float]:
