@@ -68,7 +68,8 @@ def main(args: BenchSettings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine, "command": sys.argv[1:], "rows": rows}
     (folder / f"bench_{args.verb[0]}.json").write_text(json.dumps(result, indent=1))
-    print(last_line)
+    if last_line:
+        print(last_line)
 
 
 def launch(argv: list[str]) -> None:

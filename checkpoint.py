@@ -420,9 +420,9 @@ def changes_of_data(recorded: dict[str, Any], now: dict[str, Any], part: str) ->
 def _changes(recorded: dict[str, Any], now: dict[str, Any], label: str) -> list[str]:
     passing = ("resume", "allow_change", "checkpoint_path")
     return [
-        f"{label}{k} was {recorded.get(k)!r}, is {now[k]!r}"
+        f"{label}{k} was {recorded[k]!r}, is {now[k]!r}"
         for k in now
-        if k not in passing and recorded.get(k) != now[k]
+        if k not in passing and k in recorded and recorded[k] != now[k]
     ]
 
 

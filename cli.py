@@ -41,8 +41,15 @@ def parse_settings(
     """
     typed = parse_flags(Settings, f"{script}.py", argv)
     path = typed.get("checkpoint_path") or default_checkpoint(script)
+    if restarted:
+        typed.pop("micro_batch", None)  # settled when the run began
     if restarted and os.path.lexists(path):
         typed["resume"] = True
+    if typed.get("micro_batch") == "auto" and {"batch_size", "grad_accum_steps"} & typed.keys():
+        raise UserError(
+            "--micro-batch auto chooses batch_size and grad_accum_steps; give neither, or leave it "
+            "out (--global-batch-size says how much a step sees)"
+        )
     if typed.get("allow_change") and not typed.get("resume"):
         raise UserError("--allow-change is about a run to continue; give --resume too")
     if typed.get("resume") and saved is not None:
@@ -60,6 +67,9 @@ def parse_settings(
             base.pop("tokenizer_name", None)  # shards need none, and its files may not be at hand
         if typed.get("arch") == "gpt2":
             base.pop("ngram_rows", None)  # a part of the other architecture
+        if typed.get("optimizer") == "adamw" and base.get("optimizer") == "muon":
+            # Without Muon's even steps, large rates need a warm-up and are still too large.
+            base |= {"lr": 0.15 * base["lr"], "warmup_steps": base["num_steps"] // 16}
         if "num_steps" in typed:
             base["warmup_steps"] = min(base["warmup_steps"], typed["num_steps"] // 10)
     values = {**base, **typed, "checkpoint_path": path}
@@ -174,6 +184,11 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], ki
         parser.add_argument(name, type=kind, metavar=field.name.split("_")[-1].upper(), help=text)
 
 
+def _rank_prefix() -> str:
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
+
+
 def run_script(body: Callable[[list[str]], int | None]) -> None:
     """Runs a script's body on the command line; it returns the exit code, None for 0. A user's
     mistake ends it with one line and exit code 2.
@@ -181,16 +196,15 @@ def run_script(body: Callable[[list[str]], int | None]) -> None:
     try:
         code = body(sys.argv[1:])
     except UserError as mistake:
-        rank = os.environ.get("RANK", "0")
-        print(("" if rank == "0" else f"rank {rank}: ") + f"error: {mistake}", file=sys.stderr)
+        print(f"{_rank_prefix()}error: {mistake}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as reason:
-        if not any(sign in str(reason) for sign in _NO_MEMORY):
+        if not (isinstance(reason, MemoryError) or any(x in str(reason) for x in _NO_MEMORY)):
             raise
         print(
-            "error: out of memory; lower --batch-size or let --micro-batch auto choose it (the "
-            "global batch stays the same), lower --seq-len or --d-model, or try "
-            "--use-activation-checkpoint",
+            f"{_rank_prefix()}error: out of memory; lower --batch-size. A trainer keeps the same "
+            "tokens per step with --global-batch-size, chooses itself with --micro-batch auto, and "
+            "needs less with --use-activation-checkpoint",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -48,14 +48,11 @@ class Device:
         return self.precision != "fp32"
 
 
-def pick_device(
-    name: str = "auto", precision: str = "auto", local_rank: int = 0, sparing: bool = False
-) -> Device:
+def pick_device(name: str = "auto", precision: str = "auto", local_rank: int = 0) -> Device:
     """The device called name, or the best one found, and its precision. Raises UserError for what
     is not there.
 
-    local_rank: which of several GPUs this process takes when name leaves that open. sparing: less
-    memory rather than less time, where one can be had for the other.
+    local_rank: which of several GPUs this process takes when name leaves that open.
     """
     found = {
         "cuda": torch.cuda.is_available(),
@@ -78,8 +75,6 @@ def pick_device(
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-        if _settle_precision(precision, kind)[0] != "fp32":  # what is left in float32 may use TF32
-            torch.set_float32_matmul_precision("high")
         label = torch.cuda.get_device_name(device)
     else:
         device = torch.device(kind)
@@ -91,8 +86,6 @@ def pick_device(
         if kind == "cpu"
         else "found"
     )
-    if kind == "cpu" and not sparing:
-        keep_freed_memory()
     settled, reason = _settle_precision(precision, kind)
     return Device(device, settled, f"{device} ({label}; {chosen}), {settled} ({reason})")
 
@@ -117,7 +110,17 @@ def has_bf16_units(device: torch.device) -> bool:
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
 
 
-def keep_freed_memory() -> None:
+def tune(device: Device, sparing: bool = False) -> None:
+    """Settles how this process computes there. sparing: less memory rather than less time, where
+    one can be had for the other.
+    """
+    if device.torch.type == "cuda":  # what stays in float32 under autocast may use TF32
+        torch.set_float32_matmul_precision("high" if device.amp else "highest")
+    elif device.torch.type == "cpu" and not sparing:
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
     """Has the C library reuse freed memory instead of returning it. The system fills each new page
     with zeros, which takes longer than most operations on it: at GPT-2 small's size, squared ReLU
     with its gradient took 91 ms with it and 23 ms without. Does nothing where that is not glibc.
@@ -125,7 +128,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)  # no mapping of its own for a large block
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # no return of what is free at the end either
 
 
 def wants_compile(compile: str, device: Device) -> bool:

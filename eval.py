@@ -20,7 +20,7 @@ from checkpoint import changes_of_data, load_model, saved_settings
 from cli import parse_flags, run_script
 from config import EvalSettings, Settings, UserError, settings_from
 from dataset import TokenDataset, open_validation
-from device import Device, pick_device
+from device import Device, pick_device, tune
 from loss import IGNORE
 from model import GPTModel
 from tokenizer import Tokenizer, stored_tokenizer
@@ -142,6 +142,7 @@ def main(args: EvalSettings) -> None:
         for path, settings in zip(args.checkpoint_path, saved, strict=True):
             precision = "fp32" if args.no_amp else settings.precision
             device = pick_device(args.device, precision, ranks.local_rank)
+            tune(device)
             model, _, data = load_model(path)
             val = validation_of(args, settings, data, path)
             size = args.batch_size or settings.batch_size

@@ -12,7 +12,7 @@ from torch import Tensor
 from checkpoint import load_model
 from cli import parse_flags, run_script
 from config import SampleSettings, Settings, UserError
-from device import Device, pick_device
+from device import Device, pick_device, tune
 from model import GPTModel
 from tokenizer import Tokenizer, stored_tokenizer
 
@@ -89,6 +89,7 @@ def sample(
 def main(args: SampleSettings) -> None:
     """Writes num_samples continuations of the prompt to the terminal."""
     device = pick_device(args.device)
+    tune(device)
     model, _, data = load_model(args.checkpoint_path)
     model.to(device.torch)
     stored = data.get("tokenizer", "")

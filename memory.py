@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,17 +63,22 @@ def fit_micro_batch(
     """
     if args.micro_batch != "auto":
         return args
+    if free_memory_of(device) == math.inf:
+        raise UserError(
+            "--micro-batch auto: this system does not say how much memory is free; "
+            "give --batch-size instead"
+        )
     rows = args.global_batch_size // world
     limit = _USABLE * free_memory_of(device) / (local_world if device.torch.type == "cpu" else 1)
     sizes = [n for n in range(1, rows + 1) if rows % n == 0]
     fitting = [n for n in sizes if estimate(args, device, n).total <= limit]
-    if not fitting:
+    size = -agree(-max(fitting, default=0))[0]
+    if not size:
         raise UserError(
             f"one sequence of {args.seq_len} tokens needs {estimate(args, device, 1)}, and "
             f"{limit / 1e9:.2f} GB can be used; lower --seq-len, --d-model or --n-layers, or try "
             "--use-activation-checkpoint"
         )
-    size = -agree(-max(fitting))[0]
     return dataclasses.replace(
         args, batch_size=size, grad_accum_steps=rows // size, micro_batch="given"
     )
@@ -105,4 +111,6 @@ def _activations(args: Settings, precision: str, batch_size: int) -> float:
         layers = 4 * c.d_model * c.n_layers + block + norms_and_activation
     ends = 16 * c.d_model  # the embedding, the last norm, and the gradient of what it gives
     head = 4.0 * c.vocab_size * c.d_model
+    if half:  # autocast's copies of the weights
+        head += 2.0 * _block_numbers(c)
     return batch_size * args.seq_len * (layers + ends) + head + workspace_bytes(c.vocab_size)

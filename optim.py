@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -68,6 +69,10 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, defaults)
         self.matrices = sorted(matrices, key=lambda p: tuple(p.shape))  # stable: the same each run
         self.momentum, self.others, self.divide = args.muon_momentum, others, divide
+        # In bfloat16 where other products are too: float32 asked for is float32 everywhere.
+        half = args.precision != "fp32" and (args.precision != "auto" or matrices[0].is_cuda)
+        fast = half and has_bf16_units(matrices[0].device)
+        self.work = partial(orthogonalize, dtype=torch.bfloat16 if fast else torch.float32)
         self.param_groups += others.param_groups  # one list and one mapping for whoever sets lr
         self.state = others.state  # or saves
         self.grad_scale: Tensor | None = None
@@ -89,7 +94,7 @@ class Muon(torch.optim.Optimizer):
                 ]
             torch._foreach_lerp_(moments, grads, 1 - self.momentum)
             ahead = torch.stack(torch._foreach_lerp(grads, moments, self.momentum))  # Nesterov's
-            updates = self.divide(orthogonalize, ahead)
+            updates = self.divide(self.work, ahead)
             go = 1.0 if self.found_inf is None else 1.0 - self.found_inf
             size = 0.2 * math.sqrt(max(stack[0].shape)) * lr
             for p, update in zip(stack, updates, strict=True):
@@ -108,16 +113,15 @@ class Muon(torch.optim.Optimizer):
             yield from (some[i : i + most] for i in range(0, len(some), most))
 
 
-def orthogonalize(stack: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrix of each, roughly: (N, m, n) float32 to (N, m, n), with
-    singular values of 0.7 to 1.2 (Jordan et al. 2024).
+def orthogonalize(stack: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The nearest (semi-)orthogonal matrix of each, roughly: (N, m, n) float32 to (N, m, n) of
+    dtype. Singular values above 0.05 of the norm become 0.7 to 1.2 (Jordan et al. 2024).
 
-    Five steps of a Newton-Schulz iteration, with their coefficients; in bfloat16 where the device
-    has units for it.
+    Five steps of a Newton-Schulz iteration in dtype, with their coefficients.
     """
     x = stack.mT if stack.shape[1] > stack.shape[2] else stack
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    x = x.to(torch.bfloat16 if has_bf16_units(stack.device) else torch.float32)
+    x = x.to(dtype)
     for _ in range(5):
         gram = x @ x.mT
         poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)

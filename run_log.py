@@ -150,11 +150,9 @@ class RunLog:
             f"{config.d_model} channels, "
             f"vocabulary {config.vocab_size:,}: {model.num_parameters():,} parameters"
         )
-        free = free_memory_of(self.device) / 1e9
-        self.line(
-            f"memory: a step takes about {estimate(args, self.device)} besides the program, "
-            f"{free:.2f} GB are free"
-        )
+        free = free_memory_of(self.device)
+        there = "" if free == math.inf else f"; {free / 1e9:.2f} GB are still free"
+        self.line(f"memory: training takes about {estimate(args, self.device)}{there}")
         self.line(
             f"run: preset {args.preset}, {args.num_steps} steps of {args.global_batch_size} x "
             f"{args.seq_len} tokens "

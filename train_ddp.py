@@ -7,7 +7,7 @@ from checkpoint import resumable_settings
 from cli import parse_settings, run_script
 from config import Settings
 from dataset import Prefetch, open_data, record_of
-from device import compile_model, pick_device
+from device import compile_model, pick_device, tune
 from distributed import (
     Ranks,
     divide,
@@ -30,8 +30,9 @@ from watch import Watch
 
 
 def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
-    rank, world, sparing = ranks.rank, ranks.world, args.model.use_activation_checkpoint
-    device = pick_device(args.device, args.precision, ranks.local_rank, sparing)
+    rank, world = ranks.rank, ranks.world
+    device = pick_device(args.device, args.precision, ranks.local_rank)
+    tune(device, sparing=args.model.use_activation_checkpoint)
     train, val, args = open_data(args)  # fills in vocab_size,
     args = fit_micro_batch(args, device, world, ranks.local_world, ranks.agree)
     data = record_of(train, val)
@@ -42,8 +43,8 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
     if args.resume:
         saver.load()
         ranks.must_agree("what they resume", (state.run_id, state.step))
-    state.notes += compile_model(model, args.compile, device, lambda: rehearse(model, args, device))
     ddp = wrap(model, device, args)  # the same weights, but its backward pass averages over ranks
+    state.notes += compile_model(model, args.compile, device, lambda: rehearse(ddp, args, device))
     log = RunLog("train_ddp", args, state, device, model, train, val, rank, world)
     batches = Prefetch(train, args, device, rank, world)
     if state.step == 0:

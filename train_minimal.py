@@ -4,7 +4,7 @@ from checkpoint import resumable_settings
 from cli import parse_settings, run_script
 from config import Settings
 from dataset import Prefetch, open_data, record_of
-from device import compile_model, pick_device
+from device import compile_model, pick_device, tune
 from eval import evaluate
 from generate import sample
 from memory import fit_micro_batch
@@ -17,7 +17,8 @@ from watch import Watch
 
 
 def main(args: Settings, watch: Watch) -> int:
-    device = pick_device(args.device, args.precision, sparing=args.model.use_activation_checkpoint)
+    device = pick_device(args.device, args.precision)
+    tune(device, sparing=args.model.use_activation_checkpoint)
     train, val, args = open_data(args)  # fills in vocab_size,
     args = fit_micro_batch(args, device)  # and with --micro-batch auto the batch_size
     data = record_of(train, val)

@@ -24,7 +24,7 @@ PLAIN = [
 # Each part of the recipe, and the flags that put the plain thing in its place.
 PARTS = {
     "the n-gram embedding": ["--ngram-rows", "0"],
-    "Muon": ["--optimizer", "adamw", "--lr", "3e-3"],
+    "Muon": ["--optimizer", "adamw"],
     "the modern blocks": ["--arch", "gpt2", "--ngram-rows", "0"],
     "the linear schedule to 0": ["--lr-scheduler", "cosine", "--min-lr", "1e-3"],
 }
@@ -32,8 +32,9 @@ PARTS = {
 
 def bench_recipe(args: BenchSettings) -> tuple[list[dict[str, Any]], str]:
     """Training seconds of the plain recipe to its end, and of the default one to the same loss on
-    the whole validation part, and a last line that says how many times faster the default is. With
-    --ablate the other sides are the default recipe without each of its parts.
+    the whole validation part (111,540 tokens of Python's library), and a last line that says how
+    many times faster the default is. With --ablate the other sides are the default recipe without
+    each of its parts.
     """
     length = ["--num-steps", str(args.recipe_steps)]
     sides = {"plain": PLAIN, "default": length}
@@ -55,7 +56,8 @@ def bench_recipe(args: BenchSettings) -> tuple[list[dict[str, Any]], str]:
         rows.append({**row, "worst_val_loss": max(run["val_loss"] for run in some)})
     if args.ablate:
         return rows, ""
-    target = args.target_loss or max(run["val_loss"] for run in runs["plain"])
+    reached = max(run["val_loss"] for run in runs["plain"])
+    target = min(args.target_loss or reached, reached)
     worst = max(run["val_loss"] for run in runs["default"])
     ratio = rows[0]["seconds"] / rows[1]["seconds"]
     print(f"target: {target:.4f}; the default recipe's worst seed ends at {worst:.4f}")

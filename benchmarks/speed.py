@@ -28,13 +28,13 @@ from benchmarks.common import (
 from cli import parse_settings
 from config import GPTConfig, Settings
 from dataset import Prefetch, ToyRandomDataset, open_data
-from device import Device, pick_device, wants_compile
+from device import Device, compile_model, pick_device, tune
 from eval import evaluate
 from generate import generate
 from loss import next_token_loss
 from model import GPTModel
 from optim import Muon, make_optimizer
-from step import RunState, train_step
+from step import RunState, rehearse, train_step
 
 # Dense bfloat16 matrix products, FLOP/s, as their maker's data sheets say.
 _KNOWN_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -81,10 +81,10 @@ def build_trainer(flags: list[str]) -> Callable[[], dict[str, float]]:
     args = parse_settings("train_minimal", flags)
     train, _, args = open_data(args)
     device = pick_device(args.device, args.precision)
+    tune(device, sparing=args.model.use_activation_checkpoint)
     model = GPTModel(args.model, seed=0).to(device.torch)
     optimizer, state = make_optimizer(model, args), RunState.fresh(device)
-    if wants_compile(args.compile, device):
-        model.compile()
+    compile_model(model, args.compile, device, lambda: rehearse(model, args, device))
     batches = Prefetch(train, args, device)
     parts = Parts(model, optimizer, device.torch.type)
 
@@ -203,7 +203,7 @@ def build_loss(
 ) -> Callable[[], dict[str, float]]:
     """Loss and both gradients of `tokens` tokens: seconds, and GB beyond inputs and gradients."""
     if device == "cpu":
-        pick_device("cpu")
+        tune(pick_device("cpu"))
     inputs = _loss_problem(tokens, device)
     given = [x.requires_grad_() for x in inputs[:2]]
     before = memory("VmHWM") + sum(x.numel() * 4 / 1e6 for x in given)
@@ -269,6 +269,7 @@ def build_optimizer_step(flags: list[str], kind: str) -> Callable[[], float]:
     args = parse_settings("train_minimal", [*flags, "--optimizer", "muon"])
     _, _, args = open_data(args)
     device = pick_device(args.device)
+    tune(device)
     model = GPTModel(args.model, seed=0).to(device.torch)
     if kind == "adamw":
         args = dataclasses.replace(args, optimizer="adamw")
@@ -309,6 +310,7 @@ def build_evaluation(batch: int, flags: list[str]) -> Callable[[], float]:
     """Tokens per second of `evaluate` on GPT-2 small."""
     args = parse_settings("train_minimal", flags)
     device = pick_device(args.device, args.precision)
+    tune(device)
     model = GPTModel(args.model, seed=0).to(device.torch)
     val = ToyRandomDataset(50257, 1024, num_tokens=2 * batch * 1023 + 1)
 
@@ -349,6 +351,7 @@ def build_generation(flags: list[str], tokens: int) -> Callable[[], float]:
     args = parse_settings("train_minimal", flags)
     _, _, args = open_data(args)
     device = pick_device(args.device, args.precision)
+    tune(device)
     model = GPTModel(args.model, seed=0).to(device.torch)
 
     def run() -> float:

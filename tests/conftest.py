@@ -19,10 +19,29 @@ sys.path.insert(0, str(ROOT))
 from cli import parse_settings  # noqa: E402
 from config import GPTConfig, Settings  # noqa: E402
 from device import Device  # noqa: E402
+from model import storage_of  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 
 CPU = Device(torch.device("cpu"), "fp32", "test")
+
+
+def record_kept(monkeypatch: pytest.MonkeyPatch, found: dict[int, torch.Tensor]) -> Any:
+    """The context in which all tensors kept for a backward pass are recorded in `found`, by
+    storage. Torch calls only the innermost hooks, so those of the model are wrapped too.
+    """
+    original = torch.autograd.graph.saved_tensors_hooks
+
+    def keep(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            found[storage_of(x)] = x
+        return x
+
+    def both(pack: Any, unpack: Any) -> Any:
+        return original(lambda x: keep(pack(x)), unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", both)
+    return both(lambda x: x, lambda x: x)
 
 
 def tiny(arch: str = "gpt2", **changes: Any) -> GPTConfig:

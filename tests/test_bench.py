@@ -11,7 +11,7 @@ from benchmarks import recipe
 from benchmarks.common import BenchSettings, Side, flops_per_token, medians, side_by_side
 from benchmarks.speed import Parts, gpt2_small, growth_shapes
 from cli import parse_settings
-from config import GPTConfig, UserError
+from config import GPTConfig, UserError, flat
 from model import GPTModel
 
 
@@ -87,7 +87,8 @@ def test_each_part_can_be_taken_out(part):
         parse_settings("train_minimal", ["--vocab-size", "257", *flags])
         for flags in ([], recipe.PARTS[part])
     )
-    assert whole != without
+    names = [flag[2:].replace("-", "_") for flag in recipe.PARTS[part] if flag.startswith("--")]
+    assert all(flat(whole)[name] != flat(without)[name] for name in names)
 
 
 @pytest.mark.parametrize("worst, said", [(1.8, "4.0 times faster"), (1.95, "did not get there")])
@@ -109,7 +110,7 @@ def test_the_last_line_of_recipe_says_how_many_times_faster(
 
 
 def test_a_run_that_fails_is_said(tmp_path):
-    with pytest.raises(UserError, match="train_minimal.py failed: .*no such"):
+    with pytest.raises(UserError, match=r"train_minimal.py failed: .*cannot be read"):
         recipe.train(BenchSettings(train_data=(str(tmp_path / "no.txt"),)), [])
 
 

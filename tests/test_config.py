@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from cli import parse_flags, parse_settings
+from cli import parse_flags, parse_settings, run_script
 from config import PRESETS, GPTConfig, Settings, UserError, flat, settings_from
 
 DESIGN_FLAGS = [
@@ -193,6 +193,7 @@ def test_resume_takes_typed_flags_over_saved_ones():
         (["--preset", "toy", "--resume"], "--preset with --resume"),
         (["--arch", "gpt2", "--ngram-rows", "100"], "ngram_rows=100 is for --arch modern"),
         (["--muon-momentum", "1"], "muon_momentum=1.0 must be at least 0 and below 1"),
+        (["--micro-batch", "auto", "--batch-size", "4"], "--micro-batch auto chooses batch_size"),
         (["--micro-batch", "all"], "micro_batch='all' is not one of given, auto"),
         (["--parallel", "fsdp"], "not available yet"),
         (["--tensor-parallel-size", "2"], "not available yet"),
@@ -241,3 +242,25 @@ def test_a_run_that_torchrun_starts_again_continues_what_it_saved(tmp_path, monk
 def test_allow_change_is_for_resumed_runs():
     with pytest.raises(UserError, match="give --resume too"):
         parse_settings("train_minimal", ["--allow-change", "seed"])
+
+
+def test_other_parts_than_the_presets_get_rates_that_suit_them():
+    muon, adamw = parse(), parse("--optimizer", "adamw")
+    assert muon.optimizer == "muon" and muon.warmup_steps == 0
+    assert adamw.lr == pytest.approx(0.15 * muon.lr) and adamw.warmup_steps == 50
+    assert parse("--optimizer", "adamw", "--lr", "0.5").lr == 0.5
+    assert parse("--arch", "gpt2").model.ngram_rows == 0 < muon.model.ngram_rows
+
+
+def test_memory_that_runs_out_is_one_line(capsys):
+    for reason in (
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run_script(lambda argv, reason=reason: (_ for _ in ()).throw(reason))
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.startswith("error: out of memory; lower --batch-size")
+    with pytest.raises(RuntimeError, match="other"):
+        run_script(lambda argv: (_ for _ in ()).throw(RuntimeError("other")))

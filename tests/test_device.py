@@ -4,7 +4,15 @@ from conftest import CPU
 
 import device as device_module
 from config import UserError
-from device import compile_model, has_bf16_units, pick_device, seed_dropout, wants_compile
+from device import (
+    Device,
+    compile_model,
+    has_bf16_units,
+    pick_device,
+    seed_dropout,
+    tune,
+    wants_compile,
+)
 
 
 def test_without_gpu_auto_is_the_cpu_in_float32_and_says_why(monkeypatch):
@@ -86,8 +94,16 @@ def test_bf16_units_of_a_cpu_are_asked_for(monkeypatch, found, has):
 
 def test_memory_is_kept_unless_it_is_to_be_spared(monkeypatch):
     calls = []
-    monkeypatch.setattr(device_module, "keep_freed_memory", lambda: calls.append(1))
-    pick_device("cpu", sparing=True)
+    monkeypatch.setattr(device_module, "_keep_freed_memory", lambda: calls.append(1))
+    tune(CPU, sparing=True)
     assert calls == []
-    pick_device("cpu")
+    tune(CPU)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("precision, wanted", [("bf16", "high"), ("fp32", "highest")])
+def test_tf32_is_for_those_who_did_not_ask_for_float32(monkeypatch, precision, wanted):
+    set_to = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    tune(Device(torch.device("cuda", 0), precision, "test"))
+    assert set_to == [wanted]

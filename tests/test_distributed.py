@@ -126,10 +126,23 @@ def test_a_checkpoint_of_two_ranks_continues_on_one_and_back(program):
     assert "global_batch_size=4 is not 3 ranks" in refused
 
 
+def test_matrices_that_do_not_divide_by_the_ranks_are_all_updated(program):
+    # Two matrices of each shape on three ranks: one of them orthogonalizes padding.
+    common = f"{TINY} {MUON} --num-steps 8 --global-batch-size 12 --batch-size 4".split()
+    program("train_minimal.py", *common)
+    program("train_ddp.py", *common, ranks=3)
+    one, three = (
+        read_records(program.folder / f"logs/{s}.jsonl") for s in ("train_minimal", "train_ddp")
+    )
+    for a, b in zip(one[1:], three[1:], strict=True):
+        if a["event"] == "train":
+            assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4), (a, b)
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3), (a, b)
+
+
 @pytest.mark.parametrize("more", ["--optimizer adamw", MUON])
 def test_three_ranks_that_resume_are_those_that_did_not_stop(program, more):
-    # The order in which three ranks add is where DDP's rebuilt buckets would show. Muon's ten
-    # matrices of two shapes don't divide by three.
+    # The order in which three ranks add is where DDP's rebuilt buckets would show.
     flags = (
         f"{TINY} {more} --dropout 0.1 --global-batch-size 12 --batch-size 2 --num-steps 24".split()
     )

@@ -11,11 +11,6 @@ from model import GPTModel
 from optim import Muon, make_optimizer, orthogonalize, state_shapes
 
 
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    monkeypatch.setattr(optim, "has_bf16_units", lambda device: False)
-
-
 def model_with(*flags, arch="modern", seed=0):
     args = toy_settings("--arch", arch, "--optimizer", "muon", *flags)
     model = GPTModel(tiny(arch), seed=seed)
@@ -43,13 +38,22 @@ def test_orthogonalize_keeps_singular_vectors_and_makes_the_values_about_one(sha
     assert values.max() < 1.25 and values[relative > 0.05].min() > 0.65
 
 
-def test_bfloat16_is_used_where_there_are_units_for_it(monkeypatch):
+@pytest.mark.parametrize(
+    "precision, units, wanted",
+    [
+        ("fp32", True, torch.float32),
+        ("auto", True, torch.float32),  # on a CPU
+        ("bf16", True, torch.bfloat16),
+        ("bf16", False, torch.float32),
+    ],
+)
+def test_bfloat16_is_used_where_it_is_asked_for_and_fast(monkeypatch, precision, units, wanted):
+    monkeypatch.setattr(optim, "has_bf16_units", lambda device: units)
+    _, optimizer = model_with("--precision", precision)
     x = torch.randn(2, 16, 32)
-    exact = orthogonalize(x)
-    monkeypatch.setattr(optim, "has_bf16_units", lambda device: True)
-    rounded = orthogonalize(x)
-    assert rounded.dtype == torch.bfloat16
-    assert (rounded.float() - exact).norm() < 0.05 * exact.norm()
+    found = optimizer.work(x)
+    assert found.dtype == wanted
+    assert (found.float() - orthogonalize(x)).norm() < 0.05 * orthogonalize(x).norm()
 
 
 def test_zero_gradients_give_zero():
