@@ -21,7 +21,7 @@ from torch import nn
 
 from config import UserError
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -116,19 +116,22 @@ def tune(device: Device, sparing: bool = False) -> None:
     """
     if device.torch.type == "cuda":  # what stays in float32 under autocast may use TF32
         torch.set_float32_matmul_precision("high" if device.amp else "highest")
-    elif device.torch.type == "cpu" and not sparing:
-        _keep_freed_memory()
+    elif device.torch.type == "cpu":
+        _tune_malloc(sparing)
 
 
-def _keep_freed_memory() -> None:
+def _tune_malloc(sparing: bool) -> None:
     """Has the C library reuse freed memory instead of returning it. The system fills each new page
     with zeros, which takes longer than most operations on it: at GPT-2 small's size, squared ReLU
-    with its gradient took 91 ms with it and 23 ms without. Does nothing where that is not glibc.
+    with its gradient took 91 ms with it and 23 ms without. But reused blocks leave gaps, so with
+    sparing each large block goes back at once. Does nothing where that is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)  # no mapping of its own for a large block
-        mallopt(_M_TRIM_THRESHOLD, -1)  # no return of what is free at the end either
+    if mallopt is not None and sparing:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)  # bytes from which a block is a mapping of its own
+    elif mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)  # no such mappings
+        mallopt(_M_TRIM_THRESHOLD, -1)  # nor any return of what is free at the end
 
 
 def wants_compile(compile: str, device: Device) -> bool:

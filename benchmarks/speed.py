@@ -263,10 +263,12 @@ def bench_loss(args: BenchSettings) -> list[dict[str, Any]]:
 
 
 def build_optimizer_step(flags: list[str], kind: str) -> Callable[[], float]:
-    """Seconds of one optimizer step with random gradients: "adamw", "muon", or "torch" for
-    torch.optim.Muon on the matrices and AdamW on the rest.
+    """Seconds of one optimizer step with random gradients: "adamw", "muon" in float32, "bf16" for
+    the same with --bf16, or "torch" for torch.optim.Muon on the matrices and AdamW on the rest.
     """
-    args = parse_settings("train_minimal", [*flags, "--optimizer", "muon"])
+    precision = "bf16" if kind == "bf16" else "fp32"
+    more = ["--optimizer", "muon", "--precision", precision]
+    args = parse_settings("train_minimal", [*flags, *more])
     _, _, args = open_data(args)
     device = pick_device(args.device)
     tune(device)
@@ -296,10 +298,17 @@ def bench_optim(args: BenchSettings) -> list[dict[str, Any]]:
     """One optimizer step of GPT-2 small and of the quickstart model."""
     rows = []
     for model, flags in (("gpt2-small", gpt2_small(1)), ("quickstart", [])):
-        sides = {k: Side(build_optimizer_step, flags, k) for k in ("adamw", "muon", "torch")}
+        sides = {
+            k: Side(build_optimizer_step, flags, k) for k in ("adamw", "muon", "bf16", "torch")
+        }
         runs = side_by_side(sides, args.repeats)
         times = {k: sorted(some)[args.repeats // 2] for k, some in runs.items()}
-        names = {"adamw": "AdamW, fused", "muon": "Muon, ours", "torch": "torch.optim.Muon"}
+        names = {
+            "adamw": "AdamW, fused",
+            "muon": "Muon, ours",
+            "bf16": "Muon, ours, --bf16",
+            "torch": "torch.optim.Muon, in bfloat16",
+        }
         for kind, seconds in times.items():
             row = {"model": model, "optimizer": names[kind], "ms": seconds * 1e3}
             rows.append({**row, "times_ours": seconds / times["muon"]})

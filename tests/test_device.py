@@ -1,6 +1,11 @@
+import subprocess
+import sys
+import types
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, ROOT
 
 import device as device_module
 from config import UserError
@@ -94,11 +99,30 @@ def test_bf16_units_of_a_cpu_are_asked_for(monkeypatch, found, has):
 
 def test_memory_is_kept_unless_it_is_to_be_spared(monkeypatch):
     calls = []
-    monkeypatch.setattr(device_module, "_keep_freed_memory", lambda: calls.append(1))
+    library = types.SimpleNamespace(mallopt=lambda *a: calls.append(a))
+    monkeypatch.setattr(device_module.ctypes, "CDLL", lambda name: library)
     tune(CPU, sparing=True)
-    assert calls == []
+    assert calls == [(-3, 2**20)]  # M_MMAP_THRESHOLD: blocks from 1 MB on go back at once
     tune(CPU)
-    assert calls == [1]
+    assert calls[1:] == [(-4, 0), (-1, -1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD: never
+    monkeypatch.setattr(device_module.ctypes, "CDLL", lambda name: types.SimpleNamespace())
+    tune(CPU)  # another C library
+
+
+def test_large_blocks_are_reused_at_the_same_place():
+    # In a process of its own, so that nothing else moves the heap.
+    code = (
+        "import torch, device; device.tune(device.pick_device('cpu'))\n"
+        "places = set()\n"
+        "for _ in range(20):\n"
+        "    x = torch.empty(50 << 18); places.add(x.data_ptr()); del x\n"
+        "import re; heap = [l for l in open('/proc/self/maps') if '[heap]' in l][0]\n"
+        "low, high = (int(v, 16) for v in re.match('(.*?)-(.*?) ', heap).groups())\n"
+        "assert len(places) == 1 and low <= places.pop() < high"
+    )
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("precision, wanted", [("bf16", "high"), ("fp32", "highest")])
