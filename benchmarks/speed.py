@@ -206,7 +206,7 @@ def build_loss(
         tune(pick_device("cpu"))
     inputs = _loss_problem(tokens, device)
     given = [x.requires_grad_() for x in inputs[:2]]
-    before = memory("VmHWM") + sum(x.numel() * 4 / 1e6 for x in given)
+    before = memory("VmRSS") + sum(x.numel() * 4 / 1e6 for x in given)
 
     def run() -> dict[str, float]:
         synchronize(device)
