@@ -90,15 +90,21 @@ def content_of(
     args: Settings,
     data: dict[str, Any] | None = None,
     environment: dict[str, Any] | None = None,
+    gather: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> dict[str, Any]:
-    """What is written: nested dicts of plain values and of the tensors themselves, not copies."""
+    """What is written: nested dicts of plain values and of the tensors themselves, not copies.
+
+    gather(name, tensor): all of what belongs to the parameter of this name, where ranks have parts.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
+    moments = {names[id(p)]: kept for p, kept in optimizer.state.items()}
     return {
         "format": FORMAT,
-        "model": {k: v.detach() for k, v in model.state_dict().items()},
+        "model": {k: gather(k, v.detach()) for k, v in model.state_dict().items()},
         "optimizer": {
-            names[id(p)]: {k: v for k, v in moments.items() if v is not None}
-            for p, moments in optimizer.state.items()
+            name: {k: gather(name, v) for k, v in moments[name].items() if v is not None}
+            for name in names.values()
+            if name in moments
         },
         "scaler": state.scaler.state_dict(),
         **{key: getattr(state, key) for key in _PLAIN_STATE},
@@ -312,20 +318,23 @@ def resumable_settings(path: str | Path) -> dict[str, Any]:
 
 def load_checkpoint(
     path: str | Path,
-    model: nn.Module,
+    model: GPTModel,
     optimizer: torch.optim.Optimizer | None = None,
     state: RunState | None = None,
     data: dict[str, Any] | None = None,
     args: Settings | None = None,
     environment: dict[str, Any] | None = None,
+    own_part: Callable[[str, Tensor], Tensor] | None = None,
 ) -> RunState:
     """Fills model and optimizer from a checkpoint and returns how far its run had come. Raises
     UserError.
 
     Parameters and their moments are matched by name; names, shapes, types and data are compared
     before a tensor is read, and all differences named at once. What may differ between args or
-    environment and those of the file is noted in `state.notes`.
+    environment and those of the file is noted in `state.notes`. own_part(name, whole): what
+    this rank has of a parameter, or of what the optimizer keeps for it.
     """
+    own_part = own_part or (lambda name, whole: whole.to(model.get_parameter(name).device))
     with open_checkpoint(path) as contents:
         tree = contents.tree
         problems = _differences_of_model(model, tree)
@@ -344,15 +353,14 @@ def load_checkpoint(
                 other_val |= part == "val" and bool(changed)
             elif changed:
                 problems += [f"{c} (if you mean it: --allow-change {names[0]})" for c in changed]
-        tensors = {} if problems else contents.read({k: tree[k] for k in ("model", "optimizer")})
-    if problems:
-        raise UserError(f"{path} does not fit this run: {_some(problems)}")
-    model.load_state_dict(tensors["model"])
-    if optimizer is not None:
-        for name, p in model.named_parameters():
-            if name in tensors["optimizer"]:
-                moments = tensors["optimizer"][name]
-                optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
+        if problems:
+            raise UserError(f"{path} does not fit this run: {_some(problems)}")
+        for name, p in model.named_parameters():  # one at a time: a rank may hold a part of each
+            with torch.no_grad():
+                p.copy_(own_part(name, contents.read(tree["model"][name])))
+            if optimizer is not None and name in tree["optimizer"]:
+                kept = contents.read(tree["optimizer"][name])
+                optimizer.state[p] = {k: own_part(name, v) for k, v in kept.items()}
     state = state or RunState()
     for key in _PLAIN_STATE:
         setattr(state, key, tree[key])
@@ -362,7 +370,7 @@ def load_checkpoint(
     )
     if other_val:  # another scale
         state.best_val_loss, state.best_step = math.inf, -1
-    if state.scaler.is_enabled() and tree["scaler"]:
+    if state.scaler.enabled and tree["scaler"]:
         state.scaler.load_state_dict(tree["scaler"])
     if notes:
         state.notes.append(f"changed since it was saved: {_some(notes)}")
@@ -374,34 +382,36 @@ def _some(problems: list[str]) -> str:
     return printable("; ".join(sorted(problems)[:20]) + more)
 
 
-def _differences_of_model(model: nn.Module, tree: dict[str, Any]) -> list[str]:
-    wanted, found = model.state_dict(), tree["model"]
+def _differences_of_model(model: GPTModel, tree: dict[str, Any]) -> list[str]:
+    wanted, found = model.shapes, tree["model"]
     problems = [f"{k} is missing" for k in wanted.keys() - found.keys()]
     problems += [f"{k} is unknown" for k in found.keys() - wanted.keys()]
     for k in wanted.keys() & found.keys():
-        if found[k].shape != tuple(wanted[k].shape):
-            problems.append(f"{k} is {found[k].shape}, expected {tuple(wanted[k].shape)}")
-        if found[k].dtype != wanted[k].dtype:
-            problems.append(f"{k} is {found[k].dtype}, expected {wanted[k].dtype}")
+        if found[k].shape != wanted[k]:
+            problems.append(f"{k} is {found[k].shape}, expected {wanted[k]}")
+        dtype = model.get_parameter(k).dtype
+        if found[k].dtype != dtype:
+            problems.append(f"{k} is {found[k].dtype}, expected {dtype}")
     return problems
 
 
 def _differences_of_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tree: dict[str, Any]
+    model: GPTModel, optimizer: torch.optim.Optimizer, tree: dict[str, Any]
 ) -> list[str]:
-    saved, parameters = tree["optimizer"], dict(model.named_parameters())
+    saved, shapes = tree["optimizer"], model.shapes
+    parameters = {
+        name: state_shapes(optimizer, p, shapes[name]) for name, p in model.named_parameters()
+    }
     problems = [
         f"optimizer state of {k}, a parameter unknown here" for k in saved.keys() - parameters
     ]
-    if saved or (tree["step"] and any(state_shapes(optimizer, p) for p in parameters.values())):
+    if saved or (tree["step"] and any(parameters.values())):
         problems += [f"optimizer state of {k} is missing" for k in parameters.keys() - saved]
     for name in parameters.keys() & saved.keys():
-        moments, shape = saved[name], tuple(parameters[name].shape)
+        moments, shape = saved[name], shapes[name]
         if name not in tree["model"] or tree["model"][name].shape != shape:
             continue  # said already
-        expected = state_shapes(optimizer, parameters[name]) or {
-            k: shape if v.shape else () for k, v in moments.items()
-        }
+        expected = parameters[name] or {k: shape if v.shape else () for k, v in moments.items()}
         if moments.keys() != expected.keys():
             problems.append(f"optimizer state of {name} is {sorted(moments)}")
         problems += [

@@ -22,6 +22,7 @@ from config import (
     settings_from,
 )
 
+_SPREAD = ("parallel", "tensor_parallel_size", "use_tensor_parallel", "threads")
 _NO_MEMORY = ("out of memory", "can't allocate memory")  # in what torch says
 
 
@@ -59,6 +60,9 @@ def parse_settings(
                 "change them"
             )
         base = dict(saved(path))
+        if script != "train_ddp":  # how the run was spread is no part of what it is
+            for name in _SPREAD:
+                base.pop(name, None)
         if typed.get("no_amp") or typed.get("bf16"):
             base.pop("precision", None)
     else:
@@ -75,13 +79,39 @@ def parse_settings(
     values = {**base, **typed, "checkpoint_path": path}
     if not values.get("max_position_embeddings"):
         values["max_position_embeddings"] = values.get("seq_len", 128)
+    if values.get("use_tensor_parallel"):
+        if typed.get("tensor_parallel_size", world) != world:
+            raise UserError(
+                f"--use-tensor-parallel means all {world} processes, not "
+                f"{typed['tensor_parallel_size']}; give one of the two"
+            )
+        values["tensor_parallel_size"] = world
     args = settings_from(values)
+    data_world = _settle_spread(script, args, world)
     if not args.resume:
-        return _settle_batch(args, typed, world, 0)
+        return _settle_batch(args, typed, data_world, 0)
+    if restarted:  # perhaps on fewer ranks, which then take more steps for the same batch
+        typed.pop("grad_accum_steps", None)
     kept = 0 if "global_batch_size" in args.allow_change else base.get("global_batch_size", 0)
-    args = _settle_batch(args, typed, world, kept)
+    args = _settle_batch(args, typed, data_world, kept)
     _refuse_changes(base, args)
     return args
+
+
+def _settle_spread(script: str, args: Settings, world: int) -> int:
+    """How many ranks see data of their own. Raises UserError where the processes don't fit."""
+    parts = args.tensor_parallel_size
+    if script != "train_ddp" and (args.parallel != "ddp" or parts > 1):
+        raise UserError(
+            "--parallel fsdp and tensor parallelism are for several processes: "
+            "torchrun --nproc-per-node=N train_ddp.py"
+        )
+    if world % parts:
+        raise UserError(
+            f"tensor_parallel_size={parts} does not divide {world} processes; start a multiple of "
+            f"{parts}, or give another --tensor-parallel-size"
+        )
+    return world // parts
 
 
 def _refuse_changes(saved: Mapping[str, Any], args: Settings) -> None:
@@ -189,14 +219,18 @@ def _rank_prefix() -> str:
     return "" if rank == "0" else f"rank {rank}: "
 
 
-def run_script(body: Callable[[list[str]], int | None]) -> None:
+def run_script(
+    body: Callable[[list[str]], int | None], first_to_say: Callable[[str], bool] = lambda text: True
+) -> None:
     """Runs a script's body on the command line; it returns the exit code, None for 0. A user's
-    mistake ends it with one line and exit code 2.
+    mistake ends it with one line and exit code 2. first_to_say(line): whether no other rank has
+    printed it.
     """
     try:
         code = body(sys.argv[1:])
     except UserError as mistake:
-        print(f"{_rank_prefix()}error: {mistake}", file=sys.stderr)
+        if first_to_say(str(mistake)):
+            print(f"{_rank_prefix()}error: {mistake}", file=sys.stderr, flush=True)
         sys.exit(2)
     except (RuntimeError, MemoryError) as reason:
         if not (isinstance(reason, MemoryError) or any(x in str(reason) for x in _NO_MEMORY)):

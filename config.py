@@ -159,9 +159,13 @@ class Settings:
     wandb_run_name: str = flag("", "Weights & Biases run name; none = chosen by it")
     wandb_mode: str = flag("online", "Weights & Biases mode", "online", "offline", "disabled")
 
-    parallel: str = flag("ddp", "how train_ddp.py spreads the model", "ddp", "fsdp")
-    use_tensor_parallel: bool = flag(False, "one tensor-parallel group of all processes")
-    tensor_parallel_size: int = flag(1, "processes that share each layer", at_least=1)
+    parallel: str = flag("ddp", "ddp = each process has the model; fsdp = a part of each layer "
+                         "and of its optimizer state", "ddp", "fsdp")
+    tensor_parallel_size: int = flag(1, "processes that compute each layer together", at_least=1)
+    use_tensor_parallel: bool = flag(False, "all processes compute each layer together")
+    threads: int = flag(0, "CPU threads of each process; 0 = cores / processes of this machine",
+                        at_least=0)
+    deterministic: bool = flag(False, "GPUs: only kernels that give the same bits each time")
     timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1)
 
     def __post_init__(self) -> None:
@@ -180,13 +184,7 @@ class Settings:
                 f"{self.model.max_position_embeddings}; lower --seq-len or raise "
                 "--max-position-embeddings"
             )
-        for name, default, given in (
-            ("parallel", "ddp", self.parallel),
-            ("tensor_parallel_size", 1, self.tensor_parallel_size),
-            ("use_tensor_parallel", False, self.use_tensor_parallel),
-        ):
-            if given != default:
-                raise UserError(f"{name}={given} is not available yet; leave it at {default}")
+        self._check_parts()
 
     @property
     def final_lr(self) -> float:
@@ -210,6 +208,23 @@ class Settings:
                 object.__setattr__(self, alias, False)
         if self.data_seed < 0:
             object.__setattr__(self, "data_seed", self.seed)
+
+    def _check_parts(self) -> None:
+        parts, model = self.tensor_parallel_size, self.model
+        sizes = {"n_heads": model.n_heads, "d_ff": model.d_ff}
+        bad = next((name for name, size in sizes.items() if size % parts), None)
+        if bad:
+            both = math.gcd(*sizes.values())
+            fitting = [n for n in range(1, both + 1) if both % n == 0]
+            near = sorted(sorted(fitting, key=lambda n: abs(n - parts))[:2])
+            raise UserError(
+                f"tensor_parallel_size={parts} does not divide {bad}={sizes[bad]}; "
+                f"try {' or '.join(map(str, near))}"
+            )
+        if 0 < model.vocab_size < parts:
+            raise UserError(
+                f"tensor_parallel_size={parts} is more than vocab_size={model.vocab_size}"
+            )
 
     def _check_data(self) -> None:
         kinds = {"text": self.train_data, "fineweb_npy": self.train_npy, "toy": self.use_toy_data}
@@ -270,6 +285,8 @@ class EvalSettings:
     seed: int = flag(-1, "accepted for symmetry: evaluation draws nothing", at_least=-1)
     cache_dir: str = flag("", "folder of the tokenized texts; none = as in training")
     log_dir: str = flag("logs", "folder of eval.log and eval.jsonl")
+    threads: int = flag(0, "CPU threads of each process; 0 = cores / processes of this machine",
+                        at_least=0)
     timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1)
 
     def __post_init__(self) -> None:

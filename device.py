@@ -110,10 +110,15 @@ def has_bf16_units(device: torch.device) -> bool:
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
 
 
-def tune(device: Device, sparing: bool = False) -> None:
+def tune(device: Device, sparing: bool = False, deterministic: bool = False) -> None:
     """Settles how this process computes there. sparing: less memory rather than less time, where
-    one can be had for the other.
+    one can be had for the other. deterministic: only kernels that give the same bits each time;
+    torch then raises RuntimeError for one that can't. CPUs have no others.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
     if device.torch.type == "cuda":  # what stays in float32 under autocast may use TF32
         torch.set_float32_matmul_precision("high" if device.amp else "highest")
     elif device.torch.type == "cpu":
@@ -132,6 +137,16 @@ def _tune_malloc(sparing: bool) -> None:
     elif mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)  # no such mappings
         mallopt(_M_TRIM_THRESHOLD, -1)  # nor any return of what is free at the end
+
+
+def use_threads(threads: int, local_world: int) -> None:
+    """How many CPU threads this process computes with: so many, or with 0 an equal share of the
+    cores that it may use. A process that is alone on its machine keeps torch's choice.
+    """
+    if threads or local_world > 1:
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        torch.set_num_threads(threads or max(1, cores // local_world))
 
 
 def wants_compile(compile: str, device: Device) -> bool:
@@ -175,12 +190,16 @@ def seed_dropout(device: Device, seed: int) -> None:
     """Starts the random numbers of dropout anew; 2 us where torch.manual_seed, which seeds every
     device, takes 200.
     """
-    if device.torch.type == "cuda":
-        torch.cuda.default_generators[device.torch.index].manual_seed(seed)
-    elif device.torch.type == "mps":
-        torch.mps.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
+    generator_of(device.torch).manual_seed(seed)
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """What dropout draws from there."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return (
+        torch.mps._get_default_mps_generator() if device.type == "mps" else torch.default_generator
+    )
 
 
 def environment(device: Device, world: int) -> dict[str, Any]:

@@ -1,158 +1,159 @@
-"""Many processes: ranks, wrapping, sums over ranks. With train_ddp.py the only user of
-torch.distributed.
+"""How one model is spread over many processes: DDP, FSDP, tensor parallelism, and the two together.
+What is whole on one process is put together here, and taken apart. Processes themselves: ranks.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import inspect
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Settings, UserError
-from device import Device, pick_device
-from hang import HangGuard
+from config import Settings
+from device import Device
 from model import GPTModel
+from ranks import Ranks, sum_ranks
 from step import StepStats, rehearse
-from watch import end_with_parent
-
-_PATIENT_SECONDS = 7200  # that a save may take
+from tensor_parallel import joined, part_of, split_dim, split_model
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that torchrun started; alone, it is rank 0 of 1."""
+class Spread:
+    """One model on all ranks: `net` is what to call, and its backward pass averages gradients over
+    the ranks that see other data. Those that share each layer see the same data.
 
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0  # among the processes of this machine
-    local_world: int = 1  # how many those are
-    on_cpu: dist.ProcessGroup | None = None  # the same ranks, connected over the CPU
-    patient: dist.ProcessGroup | None = None  # and once more, for waiting longer than for a step
-
-    def meet(self) -> None:
-        """Waits until all ranks are here, such as after rank 0 has saved, which may take
-        minutes.
-        """
-        if self.patient is not None:
-            dist.barrier(group=self.patient)
-
-    def agree(self, *wishes: int) -> list[int]:
-        """The largest of each wish over the ranks, so that they all do the same after the same
-        step. Goes over the CPU: a GPU is not waited for.
-        """
-        most = torch.tensor(wishes)
-        if self.on_cpu is not None:
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.on_cpu)
-        return most.tolist()
-
-    def must_agree(self, what: str, mine: object) -> None:
-        """Raises UserError on all ranks unless they have the same."""
-        if self.on_cpu is None:
-            return
-        found: list[object] = [None] * self.world
-        dist.all_gather_object(found, mine, group=self.on_cpu)
-        if any(other != found[0] for other in found):
-            each = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
-            raise UserError(f"ranks differ in {what}: {each}; do they all see the same files?")
-
-
-def restarted() -> bool:
-    """Whether torchrun has started this process in the place of one that died (--max-restarts)."""
-    return _start_number() > 0
-
-
-def _start_number() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def ranks_of_torchrun() -> Ranks:
-    """As torchrun says in its environment variables."""
-    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    rank, world, local, here = (int(os.environ.get(name, default)) for name, default in names)
-    return Ranks(rank, world, local, here)
-
-
-@contextmanager
-def process_group(device_name: str, timeout_seconds: int, alone: bool = False) -> Iterator[Ranks]:
-    """Connects the processes: NCCL between GPUs, Gloo otherwise. Raises UserError where another one
-    is not there, or gets lost.
-
-    timeout_seconds: the longest that a rank waits for the others. Without torchrun there is nothing
-    to connect, and a group of one is made only if asked for with alone.
+    rank, world: of the data, which this one is and how many there are.
     """
-    ranks = ranks_of_torchrun()
-    started = "RANK" in os.environ
-    if not started and not alone:
-        yield ranks
-        return
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
-    device = pick_device(device_name, local_rank=ranks.local_rank).torch
-    cuda = device.type == "cuda"
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    try:
-        store: dist.Store = dist.HashStore()
-        if started:
-            store, _, _ = next(rendezvous("env://", timeout=timeout))
-            # Ranks that torchrun started again would find addresses of those that died.
-            store = dist.PrefixStore(f"start{_start_number()}", store)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            timeout=timeout,
-            device_id=device if cuda else None,
-            store=store,
-            rank=ranks.rank,
-            world_size=ranks.world,
+
+    def __init__(self, model: GPTModel, args: Settings, device: Device, ranks: Ranks) -> None:
+        """Moves the model, which all ranks have the same, to the device and splits it in place."""
+        self.model, self.device = model, device
+        self.split = args.tensor_parallel_size
+        self.sharded = args.parallel == "fsdp"
+        self.rank, self.world = ranks.rank // self.split, ranks.world // self.split
+        # Ranks that share layers talk most, so they are neighbours, on one machine where they fit.
+        mesh = init_device_mesh(
+            device.torch.type, (self.world, self.split), mesh_dim_names=("data", "layers")
         )
-        on_cpu, patient = (
-            dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=seconds))
-            for seconds in (timeout_seconds, _PATIENT_SECONDS)
+        self.data, self.layers = mesh["data"], mesh["layers"]
+        self.net = self._wrap(args)
+
+    def _wrap(self, args: Settings) -> nn.Module:
+        model, device = self.model, self.device
+        if self.split > 1:
+            split_model(model, self.layers.get_group())
+        if self.sharded:
+            shard(model, self.data, device)
+            return model
+        model.to(device.torch)
+        return replicate(model, self.data, args, device) if self.world > 1 else model
+
+    def no_sync(self) -> AbstractContextManager[object]:
+        """In it, a backward pass keeps its gradients to itself."""
+        if isinstance(self.net, DistributedDataParallel):
+            return self.net.no_sync()
+        return _unsynced(self.net) if isinstance(self.net, FSDPModule) else nullcontext()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks that see other data."""
+        return sum_ranks(values, self.data.get_group())
+
+    def summed(self, stats: StepStats) -> StepStats:
+        """The stats of a step over all ranks; n_tokens, lr and grad_norm are already global."""
+        return dataclasses.replace(stats, nll_sum=self.sum(stats.nll_sum))
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """As torch's clip_grad_norm_, by the norm of the whole gradient: each number counts once,
+        wherever it lies.
+        """
+        if self.parts is None:
+            return nn.utils.clip_grad_norm_(parameters, max_norm)
+        grads: dict[bool, list[Tensor]] = {True: [], False: []}
+        for name, p in self.model.named_parameters():
+            if p.grad is not None:
+                in_parts = self.split > 1 and split_dim(name) is not None
+                grads[in_parts].append(_local(p.grad))
+        squares = torch.stack([_sum_of_squares(grads[k], self.device) for k in (True, False)])
+        if self.sharded:
+            squares = self.sum(squares)
+        norm = (sum_ranks(squares[0], self.layers.get_group()) + squares[1]).sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads[True] + grads[False], scale)
+        return norm
+
+    @property
+    def parts(self) -> Spread | None:
+        """This, where ranks have parts of the model; None where each has all of it."""
+        return self if self.sharded or self.split > 1 else None
+
+    def gather(self, name: str, tensor: Tensor) -> Tensor:
+        """All of a parameter, or of what the optimizer keeps for it, of which each rank has a part;
+        the tensor itself if they have not. All ranks call it together.
+        """
+        return self._whole(name, tensor, 0) if tensor.ndim else tensor
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """The inverse of `gather`: the part of this rank, where and as the parameter is."""
+        own = self._own(name, whole, 0) if whole.ndim else whole
+        own = own.to(self.device.torch, copy=True)
+        if not (self.sharded and whole.ndim):
+            return own
+        p = self.model.get_parameter(name)
+        return DTensor.from_local(
+            own, self.data, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride()
         )
-        guard = _guard(ranks, timeout_seconds) if ranks.world > 1 else None
-        yield dataclasses.replace(ranks, on_cpu=on_cpu, patient=patient)
-        if guard is not None:
-            guard.end()
-    except (dist.DistError, RuntimeError, ValueError) as reason:
-        cause = " ".join(str(reason).split())
-        if isinstance(reason, dist.DistError) or "gloo" in cause or "rendezvous" in cause:
-            raise UserError(
-                f"no connection to the other ranks ({cause[:200]}); where one of them failed, its "
-                "own message says why"
-            ) from reason
-        raise
-    dist.destroy_process_group()
+
+    def divide(self, work: Callable[[Tensor], Tensor], name: str, stack: Tensor) -> Tensor:
+        """work(stack), for work that treats each of stack's (N, m, n) alone and needs it whole:
+        each rank does N / world of them. stack: this rank's parts of parameters like `name`; so is
+        what comes back.
+        """
+        whole = self._whole(name, stack, 1)
+        world, rank = dist.get_world_size(), dist.get_rank()
+        everyone = dist.distributed_c10d._get_default_group()
+        done = joined(work(part_of(whole, 0, rank, world)), 0, len(whole), everyone)
+        return self._own(name, done, 1)
+
+    def _whole(self, name: str, tensor: Tensor, offset: int) -> Tensor:
+        """offset: the dimensions of `tensor` before those of the parameter."""
+        shape, dim = self.model.shapes[name], split_dim(name) if self.split > 1 else None
+        tensor = _local(tensor)
+        if self.sharded:
+            rows = shape[0]
+            if dim == 0:
+                rows = len(part_of(torch.empty(rows), 0, self.layers.get_local_rank(), self.split))
+            tensor = joined(tensor, offset, rows, self.data.get_group())
+        if dim is not None:
+            tensor = joined(tensor, offset + dim, shape[dim], self.layers.get_group())
+        return tensor
+
+    def _own(self, name: str, whole: Tensor, offset: int) -> Tensor:
+        dim = split_dim(name) if self.split > 1 else None
+        if dim is not None:
+            whole = part_of(whole, offset + dim, self.layers.get_local_rank(), self.split)
+        return part_of(whole, offset, self.rank, self.world) if self.sharded else whole
 
 
-def _guard(ranks: Ranks, timeout_seconds: int) -> HangGuard:
-    where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    wait = datetime.timedelta(seconds=10)
-    store = dist.TCPStore(where, port, is_master=False, timeout=wait)  # used by its thread alone
-    mine = dist.PrefixStore(f"guard{_start_number()}", store)
-    return HangGuard(mine, ranks.rank, ranks.world, timeout_seconds)
-
-
-def wrap(model: GPTModel, device: Device, args: Settings) -> DistributedDataParallel:
-    """The same model, with a backward pass that averages gradients over the ranks.
-
-    All ranks start with the weights of rank 0. Buffers are constants here and never sent.
+def replicate(
+    model: GPTModel, data: DeviceMesh, args: Settings, device: Device
+) -> DistributedDataParallel:
+    """The same model, with a backward pass that averages gradients over the ranks. Buffers are
+    constants here and never sent.
     """
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    ids = [device.torch.index] if device.torch.type == "cuda" else None
     options: dict[str, Any] = {name: False}  # renamed in torch 2.13
-    ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **options)
+    ids = [device.torch.index] if device.torch.type == "cuda" else None
+    options |= {"device_ids": ids, "process_group": data.get_group()}
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
     # After its first backward pass DDP sorts gradients into other buckets, in which three or more
     # ranks add them in another order. So that a resumed run adds as the one that did not stop, that
     # first pass belongs to no step: here it is, on zeros, with its gradients thrown away.
@@ -160,29 +161,37 @@ def wrap(model: GPTModel, device: Device, args: Settings) -> DistributedDataPara
     return ddp
 
 
-def sum_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, the same on each; alone, the tensor itself."""
-    if not dist.is_initialized():
-        return values
-    there = "cuda" if dist.get_backend() == "nccl" else values.device  # NCCL adds on GPUs only
-    total = values.to(there, copy=True)
-    dist.all_reduce(total)
-    return total.to(values.device)
-
-
-def divide(work: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
-    """work(stack), for work that treats each of stack's (N, m, n) alone: every rank does N / world
-    of them, and all get all.
+def shard(model: GPTModel, data: DeviceMesh, device: Device) -> None:
+    """Leaves of each parameter, its gradient and its moments the rows of this rank (Zhao et al.
+    2023). The matrices of a block come together for the time of its computing, in the precision of
+    the computation; norms and embeddings stay whole in float32 until the step is done, as autocast
+    has them without sharding. Gradients are added in float32.
     """
-    world, rank = dist.get_world_size(), dist.get_rank()
-    share = -(-len(stack) // world)
-    mine = F.pad(stack, (0, 0, 0, 0, 0, share * world - len(stack)))[share * rank :][:share]
-    part = work(mine).contiguous()
-    whole = part.new_empty(share * world, *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part)
-    return whole[: len(stack)]
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(device.precision)
+    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+    groups: list[Any] = []
+    for block in model.blocks:
+        together: Any = [block.attn, block.mlp]
+        groups += fully_shard(together, mesh=data, mp_policy=policy)
+    for group in (*groups, fully_shard(model, mesh=data)):
+        if device.torch.type == "cpu":  # Gloo has no average
+            group.set_force_sum_reduction_for_comms(True)
 
 
-def summed(stats: StepStats) -> StepStats:
-    """The stats of a step over all ranks; n_tokens, lr and grad_norm are already global."""
-    return dataclasses.replace(stats, nll_sum=sum_ranks(stats.nll_sum))
+@contextmanager
+def _unsynced(net: FSDPModule) -> Iterator[None]:
+    net.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        net.set_requires_gradient_sync(True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _sum_of_squares(tensors: list[Tensor], device: Device) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=device.torch)
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()

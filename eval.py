@@ -133,12 +133,12 @@ def validation_of(
 
 def main(args: EvalSettings) -> None:
     """Evaluates each checkpoint, alone or under torchrun; rank 0 prints and logs the results."""
-    from distributed import process_group, sum_ranks  # below this module in the layout:
-    from run_log import report_evaluations  # only the command line needs them
+    from ranks import process_group, sum_ranks  # below this module in the layout: only the
+    from run_log import report_evaluations  # command line needs them
 
     saved = [settings_from(saved_settings(path)) for path in args.checkpoint_path]  # all readable?
     results = []
-    with process_group(args.device, args.timeout_seconds) as ranks:
+    with process_group(args) as ranks:
         for path, settings in zip(args.checkpoint_path, saved, strict=True):
             precision = "fp32" if args.no_amp else settings.precision
             device = pick_device(args.device, precision, ranks.local_rank)

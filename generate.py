@@ -43,9 +43,8 @@ def generate(
     for _ in range(max_new_tokens):
         seen = ids[:, -model.config.max_position_embeddings :].to(device.torch)
         with device.autocast():
-            hidden = model.hidden_states(seen)[:, -1]
-            logits = torch.nn.functional.linear(hidden, model.output_weight)
-        logits = logits.float().cpu()[:, :vocab_size]  # (B, V)
+            logits, _ = model(seen, logits_to_keep=1)
+        logits = logits[:, -1].float().cpu()[:, :vocab_size]  # (B, V)
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:

@@ -19,6 +19,7 @@ from watch import tell
 _WAITED = 0.8  # part of the timeout after which a rank that waits looks for the one to blame
 _STUCK = 0.4  # part of the timeout in which a rank that works gets on to another line
 _SILENT_SECONDS = 10.0  # without a report: far longer than a busy rank needs for one
+_PATIENT = ("saver.py", "token_files.py", "leak.py")
 _HERE = str(Path(__file__).parent)
 
 
@@ -37,7 +38,7 @@ class Report:
     number: int
     still: float  # seconds for which its main thread has been at the same lines
     waiting: bool  # for other ranks
-    patient: bool  # may take its time: it is writing a checkpoint
+    patient: bool  # may take its time: it is writing a checkpoint, or reading a new text
     stack: list[str]  # of its main thread, then of those that work for it; innermost last
 
 
@@ -110,7 +111,7 @@ def report_of(calls: list[tuple[str, int, str]], number: int, still: float) -> R
     """What the stack of the main thread says, and those of the threads that work for it."""
     file, _, function = calls[-1]
     waiting = "torch/distributed" in file or function == "_engine_run_backward"
-    patient = any(Path(file).name == "saver.py" for file, _, _ in calls)
+    patient = any(Path(file).name in _PATIENT for file, _, _ in calls)
     lines, frames = _lines(calls), sys._current_frames()
     for thread in threading.enumerate():
         main = thread is threading.main_thread()

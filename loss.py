@@ -5,38 +5,63 @@ backward.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # a label with this value is not scored
-_CHUNK_LOGITS = 1 << 23  # logits that exist at once: 32 MiB in float32
+_CHUNK_LOGITS = 1 << 25  # logits that exist at once: 128 MiB in float32
 
 
-def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """Which rows of the head this process has, and how to learn of the others: all of them, where
+    nothing else is said.
+    """
+
+    start: int = 0  # the token id of the first row
+    gather: Callable[[Tensor], Tensor] = lambda x: x[None]  # x of every part: (parts, *x.shape)
+    add: Callable[[Tensor], Tensor] = _itself  # the sum of x over the parts
+    join: Callable[[Tensor], Tensor] = _itself  # (..., V of this part) to (..., V); no gradients
+
+
+WHOLE_HEAD = HeadPart()
+
+
+def next_token_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, part: HeadPart = WHOLE_HEAD
+) -> tuple[Tensor, Tensor]:
     """Next-token cross-entropy in nats, summed, and the number of scored tokens (Radford et al.
     2019, sec. 2).
 
-    hidden (B, T, C) float; weight (V, C) float; labels (B, T) int64, -100 not scored. Position t
-    predicts label t + 1. Returns two float32 scalars; the first has gradients for hidden and
-    weight. Raises ValueError if the (B, T) parts differ.
+    hidden (B, T, C) float; weight (V, C) float, or the rows that part says; labels (B, T) int64,
+    -100 not scored. Position t predicts label t + 1. Returns two float32 scalars; the first has
+    gradients for hidden and weight. Raises ValueError if the (B, T) parts differ.
     """
     hidden, labels = _shifted(hidden, labels)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        total = _ChunkedSum.apply(hidden, weight, labels, _compute_dtype(hidden))
+        total = _ChunkedSum.apply(hidden, weight, labels, _compute_dtype(hidden), part)
     else:
-        total = _token_losses(hidden, weight, labels).sum()
+        total = _token_losses(hidden, weight, labels, part).sum()
     return total, (labels != IGNORE).sum().float()
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def token_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, part: HeadPart = WHOLE_HEAD
+) -> Tensor:
     """The same loss per position, for evaluation: (B, T - 1) float32 nats, 0 where not scored,
     without gradients.
     """
     flat_hidden, flat_labels = _shifted(hidden, labels)
-    return _token_losses(flat_hidden, weight, flat_labels).view(labels.shape[0], -1)
+    return _token_losses(flat_hidden, weight, flat_labels, part).view(labels.shape[0], -1)
 
 
 def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,9 +78,9 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def workspace_bytes(vocab_size: int) -> float:
-    """What one chunk takes: its logits, and as much again while they change."""
-    return 8.0 * max(_CHUNK_LOGITS, 16 * vocab_size)
+def workspace_bytes(vocab_size: int, half: bool) -> float:
+    """What one chunk takes: its logits, and in 16 bits a second and a third time."""
+    return (8.0 if half else 4.0) * max(_CHUNK_LOGITS, 16 * vocab_size)
 
 
 def _unused_columns(weight: Tensor, dtype: torch.dtype) -> int:
@@ -69,13 +94,47 @@ def _chunk_rows(weight: Tensor) -> int:
     return max(16, _CHUNK_LOGITS // weight.shape[0])
 
 
-def _token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    rows = _chunk_rows(weight)
-    parts = []
+def _exponentials(logits: Tensor, y: Tensor, part: HeadPart) -> tuple[Tensor, ...]:
+    """Of the float32 logits (rows, V of this part), which become exp(logits - their largest) in
+    place: (the loss of each row, all that the row's exponentials of this part have to be multiplied
+    with to be probabilities, the columns of the labels, which rows have theirs here).
+    """
+    own = y - part.start
+    here = (own >= 0) & (own < logits.shape[1])
+    column = own.where(here, 0)[:, None]  # (rows, 1)
+    top, right = logits.amax(-1), logits.gather(1, column).squeeze(1) * here
+    z = logits.sub_(top[:, None]).exp_().sum(-1)
+    tops, zs, rights = part.gather(torch.stack((top, z, right))).unbind(1)  # (parts, rows) each
+    highest = tops.amax(0)
+    z = (zs * (tops - highest).exp()).sum(0)
+    loss = highest + z.log() - rights.sum(0)
+    return loss, (top - highest).exp() / z, column, here
+
+
+def _room(rows: int, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Memory for the logits of a chunk on a CPU, each row at a multiple of 64 numbers: the product
+    that writes them reached 184 GFLOP/s that way, and 140 with 50257 numbers from row to row.
+    """
+    if weight.device.type != "cpu" or dtype != torch.float32 or torch.compiler.is_compiling():
+        return None
+    return weight.new_empty(rows, len(weight) + -len(weight) % 64)[:, : len(weight)]
+
+
+def _logits(h: Tensor, weight: Tensor, room: Tensor | None) -> Tensor:
+    """(rows, C) and (V, C) to float32 (rows, V)."""
+    if room is None:
+        return (h @ weight.T).float()
+    return torch.mm(h, weight.T, out=room[: len(h)])
+
+
+def _token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, part: HeadPart) -> Tensor:
+    rows, dtype = _chunk_rows(weight), _compute_dtype(hidden)
+    room = _room(min(rows, len(labels)), weight, dtype)
+    losses = []
     for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
-        logits = F.linear(h, weight).float()  # (rows, V)
-        parts.append(F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="none"))
-    return torch.cat(parts)
+        loss = _exponentials(_logits(h, weight, room), y, part)[0]
+        losses.append(loss.masked_fill(y == IGNORE, 0))
+    return torch.cat(losses)
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -84,11 +143,12 @@ class _ChunkedSum(torch.autograd.Function):
 
     The gradient of the sum with respect to a chunk's logits is softmax(logits) - onehot(label),
     known as soon as the logits are. The matrix products run in `dtype` (that of autocast); softmax
-    and sums in float32.
+    and sums in float32. Where several processes have parts of the head, each makes the logits of
+    its part, and they exchange three numbers per token.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, labels, dtype, part):  # type: ignore[no-untyped-def]
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -99,19 +159,17 @@ class _ChunkedSum(torch.autograd.Function):
             w = F.pad(w, (0, 0, 0, unused)) if unused else w
             if dtype == torch.float16:  # whose products of more rows could overflow
                 rows = min(rows, 1024)
+            room = _room(min(rows, len(labels)), w, dtype)
             for start in range(0, len(labels), rows):
                 h, y = hidden[start : start + rows].to(dtype), labels[start : start + rows]
                 scored = y != IGNORE
-                target = y.where(scored, 0)[:, None]  # (rows, 1)
-                logits = (h @ w.T).float()  # (rows, V), and the unused ones
+                logits = _logits(h, w, room)  # (rows, V), and the unused ones
                 logits[:, len(weight) :] = -math.inf
-                top, right = logits.amax(-1, keepdim=True), logits.gather(1, target)
-                share = logits.sub_(top).exp_()  # of the softmax, once divided; in place
-                z = share.sum(-1, keepdim=True)
-                total += ((top + z.log() - right).squeeze(1) * scored).sum()
-                once = scored[:, None].float()
-                share.mul_(once / z).scatter_add_(1, target, -once)
-                d_logits = share.to(dtype)
+                loss, scale, column, here = _exponentials(logits, y, part)
+                total += (loss * scored).sum()
+                logits.mul_((scale * scored)[:, None])  # exponentials become probabilities
+                logits.scatter_add_(1, column, -(scored & here).float()[:, None])
+                d_logits = logits.to(dtype)
                 if d_hidden is not None:
                     d_hidden[start : start + rows] = d_logits @ w
                 if d_weight is not None:
@@ -119,7 +177,9 @@ class _ChunkedSum(torch.autograd.Function):
                         d_weight.addmm_(d_logits.T, h)
                     else:
                         d_weight += (d_logits.T @ h)[: len(weight)]
-                del logits, share, d_logits  # before the next chunk takes as much
+                del logits, d_logits  # before the next chunk takes as much
+            if d_hidden is not None:
+                d_hidden = part.add(d_hidden)
         ctx.save_for_backward(d_hidden, d_weight)
         return total
 
@@ -128,4 +188,4 @@ class _ChunkedSum(torch.autograd.Function):
         # In place, since a second d_weight would be the largest tensor of the step. A second
         # backward pass, which would scale it again, is refused by autograd: the saved one changed.
         d_hidden, d_weight = (None if d is None else d.mul_(d_total) for d in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None

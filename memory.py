@@ -41,16 +41,25 @@ class Need:
 def estimate(args: Settings, device: Device, batch_size: int | None = None) -> Need:
     """What training with these settings needs, for micro-batches of batch_size sequences."""
     size = batch_size or args.batch_size
-    weights = 4.0 * _numbers(args.model)
-    matrices = 4.0 * _block_numbers(args.model) if args.optimizer == "muon" else 0.0
+    parts = args.tensor_parallel_size * (_data_world(args) if args.parallel == "fsdp" else 1)
+    weights = 4.0 * _numbers(args.model) / parts
+    matrices = 4.0 * _block_numbers(args.model) / parts if args.optimizer == "muon" else 0.0
     activations = _activations(args, device.precision, size)
+    if args.parallel == "fsdp":  # of one block at a time, and the embeddings, whole
+        c, split = args.model, args.tensor_parallel_size
+        block = _block_numbers(c) / c.n_layers
+        activations += 8.0 * (_numbers(c) - _block_numbers(c) + block) / split
     return Need(weights, weights, 2 * weights - matrices, activations)
+
+
+def _data_world(args: Settings) -> int:
+    """Ranks that see data of their own, as the sizes of the batch say."""
+    return max(1, args.global_batch_size // (args.batch_size * max(1, args.grad_accum_steps)))
 
 
 def fit_micro_batch(
     args: Settings,
     device: Device,
-    world: int = 1,
     local_world: int = 1,
     agree: Callable[..., list[int]] = lambda *wishes: list(wishes),
 ) -> Settings:
@@ -68,7 +77,7 @@ def fit_micro_batch(
             "--micro-batch auto: this system does not say how much memory is free; "
             "give --batch-size instead"
         )
-    rows = args.global_batch_size // world
+    rows = args.global_batch_size // _data_world(args)
     limit = _USABLE * free_memory_of(device) / (local_world if device.torch.type == "cpu" else 1)
     sizes = [n for n in range(1, rows + 1) if rows % n == 0]
     fitting = [n for n in sizes if estimate(args, device, n).total <= limit]
@@ -103,14 +112,17 @@ def _numbers(c: GPTConfig) -> int:
 
 def _activations(args: Settings, precision: str, batch_size: int) -> float:
     """Bytes kept between the forward and the backward pass, the gradient of the head among them."""
-    c, half = args.model, precision != "fp32"
-    block = _BLOCK[c.arch][half] * c.d_model + (2 if half else 4) * c.d_ff
+    c, half, split = args.model, precision != "fp32", args.tensor_parallel_size
+    # Under tensor parallelism each rank has its heads' QKV and its part of the MLP, but all of a
+    # block's two inputs.
+    inner = (_BLOCK[c.arch][half] - 8) * c.d_model + (2 if half else 4) * c.d_ff
+    block = 8 * c.d_model + inner / split
     layers = block * c.n_layers
     if c.use_activation_checkpoint:  # the inputs of all blocks, and one block that keeps it all
         norms_and_activation = (4 if half else 8) * c.d_model + (2 if half else 4) * c.d_ff
         layers = 4 * c.d_model * c.n_layers + block + norms_and_activation
     ends = 16 * c.d_model  # the embedding, the last norm, and the gradient of what it gives
-    head = 4.0 * c.vocab_size * c.d_model
+    head = 4.0 * c.vocab_size * c.d_model / split
     if half:  # autocast's copies of the weights
-        head += 2.0 * _block_numbers(c)
-    return batch_size * args.seq_len * (layers + ends) + head + workspace_bytes(c.vocab_size)
+        head += 2.0 * _block_numbers(c) / split
+    return batch_size * args.seq_len * (layers + ends) + head + workspace_bytes(c.vocab_size, half)

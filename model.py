@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig
-from loss import IGNORE, next_token_loss, token_losses
+from loss import IGNORE, WHOLE_HEAD, next_token_loss, token_losses
 
 
 def ngram_table_rows(ids: Tensor, rows: int) -> Tensor:
@@ -173,7 +173,8 @@ class GPTModel(nn.Module):
     2019). modern: rotary positions, RMSNorm, QK-norm, squared ReLU, no biases, separate head,
     zero-initialised projections.
 
-    seed: of the initial weights; None draws them from torch's global generator.
+    seed: of the initial weights; None draws them from torch's global generator. shapes: of all
+    parameters when they are whole, by name, wherever their parts come to lie.
     """
 
     cos: Tensor
@@ -186,7 +187,7 @@ class GPTModel(nn.Module):
                 "vocab_size=0 stands for the tokenizer's; give its number to build a model"
             )
         gpt2 = config.arch == "gpt2"
-        self.config = config
+        self.config, self.head_part = config, WHOLE_HEAD
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.ngrams = nn.Embedding(config.ngram_rows, config.d_model) if config.ngram_rows else None
         self.wpe = nn.Embedding(config.max_position_embeddings, config.d_model) if gpt2 else None
@@ -200,6 +201,7 @@ class GPTModel(nn.Module):
             )
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
+        self.shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
         self.init_weights(None if seed is None else torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
@@ -238,6 +240,7 @@ class GPTModel(nn.Module):
         labels: Tensor | None = None,
         reduction: str = "mean",
         return_logits: bool = True,
+        logits_to_keep: int = 0,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits (B, T, V) or None, loss or None). The shift is inside: position t predicts
         labels[:, t + 1].
@@ -245,18 +248,20 @@ class GPTModel(nn.Module):
         input_ids (B, T) int64; attention_mask (B, T), 0 = padding, neither attended to nor scored;
         labels (B, T) int64, -100 = not scored. reduction of the loss, nats per token: "mean" or
         "sum", () float32; "none", (B, T - 1) float32 without gradients. With return_logits=False
-        they are never made. Raises ValueError for too long input.
+        they are never made; logits_to_keep: only those of so many last positions, 0 = of all.
+        Raises ValueError for too long input.
         """
         hidden = self.hidden_states(input_ids, attention_mask)
-        weight = self.output_weight
-        logits = F.linear(hidden, weight) if return_logits else None
+        weight, part = self.output_weight, self.head_part
+        last = hidden[:, -logits_to_keep:]
+        logits = part.join(F.linear(last, weight)) if return_logits else None
         if labels is None:
             return logits, None
         if attention_mask is not None:
             labels = labels.masked_fill(attention_mask == 0, IGNORE)
         if reduction == "none":
-            return logits, token_losses(hidden, weight, labels)
-        total, count = next_token_loss(hidden, weight, labels)
+            return logits, token_losses(hidden, weight, labels, part)
+        total, count = next_token_loss(hidden, weight, labels, part)
         return logits, total if reduction == "sum" else total / count.clamp(min=1)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -295,8 +300,8 @@ class GPTModel(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def num_parameters(self) -> int:
-        """Trainable numbers, a tied matrix counted once."""
-        return sum(p.numel() for p in self.parameters())
+        """Trainable numbers of the whole model, a tied matrix counted once."""
+        return sum(map(math.prod, self.shapes.values()))
 
 
 def causal_and_padding(attention_mask: Tensor | None) -> Tensor | None:

@@ -14,10 +14,10 @@ import re
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoint import (
     check_space,
@@ -30,32 +30,41 @@ from checkpoint import (
 from checkpoint_file import tensor_bytes
 from config import Settings, UserError
 from device import Device, environment, free_memory
+from model import GPTModel
 from step import RunState
 
 _LABELS = r"previous|best|step\d+"
 
 
+class Parts(Protocol):
+    """Where each rank has a part of each tensor: see `distributed.Spread`."""
+
+    def gather(self, name: str, tensor: Tensor) -> Tensor: ...
+    def part(self, name: str, whole: Tensor) -> Tensor: ...
+
+
 class Saver:
-    """Saves one run. On ranks other than 0 it only loads; what it has to say goes to
-    `state.notes`.
+    """Saves one run. Ranks other than 0 only load, and give their parts of what rank 0 writes.
+    What it has to say goes to `state.notes`.
     """
 
     def __init__(
         self,
         args: Settings,
-        model: nn.Module,
+        model: GPTModel,
         optimizer: torch.optim.Optimizer,
         state: RunState,
         data: dict[str, Any],
         device: Device,
         rank: int = 0,
         world: int = 1,
+        parts: Parts | None = None,
     ) -> None:
         """Takes the lock on the checkpoint path, which is kept until the process ends. Raises
-        UserError where it can't save.
+        UserError where it can't save. parts: where ranks have parts of the model.
         """
         self.args, self.model, self.optimizer, self.state = args, model, optimizer, state
-        self.data, self.rank, self.device = data, rank, device
+        self.data, self.rank, self.device, self.parts = data, rank, device, parts
         self.environment = environment(device, world)
         self.path = Path(args.checkpoint_path)
         self.saved_at = time.monotonic()
@@ -65,7 +74,7 @@ class Saver:
         if rank == 0:
             self.lock = claim(self.path)
             try:
-                check_space(target_of(self.path).parent, 3 * tensor_bytes(model.state_dict()))
+                check_space(target_of(self.path).parent, 12 * model.num_parameters())
             except OSError as reason:
                 raise UserError(
                     f"cannot save to {self.path}: {reason}; free space or change --checkpoint-path"
@@ -100,7 +109,10 @@ class Saver:
 
     def _load(self, file: Path) -> None:
         args, state = self.args, self.state
-        load_checkpoint(file, self.model, self.optimizer, state, self.data, args, self.environment)
+        load_checkpoint(
+            file, self.model, self.optimizer, state, self.data, args, self.environment,
+            self.parts.part if self.parts else None,
+        )  # fmt: skip
 
     @property
     def overdue(self) -> bool:
@@ -112,20 +124,23 @@ class Saver:
         """Saves the current step; returns the seconds that this took of the run's time. A save that
         fails is noted, and the run goes on.
         """
-        if self.rank:
+        if self.rank and self.parts is None:
             return 0.0
         start = time.perf_counter()
         self.finish()
         self.saved_at = time.monotonic()
         content = content_of(
-            self.model, self.optimizer, self.state, self.args, self.data, self.environment
-        )
+            self.model, self.optimizer, self.state, self.args, self.data, self.environment,
+            self._gather,
+        )  # fmt: skip
+        if self.rank:
+            return 0.0
         step, keep = self.state.step, self.args.keep_every
         labels = ["best"] if self.state.at_best else []
         labels += [f"step{step:06d}"] if keep and step % keep == 0 else []
         if self._in_background(tensor_bytes(content)):
             try:
-                content = self._snapshot(content)
+                content = content if self.parts else self._snapshot(content)
                 self.writing = threading.Thread(target=self._write, args=(content, step, labels))
                 self.writing.start()
                 return time.perf_counter() - start
@@ -134,6 +149,13 @@ class Saver:
                 self.state.notes.append(f"no memory to save in the background ({reason})")
         self._write(content, step, labels)
         return time.perf_counter() - start
+
+    def _gather(self, name: str, tensor: Tensor) -> Tensor:
+        """All of it, and where ranks have parts, as a copy on the CPU of rank 0."""
+        if self.parts is None:
+            return tensor
+        whole = self.parts.gather(name, tensor)
+        return whole if self.rank else whole.to("cpu", copy=whole is tensor)
 
     def _snapshot(self, content: dict[str, Any]) -> dict[str, Any]:
         cuda = self.device.torch.type == "cuda"

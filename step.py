@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -20,6 +20,38 @@ from shards import hash_of
 
 _FP16_RETRIES = 30  # 2**16, the first scale, is then below 2**-14: the gradients are broken
 _BAD_UPDATES_IN_A_ROW = 5
+_GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0, 0.5, 2000  # of the fp16 loss scale
+Clip = Callable[[Iterable[nn.Parameter], float], Tensor]
+
+
+@dataclass
+class LossScale:
+    """What an fp16 loss is multiplied with, so that small gradients are not lost: halved when one
+    overflows, doubled after 2000 updates without (Micikevicius et al. 2018, sec. 3.2).
+
+    torch.amp.GradScaler does the same, but looks at the gradients of this process alone: ranks that
+    have different parts of them would go on with different scales.
+    """
+
+    enabled: bool
+    scale: float = 2.0**16
+    good: int = 0  # updates since the last that overflowed
+
+    def update(self, bad: bool) -> None:
+        """After an update, or one that failed: bad."""
+        self.good = 0 if bad else self.good + 1
+        self.scale *= _BACKOFF if bad else _GROWTH if self.good == _GROWTH_INTERVAL else 1.0
+        self.good %= _GROWTH_INTERVAL
+
+    def state_dict(self) -> dict[str, float]:
+        """With the names of GradScaler; empty where there is no scaling."""
+        constants = {"growth_factor": _GROWTH, "backoff_factor": _BACKOFF}
+        state = {"scale": self.scale, **constants, "growth_interval": _GROWTH_INTERVAL}
+        return {**state, "_growth_tracker": self.good} if self.enabled else {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continues that of a checkpoint."""
+        self.scale, self.good = float(state["scale"]), int(state["_growth_tracker"])
 
 
 @dataclass
@@ -32,9 +64,7 @@ class RunState:
     best_step: int = -1  # at which that was measured
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # tells runs apart
     wandb_run_id: str = ""
-    scaler: torch.amp.GradScaler = field(
-        default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
-    )
+    scaler: LossScale = field(default_factory=lambda: LossScale(enabled=False))
     bad_in_row: Tensor | None = None  # () float32: updates skipped since the last good one
     skipped: Tensor | None = None  # () float32: updates skipped since this process started
     stop: int = 0  # the signal that ends the run, on all ranks after the same step
@@ -59,9 +89,7 @@ class RunState:
     @classmethod
     def fresh(cls, device: Device) -> RunState:
         """The state of a run that has not begun; fp16 gets its loss scaler."""
-        return cls(
-            scaler=torch.amp.GradScaler(device.torch.type, enabled=device.precision == "fp16")
-        )
+        return cls(scaler=LossScale(enabled=device.precision == "fp16"))
 
 
 @dataclass(frozen=True)
@@ -114,31 +142,38 @@ def train_step(
     rank: int = 0,
     world: int = 1,
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
+    clip: Clip = nn.utils.clip_grad_norm_,
 ) -> StepStats:
     """One update on this rank's rows of the global batch; advances `state`.
 
     batch (rows, T) int64, split into micro-batches of args.batch_size. no_sync(): the context in
     which a backward pass keeps its gradients to itself; the last one of a step, outside of it,
-    averages them over the `world` ranks. With fp16, an update whose gradients overflow is tried
-    again with half the loss scale, so that neither the data nor the schedule moves on. Otherwise an
-    update with a non-finite gradient is skipped on all ranks, weights and moments untouched. Raises
-    UserError when that does not end.
+    averages them over the `world` ranks. clip(parameters, limit): scales the gradient down to a
+    norm of limit, and returns its norm before. With fp16, an update whose gradients overflow is
+    tried again with half the loss scale, so that neither the data nor the schedule moves on.
+    Otherwise an update with a non-finite gradient is skipped on all ranks, weights and moments
+    untouched. Raises UserError when that does not end.
     """
     lr = lr_at(state.step, args)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
     n_tokens = args.global_batch_size * (args.seq_len - 1)  # windows are always full
-    clip = args.grad_clip_norm or math.inf
+    limit = args.grad_clip_norm or math.inf
     for _ in range(_FP16_RETRIES):
         nll_sum = _backward(model, batch, args, state, device, rank, world / n_tokens, no_sync)
-        state.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if state.scaler.enabled:
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(1.0 / state.scaler.scale)
+        norm = clip(model.parameters(), limit)
         bad = (~norm.isfinite()).float()
         optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        state.scaler.update()
-        if not state.scaler.is_enabled() or not bad:
+        if not state.scaler.enabled:
+            break
+        state.scaler.update(bool(bad))
+        if not bad:
             break
     else:
         raise UserError(
@@ -159,10 +194,12 @@ def _backward(
     state: RunState,
     device: Device,
     rank: int,
-    scale: float,
+    weight: float,
     no_sync: Callable[[], AbstractContextManager[object]],
 ) -> Tensor:
-    """Adds the gradients of scale x the summed loss over the micro-batches; returns that sum."""
+    """Adds the gradients of weight x the summed loss over the micro-batches, times the loss scale
+    of fp16; returns that sum.
+    """
     micro_batches = batch.split(args.batch_size)
     nll_sum = torch.zeros((), device=device.torch)
     for i, ids in enumerate(micro_batches):
@@ -175,8 +212,9 @@ def _backward(
             with device.autocast():
                 nll = model(ids, labels=ids, reduction="sum", return_logits=False)[1]
             # A loss that is not finite makes the gradients so, and with them those of all ranks.
-            share = torch.where(nll.detach().isfinite(), scale, math.nan)
-            state.scaler.scale(nll * share).backward()
+            share = torch.where(nll.detach().isfinite(), weight, math.nan)
+            scale = state.scaler.scale if state.scaler.enabled else 1.0
+            (nll * (share * scale)).backward()
         nll_sum += nll.detach()
     return nll_sum
 

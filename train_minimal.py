@@ -18,7 +18,7 @@ from watch import Watch
 
 def main(args: Settings, watch: Watch) -> int:
     device = pick_device(args.device, args.precision)
-    tune(device, sparing=args.model.use_activation_checkpoint)
+    tune(device, args.model.use_activation_checkpoint, args.deterministic)
     train, val, args = open_data(args)  # fills in vocab_size,
     args = fit_micro_batch(args, device)  # and with --micro-batch auto the batch_size
     data = record_of(train, val)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,15 @@ def memory(kind: str) -> float:
         return 0.0
 
 
+def give_memory_back() -> None:
+    """Has the C library return what is free, so that what is taken from now on shows."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+
+
 class Side:
     """One side of a comparison, in a process of its own: `build(*arguments)` prepares there, and
     what it returns is run by each call.
@@ -69,14 +80,9 @@ class Side:
         self,
         build: Callable[..., Callable[[], Any]],
         *arguments: Any,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
-        before = dict(os.environ)
-        os.environ.update(environment or {})
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         self.pool.submit(_keep, build, arguments).result()
-        os.environ.clear()
-        os.environ.update(before)
 
     def __call__(self) -> Any:
         return self.pool.submit(_run_kept).result()

@@ -19,6 +19,7 @@ from benchmarks.common import (
     Side,
     build_matmul_peak,
     flops_per_token,
+    give_memory_back,
     in_new_process,
     medians,
     memory,
@@ -143,10 +144,6 @@ def bench_train(args: BenchSettings) -> list[dict[str, Any]]:
         "ours": Side(build_trainer, flags),
         "ours, recomputing": Side(build_trainer, [*flags, "--use-activation-checkpoint"]),
     }
-    if device.type == "cpu":  # torch's own switch, read as it is imported
-        with_huge_pages = {"THP_MEM_ALLOC_ENABLE": "1"}
-        again = [*flags, "--use-activation-checkpoint"]
-        sides["the same, huge pages"] = Side(build_trainer, again, environment=with_huge_pages)
     try:
         sides["Hugging Face"] = Side(build_hugging_face, gpt2_small(args.batch_size))
     except ImportError:
@@ -202,10 +199,11 @@ def build_loss(
     loss: Callable[..., Tensor], tokens: int, device: str, dtype: torch.dtype
 ) -> Callable[[], dict[str, float]]:
     """Loss and both gradients of `tokens` tokens: seconds, and GB beyond inputs and gradients."""
-    if device == "cpu":
-        tune(pick_device("cpu"))
     inputs = _loss_problem(tokens, device)
     given = [x.requires_grad_() for x in inputs[:2]]
+    give_memory_back()
+    if device == "cpu":
+        tune(pick_device("cpu"))
     before = memory("VmRSS") + sum(x.numel() * 4 / 1e6 for x in given)
 
     def run() -> dict[str, float]:

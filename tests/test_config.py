@@ -195,8 +195,9 @@ def test_resume_takes_typed_flags_over_saved_ones():
         (["--muon-momentum", "1"], "muon_momentum=1.0 must be at least 0 and below 1"),
         (["--micro-batch", "auto", "--batch-size", "4"], "--micro-batch auto chooses batch_size"),
         (["--micro-batch", "all"], "micro_batch='all' is not one of given, auto"),
-        (["--parallel", "fsdp"], "not available yet"),
-        (["--tensor-parallel-size", "2"], "not available yet"),
+        (["--parallel", "fsdp"], "are for several processes: torchrun"),
+        (["--tensor-parallel-size", "2"], "are for several processes: torchrun"),
+        (["--tensor-parallel-size", "3"], "tensor_parallel_size=3 does not divide n_heads=2; try"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(flags, said):

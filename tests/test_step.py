@@ -168,7 +168,7 @@ def test_several_skipped_updates_in_a_row_stop_the_run():
 
 def test_fp16_overflow_is_tried_again_and_moves_neither_data_nor_schedule():
     run = Run("--lr", "0.01", device=FP16)
-    scale = run.state.scaler.get_scale()
+    scale = run.state.scaler.scale
     tries = []
     original = run.model.forward
 
@@ -181,7 +181,7 @@ def test_fp16_overflow_is_tried_again_and_moves_neither_data_nor_schedule():
     stats = run.step()
     handle.remove()
     assert tries == [True] * 3
-    assert run.state.scaler.get_scale() == scale / 4
+    assert run.state.scaler.scale == scale / 4
     assert run.state.step == 1 and run.state.bad_in_row.item() == 0
     assert stats.lr == pytest.approx(0.01 / run.args.warmup_steps)  # that of the first update
     assert run.optimizer.state[run.model.wte.weight]["step"].item() == 1

@@ -1,0 +1,235 @@
+"""Many processes: who they are, how they connect, agree, and fail together. How a model is spread
+over them is in distributed.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from config import EvalSettings, Settings, UserError, flat
+from device import pick_device, use_threads
+from hang import HangGuard
+from watch import end_with_parent
+
+_PATIENT_SECONDS = 7200  # that a save, or reading a new text, may take
+_START_SECONDS = 60  # in which all ranks have to be there
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started; alone, it is rank 0 of 1."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # among the processes of this machine
+    local_world: int = 1  # how many those are
+    on_cpu: dist.ProcessGroup | None = None  # the same ranks, connected over the CPU
+    patient: dist.ProcessGroup | None = None  # and once more, for waiting longer than for a step
+    host: str = ""
+
+    def meet(self) -> None:
+        """Waits until all ranks are here, such as after rank 0 has saved, which may take
+        minutes.
+        """
+        if self.patient is not None:
+            dist.barrier(group=self.patient)
+
+    def agree(self, *wishes: int) -> list[int]:
+        """The largest of each wish over the ranks, so that they all do the same after the same
+        step. Goes over the CPU: a GPU is not waited for.
+        """
+        most = torch.tensor(wishes)
+        if self.on_cpu is not None:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.on_cpu)
+        return most.tolist()
+
+    def each(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        """What work(*arguments) returns here. Where it fails on some rank, all raise the same
+        UserError, which says on which. Some may take hours longer than others.
+        """
+        result, mistake = None, ""
+        try:
+            result = work(*arguments)
+        except UserError as reason:
+            mistake = str(reason)
+        found = self._all((mistake, self.host))
+        failed = {r: text for r, (text, _) in enumerate(found) if text}
+        if len(set(failed.values())) == 1 and len(failed) == self.world:
+            raise UserError(mistake)
+        if failed:
+            first = next(iter(failed))
+            where = {found[r][1] for r in failed}
+            if where & {host for text, host in found if not text}:
+                hint = ""
+            else:
+                hint = f"; the others have it: do all machines see the same files as {where.pop()}?"
+            raise UserError(f"rank {first} on {found[first][1]}: {failed[first]}{hint}")
+        return result  # type: ignore[return-value]
+
+    def must_agree(self, mine: Mapping[str, object]) -> None:
+        """Raises UserError on all ranks unless they have the same under each name."""
+        found = self._all({**mine, "host": self.host})
+        wrong = [name for name in mine if any(f.get(name) != mine[name] for f in found)]
+        wrong = sorted({n for names in self._all(wrong) for n in names})
+        if wrong:
+            each = "; ".join(
+                f"{name}: "
+                + ", ".join(f"{f.get(name)} on rank {r} ({f['host']})" for r, f in enumerate(found))
+                for name in wrong[:3]
+            )
+            raise UserError(
+                f"the ranks differ in {each}; do all see the same files, code and flags?"
+            )
+
+    def _all(self, mine: Any) -> list[Any]:
+        """What each rank has, in order."""
+        found = [mine] * self.world
+        if self.patient is not None:
+            dist.all_gather_object(found, mine, group=self.patient)
+        return found
+
+
+def identity(args: Settings, data: Mapping[str, Any], model: nn.Module) -> dict[str, object]:
+    """What has to be the same on all ranks before a run starts."""
+    bits = [int(p.detach().view(torch.int32).sum()) for p in model.parameters()]
+    known = {k: v for part in ("train", "val") for k, v in data[part].items() if k != "source"}
+    return {
+        "torch": str(torch.__version__),
+        **{f"--{k.replace('_', '-')}": v for k, v in flat(args).items()},
+        "data": hashlib.sha256(repr(known).encode()).hexdigest()[:12],
+        "initial weights": hashlib.sha256(repr(bits).encode()).hexdigest()[:12],
+    }
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process in the place of one that died (--max-restarts)."""
+    return _start_number() > 0
+
+
+def _start_number() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def ranks_of_torchrun() -> Ranks:
+    """As torchrun says in its environment variables."""
+    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    rank, world, local, here = (int(os.environ.get(name, default)) for name, default in names)
+    return Ranks(rank, world, local, here, host=socket.gethostname())
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other rank has said this before: what is wrong for all of them is said once."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or ranks_of_torchrun().world == 1:
+        return True
+    try:
+        store = _store_of_launcher()
+        key = hashlib.sha256(text.encode()).hexdigest()
+        return store.add(f"said{_start_number()}{key}", 1) == 1
+    except dist.DistError:  # the launcher is gone
+        return True
+
+
+@contextmanager
+def process_group(args: Settings | EvalSettings, alone: bool = False) -> Iterator[Ranks]:
+    """Connects the processes: NCCL between GPUs, Gloo otherwise. Raises UserError where another one
+    is not there, or gets lost.
+
+    Of the settings it takes device, threads and timeout_seconds. Without torchrun there is nothing
+    to connect, and a group of one is made only if asked for with alone.
+    """
+    ranks = ranks_of_torchrun()
+    started = "RANK" in os.environ
+    if not started and not alone:
+        yield ranks
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+    device = pick_device(args.device, local_rank=ranks.local_rank).torch
+    cuda = device.type == "cuda"
+    use_threads(args.threads, ranks.local_world)
+    timeout = datetime.timedelta(seconds=args.timeout_seconds)
+    try:
+        store: dist.Store = dist.HashStore()
+        if started:
+            soon = datetime.timedelta(seconds=_START_SECONDS)
+            store, _, _ = next(rendezvous("env://", timeout=soon))
+            # Ranks that torchrun started again would find addresses of those that died.
+            store = dist.PrefixStore(f"start{_start_number()}", store)
+            _await_all(store, ranks)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            timeout=timeout,
+            device_id=device if cuda else None,
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world,
+        )
+        on_cpu, patient = (
+            dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=seconds))
+            for seconds in (args.timeout_seconds, _PATIENT_SECONDS)
+        )
+        guard = _guard(ranks, args.timeout_seconds) if ranks.world > 1 else None
+        yield dataclasses.replace(ranks, on_cpu=on_cpu, patient=patient)
+        if guard is not None:
+            guard.end()
+    except (dist.DistError, RuntimeError, ValueError) as reason:
+        cause = " ".join(str(reason).split())
+        if isinstance(reason, dist.DistError) or "gloo" in cause or "rendezvous" in cause:
+            raise UserError(
+                f"no connection to the other ranks ({cause[:200]}); where one of them failed, its "
+                "own message says why"
+            ) from reason
+        raise
+    dist.destroy_process_group()
+
+
+def _await_all(store: dist.Store, ranks: Ranks) -> None:
+    """Returns when all ranks are there. Raises UserError that names those that are missing."""
+    store.set(f"here{ranks.rank}", ranks.host)
+    end = time.monotonic() + _START_SECONDS
+    while missing := [r for r in range(ranks.world) if not store.check([f"here{r}"])]:
+        if time.monotonic() > end:
+            raise UserError(
+                f"rank {', '.join(map(str, missing))} of {ranks.world} did not start within "
+                f"{_START_SECONDS} s; was the command given on every machine, with the same number "
+                "of processes?"
+            )
+        time.sleep(0.1)
+
+
+def _store_of_launcher() -> dist.TCPStore:
+    where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    wait = datetime.timedelta(seconds=10)
+    return dist.TCPStore(where, port, is_master=False, timeout=wait)
+
+
+def _guard(ranks: Ranks, timeout_seconds: int) -> HangGuard:
+    mine = dist.PrefixStore(f"guard{_start_number()}", _store_of_launcher())  # its thread's alone
+    return HangGuard(mine, ranks.rank, ranks.world, timeout_seconds)
+
+
+def sum_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum of a tensor over the ranks of a group, by default all, the same on each; alone, the
+    tensor itself.
+    """
+    if not dist.is_initialized():
+        return values
+    there = "cuda" if dist.get_backend(group) == "nccl" else values.device  # NCCL adds on GPUs only
+    total = values.to(there, copy=True)
+    dist.all_reduce(total, group=group)
+    return total.to(values.device)

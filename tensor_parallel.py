@@ -1,0 +1,182 @@
+"""Tensor parallelism: the matrices of blocks, the embedding and the head in parts, one per rank, on
+plain tensors (Shoeybi et al. 2019, sec. 3).
+
+The parts are ordinary parameters, so DDP, `fully_shard`, the fused optimizer and what model.py and
+loss.py do to save memory take them as they are. Torch's `parallelize_module` makes DTensors of
+them instead, which none of these but `fully_shard` takes; the tests use it as the reference.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from device import generator_of
+from loss import HeadPart
+from model import GPTModel
+from shards import hash_of
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension in which a parameter of GPTModel is split, None where every rank has it whole.
+
+    First matrices of a pair by output (so attention by heads: `qkv` is ordered head by head),
+    second ones by input, embedding and head by token id.
+    """
+    if re.search(r"(qkv|fc)\.(weight|bias)$|^(wte|lm_head)\.weight$", name):
+        return 0
+    return 1 if re.search(r"\.proj\.weight$", name) else None
+
+
+def part_of(whole: Tensor, dim: int, index: int, parts: int) -> Tensor:
+    """Part `index` of a tensor, a view: as torch.chunk divides, but the last ones may be empty."""
+    share = -(-whole.shape[dim] // parts)
+    start = min(share * index, whole.shape[dim])
+    return whole.narrow(dim, start, min(share, whole.shape[dim] - start))
+
+
+def split_model(model: GPTModel, group: dist.ProcessGroup) -> None:
+    """Leaves of each matrix the part of this rank, and puts the sums over ranks where they belong.
+    All ranks of the group start with the same model, and see the same batches.
+    """
+    rank, parts = group.rank(), group.size()
+    for name, p in list(model.named_parameters()):
+        dim = split_dim(name)
+        if dim is not None:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            own = part_of(p.detach(), dim, rank, parts).clone()
+            setattr(owner, name.rpartition(".")[2], nn.Parameter(own))
+    config = model.config
+    share = -(-config.vocab_size // parts)
+    start = min(share * rank, config.vocab_size)
+    model.wte = EmbeddingPart(model.wte, start, group)  # type: ignore[assignment]
+    model.head_part = HeadPart(
+        start,
+        lambda x: _stacked(x, group),
+        lambda x: _sum(x, group),
+        lambda x: _joined(x, config.vocab_size, group),
+    )
+    for layer, block in enumerate(model.blocks):
+        attn: Any = block.attn
+        mlp: Any = block.mlp
+        attn.qkv, mlp.fc = FirstPart(attn.qkv, group), FirstPart(mlp.fc, group)
+        attn.proj, mlp.proj = SecondPart(attn.proj, group), SecondPart(mlp.proj, group)
+        if config.dropout:
+            _draw_own_masks(attn, layer, rank)
+
+
+class FirstPart(nn.Module):
+    """A linear layer of which each rank computes some outputs, from the same input."""
+
+    def __init__(self, linear: nn.Linear, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.weight, self.bias, self.group = linear.weight, linear.bias, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out of this rank)."""
+        return F.linear(_Same.apply(x, self.group), self.weight, self.bias)
+
+
+class SecondPart(nn.Module):
+    """A linear layer of which each rank has some inputs, and all get the same output."""
+
+    def __init__(self, linear: nn.Linear, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.weight, self.bias, self.group = linear.weight, linear.bias, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in of this rank) to (..., out); the bias is added once."""
+        y = _Added.apply(F.linear(x, self.weight), self.group)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class EmbeddingPart(nn.Module):
+    """An embedding of which each rank has the rows of some ids."""
+
+    def __init__(self, embedding: nn.Embedding, start: int, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.weight, self.start, self.group = embedding.weight, start, group
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 to (B, T, C)."""
+        own = ids - self.start
+        here = (own >= 0) & (own < len(self.weight))
+        rows = F.embedding(own.where(here, 0), self.weight) * here[..., None]
+        return _Added.apply(rows, self.group)
+
+
+class _Same(torch.autograd.Function):
+    """What all ranks have the same, and use for different things: gradients add up."""
+
+    @staticmethod
+    def forward(ctx, x, group):  # type: ignore[no-untyped-def]
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, d):  # type: ignore[no-untyped-def]
+        return _sum(d, ctx.group), None
+
+
+class _Added(torch.autograd.Function):
+    """The sum over ranks, which all use for the same: the gradient of each part is the whole."""
+
+    @staticmethod
+    def forward(ctx, x, group):  # type: ignore[no-untyped-def]
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx, d):  # type: ignore[no-untyped-def]
+        return d, None
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _stacked(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x of every rank: (parts, *x.shape)."""
+    found = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(found, x.contiguous(), group=group)
+    return torch.stack(found)
+
+
+def joined(part: Tensor, dim: int, size: int, group: dist.ProcessGroup) -> Tensor:
+    """The whole of which every rank has a part (see `part_of`), on every rank: `size` in `dim`."""
+    share = -(-size // group.size())
+    padded = part.new_zeros(*part.shape[:dim], share, *part.shape[dim + 1 :])
+    padded.narrow(dim, 0, part.shape[dim]).copy_(part)
+    found = [torch.empty_like(padded) for _ in range(group.size())]
+    dist.all_gather(found, padded, group=group)
+    return torch.cat(found, dim).narrow(dim, 0, size)  # only the last ones have padding
+
+
+def _joined(logits: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
+    if logits.requires_grad:
+        raise RuntimeError("whole logits with gradients are not made under tensor parallelism")
+    return joined(logits, logits.ndim - 1, size, group)
+
+
+def _draw_own_masks(attn: nn.Module, layer: int, rank: int) -> None:
+    """Has dropout inside attention differ between ranks, which have different heads. All other
+    masks are on what they have the same, and must be the same.
+    """
+    saved = []
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        draw = generator_of(args[0].device)
+        saved.append(draw.get_state())
+        draw.manual_seed(hash_of(draw.initial_seed(), layer, rank))
+
+    def after(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        generator_of(args[0].device).set_state(saved.pop())
+
+    attn.register_forward_pre_hook(before)
+    attn.register_forward_hook(after)
