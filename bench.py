@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.common import BenchSettings
 from benchmarks.files import bench_data, bench_prepare
+from benchmarks.layouts import bench_layouts, bench_processes, bench_tensor_parallel
 from benchmarks.recipe import bench_recipe
 from benchmarks.runs import bench_resume, bench_save
 from benchmarks.speed import (
@@ -42,6 +43,9 @@ VERBS: dict[str, Callable[[BenchSettings], Rows | tuple[Rows, str]]] = {
     "prepare": bench_prepare,
     "resume": bench_resume,
     "save": bench_save,
+    "layouts": bench_layouts,
+    "processes": bench_processes,
+    "tp": bench_tensor_parallel,
 }
 
 

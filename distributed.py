@@ -5,7 +5,9 @@ What is whole on one process is put together here, and taken apart. Processes th
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -40,18 +42,19 @@ class Spread:
         self.sharded = args.parallel == "fsdp"
         self.rank, self.world = ranks.rank // self.split, ranks.world // self.split
         # Ranks that share layers talk most, so they are neighbours, on one machine where they fit.
-        mesh = init_device_mesh(
-            device.torch.type, (self.world, self.split), mesh_dim_names=("data", "layers")
-        )
-        self.data, self.layers = mesh["data"], mesh["layers"]
+        grid = torch.arange(ranks.world).view(self.world, self.split)
+        wait = datetime.timedelta(seconds=args.timeout_seconds)
+        self.data, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), wait)
+        self.layers, _ = dist.new_subgroups_by_enumeration(grid.tolist(), wait)
+        self.mesh = DeviceMesh.from_group(self.data, device.torch.type)
         self.net = self._wrap(args)
 
     def _wrap(self, args: Settings) -> nn.Module:
         model, device = self.model, self.device
         if self.split > 1:
-            split_model(model, self.layers.get_group())
+            split_model(model, self.layers)
         if self.sharded:
-            shard(model, self.data, device)
+            shard(model, self.mesh, device)
             return model
         model.to(device.torch)
         return replicate(model, self.data, args, device) if self.world > 1 else model
@@ -64,7 +67,7 @@ class Spread:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the ranks that see other data."""
-        return sum_ranks(values, self.data.get_group())
+        return sum_ranks(values, self.data)
 
     def summed(self, stats: StepStats) -> StepStats:
         """The stats of a step over all ranks; n_tokens, lr and grad_norm are already global."""
@@ -84,7 +87,7 @@ class Spread:
         squares = torch.stack([_sum_of_squares(grads[k], self.device) for k in (True, False)])
         if self.sharded:
             squares = self.sum(squares)
-        norm = (sum_ranks(squares[0], self.layers.get_group()) + squares[1]).sqrt()
+        norm = (sum_ranks(squares[0], self.layers) + squares[1]).sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads[True] + grads[False], scale)
         return norm
@@ -108,7 +111,7 @@ class Spread:
             return own
         p = self.model.get_parameter(name)
         return DTensor.from_local(
-            own, self.data, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride()
+            own, self.mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride()
         )
 
     def divide(self, work: Callable[[Tensor], Tensor], name: str, stack: Tensor) -> Tensor:
@@ -129,21 +132,21 @@ class Spread:
         if self.sharded:
             rows = shape[0]
             if dim == 0:
-                rows = len(part_of(torch.empty(rows), 0, self.layers.get_local_rank(), self.split))
-            tensor = joined(tensor, offset, rows, self.data.get_group())
+                rows = len(part_of(torch.empty(rows), 0, self.layers.rank(), self.split))
+            tensor = joined(tensor, offset, rows, self.data)
         if dim is not None:
-            tensor = joined(tensor, offset + dim, shape[dim], self.layers.get_group())
+            tensor = joined(tensor, offset + dim, shape[dim], self.layers)
         return tensor
 
     def _own(self, name: str, whole: Tensor, offset: int) -> Tensor:
         dim = split_dim(name) if self.split > 1 else None
         if dim is not None:
-            whole = part_of(whole, offset + dim, self.layers.get_local_rank(), self.split)
+            whole = part_of(whole, offset + dim, self.layers.rank(), self.split)
         return part_of(whole, offset, self.rank, self.world) if self.sharded else whole
 
 
 def replicate(
-    model: GPTModel, data: DeviceMesh, args: Settings, device: Device
+    model: GPTModel, group: dist.ProcessGroup, args: Settings, device: Device
 ) -> DistributedDataParallel:
     """The same model, with a backward pass that averages gradients over the ranks. Buffers are
     constants here and never sent.
@@ -152,7 +155,7 @@ def replicate(
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {name: False}  # renamed in torch 2.13
     ids = [device.torch.index] if device.torch.type == "cuda" else None
-    options |= {"device_ids": ids, "process_group": data.get_group()}
+    options |= {"device_ids": ids, "process_group": group}
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
     # After its first backward pass DDP sorts gradients into other buckets, in which three or more
     # ranks add them in another order. So that a resumed run adds as the one that did not stop, that
@@ -161,19 +164,21 @@ def replicate(
     return ddp
 
 
-def shard(model: GPTModel, data: DeviceMesh, device: Device) -> None:
+def shard(model: GPTModel, mesh: DeviceMesh, device: Device) -> None:
     """Leaves of each parameter, its gradient and its moments the rows of this rank (Zhao et al.
     2023). The matrices of a block come together for the time of its computing, in the precision of
     the computation; norms and embeddings stay whole in float32 until the step is done, as autocast
     has them without sharding. Gradients are added in float32.
     """
+    # Torch warns of changes in place to what a block's parts give. There are none in model.py.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(device.precision)
     policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
     groups: list[Any] = []
     for block in model.blocks:
         together: Any = [block.attn, block.mlp]
-        groups += fully_shard(together, mesh=data, mp_policy=policy)
-    for group in (*groups, fully_shard(model, mesh=data)):
+        groups += fully_shard(together, mesh=mesh, mp_policy=policy)
+    for group in (*groups, fully_shard(model, mesh=mesh)):
         if device.torch.type == "cpu":  # Gloo has no average
             group.set_force_sum_reduction_for_comms(True)
 

@@ -1,5 +1,5 @@
-"""Many processes: who they are, how they connect, agree, and fail together. How a model is spread
-over them is in distributed.py.
+"""Many processes: how they connect, agree, and fail together. How they find each other is in
+start.py, how a model is spread over them in distributed.py.
 """
 
 from __future__ import annotations
@@ -7,9 +7,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import os
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +16,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
 from config import EvalSettings, Settings, UserError, flat
 from device import pick_device, use_threads
 from hang import HangGuard
+from start import Start, by_torchrun, lost_ranks_are_one_line, meet, store_of_launcher
 from watch import end_with_parent
 
 _PATIENT_SECONDS = 7200  # that a save, or reading a new text, may take
-_START_SECONDS = 60  # in which all ranks have to be there
 _Result = TypeVar("_Result")
 
 
@@ -116,66 +113,32 @@ def identity(args: Settings, data: Mapping[str, Any], model: nn.Module) -> dict[
     }
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process in the place of one that died (--max-restarts)."""
-    return _start_number() > 0
-
-
-def _start_number() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def ranks_of_torchrun() -> Ranks:
-    """As torchrun says in its environment variables."""
-    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    rank, world, local, here = (int(os.environ.get(name, default)) for name, default in names)
-    return Ranks(rank, world, local, here, host=socket.gethostname())
-
-
-def first_to_say(text: str) -> bool:
-    """Whether no other rank has said this before: what is wrong for all of them is said once."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or ranks_of_torchrun().world == 1:
-        return True
-    try:
-        store = _store_of_launcher()
-        key = hashlib.sha256(text.encode()).hexdigest()
-        return store.add(f"said{_start_number()}{key}", 1) == 1
-    except dist.DistError:  # the launcher is gone
-        return True
-
-
 @contextmanager
-def process_group(args: Settings | EvalSettings, alone: bool = False) -> Iterator[Ranks]:
+def process_group(
+    args: Settings | EvalSettings, start: Start | None = None, alone: bool = False
+) -> Iterator[Ranks]:
     """Connects the processes: NCCL between GPUs, Gloo otherwise. Raises UserError where another one
     is not there, or gets lost.
 
-    Of the settings it takes device, threads and timeout_seconds. Without torchrun there is nothing
-    to connect, and a group of one is made only if asked for with alone.
+    Of the settings it takes device, threads and timeout_seconds. Without a launcher there is
+    nothing to connect, and a group of one is made only if asked for with alone.
     """
-    ranks = ranks_of_torchrun()
-    started = "RANK" in os.environ
-    if not started and not alone:
+    start = start or meet()
+    ranks = Ranks(start.rank, start.world, start.local_rank, start.local_world)
+    if not start.launched and not alone:
         yield ranks
         return
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if by_torchrun():
         end_with_parent()
     device = pick_device(args.device, local_rank=ranks.local_rank).torch
     cuda = device.type == "cuda"
     use_threads(args.threads, ranks.local_world)
-    timeout = datetime.timedelta(seconds=args.timeout_seconds)
-    try:
-        store: dist.Store = dist.HashStore()
-        if started:
-            soon = datetime.timedelta(seconds=_START_SECONDS)
-            store, _, _ = next(rendezvous("env://", timeout=soon))
-            # Ranks that torchrun started again would find addresses of those that died.
-            store = dist.PrefixStore(f"start{_start_number()}", store)
-            _await_all(store, ranks)
+    with lost_ranks_are_one_line():
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            timeout=timeout,
+            timeout=datetime.timedelta(seconds=args.timeout_seconds),
             device_id=device if cuda else None,
-            store=store,
+            store=start.store,
             rank=ranks.rank,
             world_size=ranks.world,
         )
@@ -183,44 +146,17 @@ def process_group(args: Settings | EvalSettings, alone: bool = False) -> Iterato
             dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=seconds))
             for seconds in (args.timeout_seconds, _PATIENT_SECONDS)
         )
-        guard = _guard(ranks, args.timeout_seconds) if ranks.world > 1 else None
-        yield dataclasses.replace(ranks, on_cpu=on_cpu, patient=patient)
+        guard = _guard(start, args.timeout_seconds) if ranks.world > 1 else None
+        host = socket.gethostname()
+        yield dataclasses.replace(ranks, on_cpu=on_cpu, patient=patient, host=host)
         if guard is not None:
             guard.end()
-    except (dist.DistError, RuntimeError, ValueError) as reason:
-        cause = " ".join(str(reason).split())
-        if isinstance(reason, dist.DistError) or "gloo" in cause or "rendezvous" in cause:
-            raise UserError(
-                f"no connection to the other ranks ({cause[:200]}); where one of them failed, its "
-                "own message says why"
-            ) from reason
-        raise
     dist.destroy_process_group()
 
 
-def _await_all(store: dist.Store, ranks: Ranks) -> None:
-    """Returns when all ranks are there. Raises UserError that names those that are missing."""
-    store.set(f"here{ranks.rank}", ranks.host)
-    end = time.monotonic() + _START_SECONDS
-    while missing := [r for r in range(ranks.world) if not store.check([f"here{r}"])]:
-        if time.monotonic() > end:
-            raise UserError(
-                f"rank {', '.join(map(str, missing))} of {ranks.world} did not start within "
-                f"{_START_SECONDS} s; was the command given on every machine, with the same number "
-                "of processes?"
-            )
-        time.sleep(0.1)
-
-
-def _store_of_launcher() -> dist.TCPStore:
-    where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    wait = datetime.timedelta(seconds=10)
-    return dist.TCPStore(where, port, is_master=False, timeout=wait)
-
-
-def _guard(ranks: Ranks, timeout_seconds: int) -> HangGuard:
-    mine = dist.PrefixStore(f"guard{_start_number()}", _store_of_launcher())  # its thread's alone
-    return HangGuard(mine, ranks.rank, ranks.world, timeout_seconds)
+def _guard(start: Start, timeout_seconds: int) -> HangGuard:
+    mine = dist.PrefixStore(f"guard {start.name}", store_of_launcher())  # its thread's alone
+    return HangGuard(mine, start.rank, start.world, timeout_seconds)
 
 
 def sum_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -14,9 +14,10 @@ from generate import sample
 from memory import fit_micro_batch
 from model import GPTModel
 from optim import make_optimizer
-from ranks import Ranks, first_to_say, identity, process_group, ranks_of_torchrun, restarted
+from ranks import Ranks, identity, process_group
 from run_log import RunLog
 from saver import Saver
+from start import begun, first_to_say, meet
 from step import RunState, check_finite, due, rehearse, train_step
 from watch import Watch
 
@@ -46,7 +47,8 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
     if state.step == 0:
         log.eval(state, evaluate(model, val, args.batch_size, device, rank, world, spread.sum))
     saver.begin()  # from here on the checkpoint path is this run's,
-    watch.begin()  # and a signal ends the run after its step, with a checkpoint
+    watch.begin()  # a signal ends the run after its step, with a checkpoint,
+    begun()  # and torchrun --max-restarts continues it
     while state.step < args.num_steps and not state.stop:  # step = updates finished, everywhere
         batch = batches(state.step)  # this rank's rows of it
         stats = train_step(
@@ -72,9 +74,9 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
 
 
 def launch(argv: list[str]) -> int:
-    world, again = ranks_of_torchrun().world, restarted()
-    args = parse_settings("train_ddp", argv, world, resumable_settings, again)
-    with Watch() as watch, process_group(args, alone=True) as ranks:
+    start = meet()  # all ranks
+    args = parse_settings("train_ddp", argv, start.world, resumable_settings, start.again)
+    with Watch() as watch, process_group(args, start, alone=True) as ranks:
         return main(args, watch, ranks)
 
 

@@ -7,6 +7,7 @@ import ctypes
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from config import GPTConfig, check_fields, flag
+from ranks import Ranks
 
 
 # fmt: off
@@ -51,6 +54,38 @@ def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
+
+
+def on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What work(ranks, *arguments) returns on rank 0 of so many new processes, connected by Gloo,
+    with one thread each.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = [(rank, world, folder, work, arguments) for rank in range(world)]
+        processes = [context.Process(target=_rank, args=each) for each in inputs]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError(f"exit codes {[p.exitcode for p in processes]}")
+        return torch.load(f"{folder}/result", weights_only=False)
+
+
+def _rank(
+    rank: int, world: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
+    everyone = dist.group.WORLD
+    result = work(Ranks(rank, world, rank, world, everyone, everyone, "here"), *arguments)
+    if rank == 0:
+        torch.save(result, f"{folder}/result")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def memory(kind: str) -> float:

@@ -6,20 +6,23 @@ Runs in processes of its own, which share one group for all layouts of a size.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import distributed  # noqa: E402
+import tensor_parallel  # noqa: E402
+from benchmarks.common import on_ranks  # noqa: E402
+from checkpoint import content_of, load_checkpoint, read_checkpoint, write_checkpoint  # noqa: E402
 from cli import parse_settings  # noqa: E402
 from dataset import open_data  # noqa: E402
 from device import Device  # noqa: E402
@@ -62,37 +65,6 @@ SGD, ADAMW = "--arch gpt2 --optimizer adamw --lr 0.5", "--arch gpt2 --optimizer 
 MUON = "--arch modern --optimizer muon --lr 0.02 --ngram-rows 301"
 
 
-def on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What work(ranks, *arguments) returns on rank 0 of so many connected processes."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = [(rank, world, folder, work, arguments) for rank in range(world)]
-        processes = [context.Process(target=_rank, args=each) for each in inputs]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise RuntimeError(f"exit codes {[p.exitcode for p in processes]}")
-        return torch.load(f"{folder}/result", weights_only=False)
-
-
-def _rank(
-    rank: int, world: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
-    ranks = Ranks(rank, world, rank, world, dist.group.WORLD, dist.group.WORLD, "here")
-    result = work(ranks, *arguments)
-    if rank == 0:
-        torch.save(result, f"{folder}/result")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 class SGDOfParts(torch.optim.Optimizer):
     """Plain gradient descent. It hides no wrong scale of a gradient, as AdamW does, and does not
     amplify rounding. (Torch's takes no `found_inf`, or none with DTensors.)
@@ -109,10 +81,9 @@ class SGDOfParts(torch.optim.Optimizer):
 class Run:
     """A run in one layout, without files."""
 
-    def __init__(
-        self, ranks: Ranks, flags: str, sgd: bool = False, precision: str = "fp32"
-    ) -> None:
+    def __init__(self, ranks: Ranks, flags: str, sgd: bool = False) -> None:
         args = parse_settings("train_ddp", [*TINY.split(), *flags.split()], ranks.world)
+        precision = "fp32" if args.precision == "auto" else args.precision
         self.device = Device(torch.device("cpu"), precision, "test")
         self.train, self.val, self.args = open_data(args)
         self.model = GPTModel(self.args.model, seed=7)
@@ -132,21 +103,11 @@ class Run:
         """Loss and gradient norm of one update."""
         s = self.spread
         batch = self.train.global_batch(self.state.step, self.args, s.rank, s.world)
-        stats = s.summed(
-            train_step(
-                s.net,
-                self.optimizer,
-                batch,
-                self.args,
-                self.state,
-                self.device,
-                s.rank,
-                s.world,
-                s.no_sync,
-                s.clip,
-            )  # fmt: skip
-        )
-        return float(stats.nll_sum) / stats.n_tokens, float(stats.grad_norm)
+        stats = train_step(
+            s.net, self.optimizer, batch, self.args, self.state, self.device,
+            s.rank, s.world, s.no_sync, s.clip,
+        )  # fmt: skip
+        return float(s.summed(stats).nll_sum) / stats.n_tokens, float(stats.grad_norm)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All of each."""
@@ -160,15 +121,62 @@ class Run:
         return found.loss, found.tokens
 
 
-def train_all(ranks: Ranks, names: list[str], kind: str, steps: int) -> dict[str, Any]:
-    """Each layout: its losses and norms, final weights, and validation of the initial weights."""
+def train_all(
+    ranks: Ranks, names: list[str], kind: str, steps: int, broken: str = ""
+) -> dict[str, Any]:
+    """Each layout: its losses and norms, final weights, and validation of the initial weights.
+    broken: one of BREAKAGES, to see that it shows.
+    """
     found = {}
+    if broken:
+        BREAKAGES[broken]()
     for name in names:
         run = Run(ranks, f"{kind} {LAYOUTS[name][1]}", sgd=kind == SGD)
         val = run.evaluate()
         losses, norms = zip(*(run.step() for _ in range(steps)), strict=True)
         found[name] = {"losses": losses, "norms": norms, "val": val, "weights": run.weights()}
     return found
+
+
+def _no_sum_of_gradients_of_inputs() -> None:
+    tensor_parallel._Same.backward = staticmethod(lambda ctx, d: (d, None))  # type: ignore
+
+
+def _no_sum_of_outputs() -> None:
+    tensor_parallel._Added.forward = staticmethod(lambda ctx, x, group: x)  # type: ignore
+
+
+def _no_sum_in_the_loss() -> None:
+    original = tensor_parallel.HeadPart
+    tensor_parallel.HeadPart = lambda start, gather, add, join: original(  # type: ignore
+        start, gather, lambda x: x, join
+    )
+
+
+def _no_sum_of_gradients() -> None:
+    Spread.no_sync = lambda self: torch.autograd.graph.save_on_cpu()  # type: ignore
+    original = torch.nn.parallel.DistributedDataParallel
+    distributed.replicate = lambda model, *rest: (
+        original(  # type: ignore
+            model, init_sync=False
+        ).module
+    )
+    distributed.shard = lambda model, data, device: [  # type: ignore
+        group.set_requires_gradient_sync(False) for group in [distributed.fully_shard(model)]
+    ]
+
+
+def _norm_of_one_part() -> None:
+    distributed.sum_ranks = lambda values, group=None: values  # type: ignore
+
+
+BREAKAGES: dict[str, Callable[[], None]] = {
+    "gradients of shared inputs": _no_sum_of_gradients_of_inputs,
+    "outputs of second parts": _no_sum_of_outputs,
+    "gradient of the loss's input": _no_sum_in_the_loss,
+    "gradients of data-parallel ranks": _no_sum_of_gradients,
+    "norm over parts": _norm_of_one_part,
+}
 
 
 def all_layouts(kind: str, steps: int = 30) -> dict[str, Any]:
@@ -197,6 +205,77 @@ def compare(found: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def validate_all(ranks: Ranks, names: list[str], tokens: int) -> dict[str, tuple[float, int]]:
+    """Validation loss of the same weights in each layout, and the tokens scored."""
+    found = {}
+    for name in names:
+        run = Run(ranks, f"{SGD} {LAYOUTS[name][1]} --val-max-tokens {tokens}")
+        found[name] = run.evaluate()
+    return found
+
+
+def count_collectives(ranks: Ranks, names: list[str]) -> dict[str, Counter[str]]:
+    """What ranks exchange in one update of each layout: kind of collective, and how often."""
+    found = {}
+    for name in names:
+        run = Run(ranks, f"{ADAMW} {LAYOUTS[name][1]}")
+        run.step()
+        batch = run.train.global_batch(1, run.args, run.spread.rank, run.spread.world)
+        s = run.spread
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            train_step(
+                s.net, run.optimizer, batch, run.args, run.state, run.device,
+                s.rank, s.world, s.no_sync, s.clip,
+            )  # fmt: skip
+        kinds = (event.name for event in record.events() if event.name.startswith("gloo:"))
+        found[name] = Counter(kind.removeprefix("gloo:") for kind in kinds)
+    return found
+
+
+def write_all(ranks: Ranks, names: list[str], kind: str, folder: str) -> None:
+    """A checkpoint of each layout, after two updates."""
+    for name in names:
+        run = Run(ranks, f"{kind} {LAYOUTS[name][1]}")
+        run.step(), run.step()
+        content = content_of(
+            run.model, run.optimizer, run.state, run.args, gather=run.spread.gather
+        )
+        if ranks.rank == 0:
+            write_checkpoint(f"{folder}/{name}.pt", content)
+
+
+def read_all(ranks: Ranks, names: list[str], kind: str, folder: str) -> dict[str, list[str]]:
+    """Of each layout: the files of which it has the weights and optimizer state, bit for bit."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        run = Run(ranks, f"{kind} {LAYOUTS[name][1]}")
+        found[name] = []
+        for file in sorted(Path(folder).glob("*.pt")):
+            load_checkpoint(file, run.model, run.optimizer, own_part=run.spread.part)
+            content = content_of(
+                run.model, run.optimizer, run.state, run.args, gather=run.spread.gather
+            )
+            written = read_checkpoint(file)
+            if all(_equal(content[k], written[k]) for k in ("model", "optimizer")):
+                found[name].append(file.stem)
+    return found
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    return torch.equal(a, b)
+
+
+def by_world(work: Callable[..., Any], names: list[str], *arguments: Any) -> dict[str, Any]:
+    """work(ranks, names, *arguments) for the layouts of each size, joined."""
+    found: dict[str, Any] = {}
+    for world in sorted({LAYOUTS[name][0] for name in names}):
+        some = [name for name in names if LAYOUTS[name][0] == world]
+        found |= on_ranks(world, work, some, *arguments) or {}
+    return found
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """As a table."""
     print("| " + " | ".join(rows[0]) + " |")
@@ -206,14 +285,53 @@ def show(rows: list[dict[str, Any]]) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def equal() -> None:
+    """Losses, norms and weights against one process."""
+    for title, kind in (("SGD", SGD), ("AdamW", ADAMW), ("Muon", MUON)):
+        print(f"\n{title}, 30 steps, largest relative difference from one process:\n")
+        show(compare(all_layouts(kind)))
+
+
+def validation() -> None:
+    """Validation loss of the same weights."""
+    found = by_world(validate_all, list(LAYOUTS), 100_000)
+    one = found["one process"][0]
+    show([{"layout": k, "loss": repr(v), "apart": abs(v - one) / one, "tokens": n}
+          for k, (v, n) in found.items()])  # fmt: skip
+
+
+def collectives() -> None:
+    """What is exchanged in an update."""
+    found = by_world(count_collectives, list(LAYOUTS))
+    kinds = sorted({kind for counts in found.values() for kind in counts})
+    show([{"layout": k, **{kind: v[kind] for kind in kinds}} for k, v in found.items()])
+
+
+def checkpoints() -> None:
+    """Written by each, read by each."""
+    for kind in (ADAMW, MUON):
+        names = [n for n in LAYOUTS if "," not in n]
+        with tempfile.TemporaryDirectory() as folder:
+            by_world(write_all, names, kind, folder)
+            found = by_world(read_all, names, kind, folder)
+        pairs = sum(map(len, found.values()))
+        print(f"{kind}: {len(names) ** 2} pairs of writer and reader, {pairs} bit-equal")
+
+
+PARTS = {
+    "equal": equal,
+    "validation": validation,
+    "collectives": collectives,
+    "checkpoints": checkpoints,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="*", default=["equal"])
+    parser.add_argument("part", nargs="*", default=list(PARTS), choices=[*PARTS, []])
     for part in parser.parse_args().part:
-        if part == "equal":
-            for title, kind in (("SGD", SGD), ("AdamW", ADAMW), ("Muon", MUON)):
-                print(f"\n{title}, 30 steps:\n")
-                show(compare(all_layouts(kind)))
+        print(f"\n{part}", flush=True)
+        PARTS[part]()
 
 
 if __name__ == "__main__":

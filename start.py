@@ -1,0 +1,166 @@
+"""How ranks find each other when they start, or are started again after one of them died: through
+the store of the launcher, torchrun or a batch system that sets RANK, WORLD_SIZE and MASTER_ADDR.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import socket
+import struct
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from config import UserError
+
+_START_SECONDS = 60.0  # in which all ranks have to be there
+_SIOCGIFADDR = 0x8915  # ioctl that asks for the address of an interface: netdevice(7)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Which process this is, and where it meets the others."""
+
+    store: dist.Store  # in which ranks that died have left nothing
+    name: str = ""  # of this start, the same on all ranks
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # among the processes of this machine
+    local_world: int = 1  # how many those are
+    launched: bool = False  # by torchrun or the like
+    again: bool = False  # torchrun has started all ranks anew, and they had begun to train before
+
+
+def meet() -> Start:
+    """Waits for all ranks. Raises UserError that names those that are missing."""
+    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    rank, world, local, here = (int(os.environ.get(name, default)) for name, default in names)
+    if "RANK" not in os.environ:
+        return Start(dist.HashStore())
+    with lost_ranks_are_one_line():
+        wait = datetime.timedelta(seconds=_START_SECONDS)
+        store, _, _ = next(rendezvous("env://", timeout=wait))
+        again = by_torchrun() and store_of_launcher().check(["begun"])
+        name = agree_on_name(store, rank, world)
+        _choose_interface(world > here)
+        return Start(dist.PrefixStore(name, store), name, rank, world, local, here, True, again)
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def begun() -> None:
+    """From here on there is something to continue, should torchrun start the ranks again."""
+    if by_torchrun():
+        store_of_launcher().set("begun", "1")
+
+
+def agree_on_name(store: dist.Store, rank: int, world: int) -> str:
+    """A name that no earlier start had. The store outlives ranks that died, and whatever they left
+    in it, such as their addresses, is under other names. Raises UserError where a rank is missing.
+
+    Rank 0 gives its own new name to all that it finds, until all of `world` have answered to it.
+    """
+    me, given = uuid.uuid4().hex, dict[int, str]()
+    store.set(f"rank{rank}", me)
+    end = time.monotonic() + _START_SECONDS + (5 if rank else 0)  # rank 0 knows more
+    while time.monotonic() < end:
+        if rank == 0:
+            for r in range(world):
+                if store.check([f"rank{r}"]) and given.get(r) != (one := _get(store, f"rank{r}")):
+                    given[r] = one
+                    store.set(f"leader of {one}", me)
+            there = [r for r, one in given.items() if r == 0 or store.check([f"{one} of {me}"])]
+            if len(there) == world:
+                store.set(f"go {me}", "1")
+                return me
+        elif store.check([f"leader of {me}"]):
+            leader = _get(store, f"leader of {me}")
+            store.set(f"{me} of {leader}", "1")
+            if store.check([f"go {leader}"]):
+                return leader
+        time.sleep(0.05)
+    missing = [0] if rank else sorted(set(range(world)) - set(there))
+    raise UserError(
+        f"rank {', '.join(map(str, missing))} of {world} did not start within "
+        f"{_START_SECONDS:.0f} s; was the command given on every machine, with the same number of "
+        "processes?"
+    )
+
+
+def _get(store: dist.Store, key: str) -> str:
+    return store.get(key).decode()
+
+
+def store_of_launcher() -> dist.TCPStore:
+    """A connection of its own to the store that all starts share."""
+    where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    wait = datetime.timedelta(seconds=10)
+    return dist.TCPStore(where, port, is_master=False, timeout=wait)
+
+
+@contextmanager
+def lost_ranks_are_one_line() -> Iterator[None]:
+    """What torch raises where another rank is not to be reached becomes a UserError."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError, ValueError) as reason:
+        cause = " ".join(str(reason).split())
+        if isinstance(reason, dist.DistError) or "gloo" in cause or "rendezvous" in cause:
+            raise UserError(
+                f"no connection to the other ranks ({cause[:200]}); where one of them failed, its "
+                "own message says why"
+            ) from reason
+        raise
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other rank has said this before: what is wrong for all of them is said once. Also
+    leaves it where torchrun looks for what to name at its end as the root cause.
+    """
+    if not by_torchrun():
+        return True
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = hashlib.sha256(f"{attempt} {text}".encode()).hexdigest()
+    try:
+        return store_of_launcher().add(f"said {key}", 1) == 1
+    except dist.DistError:  # the launcher is gone
+        return True
+
+
+def _choose_interface(several_machines: bool) -> None:
+    """Has Gloo talk to other machines over the network interface that leads to the first of them,
+    unless GLOO_SOCKET_IFNAME says which. Its own choice is that of this machine's name, which often
+    stands for the loopback interface.
+    """
+    if not several_machines or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        import fcntl
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing
+            mine = socket.inet_aton(probe.getsockname()[0])
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # one without an address
+                    request = struct.pack("256s", name.encode()[:15])
+                    if fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24] == mine:
+                        os.environ["GLOO_SOCKET_IFNAME"] = name
+    except (ImportError, OSError):
+        return  # not Linux, or IPv6 alone: Gloo chooses

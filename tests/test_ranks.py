@@ -1,0 +1,159 @@
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, toy_settings
+from test_distributed import TINY
+
+import start as start_module
+from benchmarks.common import on_ranks
+from config import UserError
+from model import GPTModel
+from ranks import Ranks, identity, sum_ranks
+from start import agree_on_name
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    yield
+    dist.destroy_process_group()
+
+
+def test_sums_stay_float64_and_leave_their_input_alone(group):
+    values = torch.tensor([1e9 + 0.25], dtype=torch.float64)
+    assert sum_ranks(values).item() == 1e9 + 0.25 and sum_ranks(values) is not values
+
+
+def test_ranks_agree_on_the_largest_wish(group):
+    assert Ranks().agree(15, 0) == [15, 0]
+    assert Ranks(on_cpu=dist.group.WORLD).agree(0, True) == [0, 1]
+
+
+def test_a_port_in_use_ends_with_one_line(program):
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        out = program("train_ddp.py", *TINY.split(), ok=False, **env)
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("error: no connection to the other ranks") and "Traceback" not in out
+
+
+def different(ranks):
+    """What each way of comparing says on all of two ranks that differ."""
+    ranks = dataclasses.replace(ranks, host=f"host{ranks.rank}")
+    said = []
+
+    def fails_on_one(path):
+        if ranks.rank == 1:
+            raise UserError(f"{path}: no such file")
+        return "data"
+
+    def fails_on_both(path):
+        raise UserError(f"{path}: no such file")
+
+    for work in (
+        lambda: ranks.each(fails_on_one, "a.txt"),
+        lambda: ranks.each(fails_on_both, "a.txt"),
+        lambda: ranks.must_agree({"torch": f"2.{ranks.rank}", "--seed": 3}),
+        lambda: ranks.must_agree({"torch": "2.13", "--seed": 3}),
+        lambda: ranks.each(len, "abc"),
+    ):
+        try:
+            said.append(work())
+        except UserError as reason:
+            said.append(str(reason))
+    everyone = [None] * ranks.world
+    dist.all_gather_object(everyone, said)
+    return everyone
+
+
+def test_what_is_wrong_on_one_rank_stops_all_with_its_name():
+    zero, one = on_ranks(2, different)
+    assert zero == one
+    assert zero[0] == (
+        "rank 1 on host1: a.txt: no such file; the others have it: do all machines see the same "
+        "files as host1?"
+    )
+    assert zero[1] == "a.txt: no such file"
+    assert zero[2].startswith("the ranks differ in torch: 2.0 on rank 0 (host0), 2.1 on rank 1 (ho")
+    assert zero[3:] == [None, 3]
+
+
+def test_identity_tells_one_changed_weight():
+    args = toy_settings()
+    data = {"train": {"fingerprint": "a", "source": "x"}, "val": {"fingerprint": "b"}}
+    model = GPTModel(args.model, seed=1)
+    before = identity(args, data, model)
+    assert identity(args, {**data, "train": {"fingerprint": "a", "source": "y"}}, model) == before
+    with torch.no_grad():
+        model.wte.weight[3, 3] += 1e-6
+    after = identity(args, data, model)
+    assert [k for k in before if before[k] != after[k]] == ["initial weights"]
+    assert identity(args, {**data, "val": {}}, model)["data"] != before["data"]
+
+
+def test_missing_ranks_are_named(monkeypatch):
+    monkeypatch.setattr(start_module, "_START_SECONDS", 0.3)
+    store = dist.HashStore()
+    store.set("rank1", "of a start before, whose process is gone")
+    with pytest.raises(UserError, match=r"rank 1, 2 of 3 did not start within 0 s"):
+        agree_on_name(store, 0, 3)
+
+
+def test_ranks_that_start_again_meet_under_another_name():
+    store, names = dist.HashStore(), set()
+    for world in (3, 2, 3):  # the store stays, with what the starts before have left
+        with ThreadPoolExecutor(world) as pool:
+            found = list(pool.map(lambda r, w=world: agree_on_name(store, r, w), range(world)))
+        assert len(set(found)) == 1
+        names.add(found[0])
+    assert len(names) == 3
+
+
+def test_a_mistake_of_all_ranks_is_said_once(program):
+    out = program("train_ddp.py", *TINY.split(), "--n-heads", "3", ok=False, ranks=3)
+    assert out.count("n_heads=3 does not divide") == 2  # our line, and torchrun's at its end
+    assert "root cause" in out.lower()
+
+
+def test_data_that_one_rank_lacks_is_an_error_of_all(tmp_path, program):
+    # Two processes in different folders, as on two machines; no torchrun.
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    (tmp_path / "a/text.txt").write_text("to be or not to be. " * 2000)
+    command = [sys.executable, str(ROOT / "train_ddp.py"), "--train-data", "text.txt"]
+    env = {**program.env, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [*command, "--device", "cpu"], cwd=tmp_path / "ab"[rank], text=True,
+            env={**env, "RANK": str(rank), "LOCAL_WORLD_SIZE": "1"}, stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    start = time.monotonic()
+    said = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert time.monotonic() - start < 60
+    for text in said:
+        assert "error: rank 1 on" in text and "text.txt" in text and "Traceback" not in text
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch):
+    from device import use_threads
+
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    use_threads(0, 1)  # alone: torch's own choice
+    for threads, local_world in ((0, 2), (0, 3), (0, 16), (5, 1), (5, 2)):
+        use_threads(threads, local_world)
+    assert chosen == [4, 2, 1, 5, 5]
