@@ -16,16 +16,10 @@ from typing import Any
 from benchmarks.common import BenchSettings
 from benchmarks.files import bench_data, bench_prepare
 from benchmarks.layouts import bench_layouts, bench_processes, bench_tensor_parallel
+from benchmarks.parts import bench_eval, bench_generate, bench_loss, bench_optim
 from benchmarks.recipe import bench_recipe
 from benchmarks.runs import bench_resume, bench_save
-from benchmarks.speed import (
-    bench_eval,
-    bench_generate,
-    bench_growth,
-    bench_loss,
-    bench_optim,
-    bench_train,
-)
+from benchmarks.speed import bench_growth, bench_train
 from cli import parse_flags, run_script
 from config import UserError, choose
 

@@ -139,12 +139,19 @@ class TokenDataset(torch.utils.data.Dataset):
         """This rank's share of (input_ids, labels), each (B, T) int64, that score every token but
         the first once.
 
-        The last window may be short: the labels of its padding are -100, which is never scored.
+        The last window may be short: the labels of its padding are -100, which is never scored. All
+        ranks get the same number of batches, since they may have to compute them together: one that
+        has no window left gets one of padding.
         """
         stride = self.seq_len - 1
         count = math.ceil((self.num_tokens - 1) / stride)
-        for first in range(rank * batch_size, count, world * batch_size):
+        for start in range(0, count, world * batch_size):
+            first = start + rank * batch_size
             size = min(batch_size, count - first)
+            if size <= 0:
+                padding = torch.zeros(1, self.seq_len, dtype=torch.int64)
+                yield padding, padding - 100
+                continue
             position = self.start + first * stride
             stream = self.source.read(
                 position, min(self.stop - position, size * stride + 1)

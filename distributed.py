@@ -37,7 +37,7 @@ class Spread:
 
     def __init__(self, model: GPTModel, args: Settings, device: Device, ranks: Ranks) -> None:
         """Moves the model, which all ranks have the same, to the device and splits it in place."""
-        self.model, self.device = model, device
+        self.model, self.device, self.ranks = model, device, ranks
         self.split = args.tensor_parallel_size
         self.sharded = args.parallel == "fsdp"
         self.rank, self.world = ranks.rank // self.split, ranks.world // self.split
@@ -82,15 +82,23 @@ class Spread:
         grads: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, p in self.model.named_parameters():
             if p.grad is not None:
-                in_parts = self.split > 1 and split_dim(name) is not None
-                grads[in_parts].append(_local(p.grad))
+                grads[self.split > 1 and split_dim(name) is not None].append(_local(p.grad))
         squares = torch.stack([_sum_of_squares(grads[k], self.device) for k in (True, False)])
         if self.sharded:
             squares = self.sum(squares)
-        norm = (sum_ranks(squares[0], self.layers) + squares[1]).sqrt()
+        in_parts = sum_ranks(squares[0], self.layers) if self.split > 1 else squares[0]
+        norm = (in_parts + squares[1]).sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads[True] + grads[False], scale)
         return norm
+
+    def meet(self) -> None:
+        """Waits for all ranks, and has each keep its parts alone: FSDP leaves the outermost group
+        whole after an evaluation.
+        """
+        self.ranks.meet()
+        if isinstance(self.net, FSDPModule):
+            self.net.reshard()
 
     @property
     def parts(self) -> Spread | None:

@@ -62,7 +62,7 @@ def evaluate(
             nll = model(ids.to(there), None, labels.to(there), "none", return_logits=False)[1]
         scored = labels[:, 1:] != IGNORE
         s, n = nll.cpu().double().sum(1), scored.sum(1).double()  # (B,) nats, tokens of each window
-        sums[:6] += torch.stack((s, n, s * s, s * n, n * n, torch.ones_like(n))).sum(1)
+        sums[:6] += torch.stack((s, n, s * s, s * n, n * n, (n > 0).double())).sum(1)
         sums[6] += _bytes_of(labels[:, 1:][scored], val.tokenizer)
     model.train(was_training)
     nll, tokens, ss, sn, nn, windows, n_bytes = reduce(sums).tolist()

@@ -39,6 +39,7 @@ _LABELS = r"previous|best|step\d+"
 class Parts(Protocol):
     """Where each rank has a part of each tensor: see `distributed.Spread`."""
 
+    def meet(self) -> None: ...
     def gather(self, name: str, tensor: Tensor) -> Tensor: ...
     def part(self, name: str, whole: Tensor) -> Tensor: ...
 
@@ -128,6 +129,8 @@ class Saver:
             return 0.0
         start = time.perf_counter()
         self.finish()
+        if self.parts is not None:
+            self.parts.meet()
         self.saved_at = time.monotonic()
         content = content_of(
             self.model, self.optimizer, self.state, self.args, self.data, self.environment,
@@ -151,11 +154,11 @@ class Saver:
         return time.perf_counter() - start
 
     def _gather(self, name: str, tensor: Tensor) -> Tensor:
-        """All of it, and where ranks have parts, as a copy on the CPU of rank 0."""
+        """All of it. Where ranks have parts, a copy on the CPU of rank 0; others keep nothing."""
         if self.parts is None:
             return tensor
         whole = self.parts.gather(name, tensor)
-        return whole if self.rank else whole.to("cpu", copy=whole is tensor)
+        return torch.empty(0) if self.rank else whole.to("cpu", copy=whole is tensor)
 
     def _snapshot(self, content: dict[str, Any]) -> dict[str, Any]:
         cuda = self.device.torch.type == "cuda"

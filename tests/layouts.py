@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -121,15 +122,9 @@ class Run:
         return found.loss, found.tokens
 
 
-def train_all(
-    ranks: Ranks, names: list[str], kind: str, steps: int, broken: str = ""
-) -> dict[str, Any]:
-    """Each layout: its losses and norms, final weights, and validation of the initial weights.
-    broken: one of BREAKAGES, to see that it shows.
-    """
+def train_all(ranks: Ranks, names: list[str], kind: str, steps: int) -> dict[str, Any]:
+    """Each layout: its losses and norms, final weights, and validation of the initial weights."""
     found = {}
-    if broken:
-        BREAKAGES[broken]()
     for name in names:
         run = Run(ranks, f"{kind} {LAYOUTS[name][1]}", sgd=kind == SGD)
         val = run.evaluate()
@@ -138,45 +133,31 @@ def train_all(
     return found
 
 
-def _no_sum_of_gradients_of_inputs() -> None:
-    tensor_parallel._Same.backward = staticmethod(lambda ctx, d: (d, None))  # type: ignore
+def _alone(net: torch.nn.Module, *_: Any) -> torch.nn.Module:
+    return net
 
 
-def _no_sum_of_outputs() -> None:
-    tensor_parallel._Added.forward = staticmethod(lambda ctx, x, group: x)  # type: ignore
+# What is left out, in which layout it must show, and how: object, attribute, what to put there.
+BREAKAGES: dict[str, tuple[str, Any, str, Any]] = {
+    "gradients of what ranks have the same": (
+        "tp 2", tensor_parallel._Same, "backward", staticmethod(lambda ctx, d: (d, None)),
+    ),
+    "outputs of second parts": (
+        "tp 2", tensor_parallel._Added, "forward", staticmethod(lambda ctx, x, group: x),
+    ),
+    "norm of parts": ("fsdp 2", distributed.Spread, "sum", lambda self, x: x),
+    "norm of split layers": ("tp 2", distributed, "sum_ranks", lambda x, group=None: x),
+    "gradients under DDP": ("ddp 2", distributed, "replicate", _alone),
+}  # fmt: skip
 
 
-def _no_sum_in_the_loss() -> None:
-    original = tensor_parallel.HeadPart
-    tensor_parallel.HeadPart = lambda start, gather, add, join: original(  # type: ignore
-        start, gather, lambda x: x, join
-    )
-
-
-def _no_sum_of_gradients() -> None:
-    Spread.no_sync = lambda self: torch.autograd.graph.save_on_cpu()  # type: ignore
-    original = torch.nn.parallel.DistributedDataParallel
-    distributed.replicate = lambda model, *rest: (
-        original(  # type: ignore
-            model, init_sync=False
-        ).module
-    )
-    distributed.shard = lambda model, data, device: [  # type: ignore
-        group.set_requires_gradient_sync(False) for group in [distributed.fully_shard(model)]
-    ]
-
-
-def _norm_of_one_part() -> None:
-    distributed.sum_ranks = lambda values, group=None: values  # type: ignore
-
-
-BREAKAGES: dict[str, Callable[[], None]] = {
-    "gradients of shared inputs": _no_sum_of_gradients_of_inputs,
-    "outputs of second parts": _no_sum_of_outputs,
-    "gradient of the loss's input": _no_sum_in_the_loss,
-    "gradients of data-parallel ranks": _no_sum_of_gradients,
-    "norm over parts": _norm_of_one_part,
-}
+def break_all(ranks: Ranks) -> dict[str, Any]:
+    """Five updates with each of BREAKAGES."""
+    found = {}
+    for what, (layout, owner, name, broken) in BREAKAGES.items():
+        with mock.patch.object(owner, name, broken):
+            found[what] = train_all(ranks, [layout], SGD, 5)[layout]
+    return found
 
 
 def all_layouts(kind: str, steps: int = 30) -> dict[str, Any]:

@@ -1,0 +1,238 @@
+"""Speed and memory of single parts: the loss, the optimizers, evaluation and sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import (
+    BenchSettings,
+    Side,
+    build_matmul_peak,
+    flops_per_token,
+    give_memory_back,
+    in_new_process,
+    medians,
+    memory,
+    side_by_side,
+    synchronize,
+)
+from benchmarks.speed import device_of, gpt2_small
+from cli import parse_settings
+from dataset import ToyRandomDataset, open_data
+from device import pick_device, tune
+from eval import evaluate
+from generate import generate
+from loss import next_token_loss
+from model import GPTModel
+from optim import Muon, make_optimizer
+
+
+def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The summed loss with all logits at once."""
+    logits = F.linear(hidden, weight).float()[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Ours."""
+    return next_token_loss(hidden, weight, labels)[0]
+
+
+def _loss_problem(tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, tokens // 4 + 1, 768, generator=draw)
+    weight = torch.randn(50257, 768, generator=draw) * 0.05
+    labels = torch.randint(50257, hidden.shape[:2], generator=draw)
+    return hidden.to(device), weight.to(device), labels.to(device)
+
+
+def build_loss(
+    loss: Callable[..., Tensor], tokens: int, device: str, dtype: torch.dtype
+) -> Callable[[], dict[str, float]]:
+    """Loss and both gradients of `tokens` tokens: seconds, and GB beyond inputs and gradients."""
+    inputs = _loss_problem(tokens, device)
+    given = [x.requires_grad_() for x in inputs[:2]]
+    give_memory_back()
+    if device == "cpu":
+        tune(pick_device("cpu"))
+    before = memory("VmRSS") + sum(x.numel() * 4 / 1e6 for x in given)
+
+    def run() -> dict[str, float]:
+        synchronize(device)
+        start = time.perf_counter()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            value = loss(*inputs)
+        torch.autograd.grad(value, given)
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        if device == "cuda":
+            return {"seconds": seconds, "gb": torch.cuda.max_memory_allocated() / 1e9}
+        return {"seconds": seconds, "gb": (memory("VmHWM") - before) / 1e3}
+
+    return run
+
+
+def loss_errors(loss: Callable[..., Tensor], device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Relative errors against float64 of the loss and, in norm, of both gradients; 1024 tokens."""
+    hidden, weight, labels = _loss_problem(1024, device)
+
+    def values(h: Tensor, w: Tensor, way: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        given = (h.requires_grad_(), w.requires_grad_())
+        value = way(*given, labels)
+        return value.detach(), *torch.autograd.grad(value, given)
+
+    exact = values(hidden.double(), weight.double(), plain_float64)
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        found = values(hidden, weight, loss)
+    names = ("error_loss", "error_d_hidden", "error_d_weight")
+    return {
+        name: float((f.double() - e).norm() / e.norm())
+        for name, f, e in zip(names, found, exact, strict=True)
+    }
+
+
+def plain_float64(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The reference."""
+    logits = F.linear(hidden, weight)[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+
+
+def bench_loss(args: BenchSettings) -> list[dict[str, Any]]:
+    """The chunked loss against the plain one, 4096 tokens x 50257 x 768."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ways = {"plain": plain_loss, "chunked": chunked_loss}
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        sides = {k: Side(build_loss, way, 4096, device, dtype) for k, way in ways.items()}
+        for name, runs in side_by_side(sides, args.repeats).items():
+            errors = in_new_process(loss_errors, ways[name], device, dtype)
+            kind = f"{name}, {str(dtype).removeprefix('torch.')}"
+            rows.append({"side": kind, **medians(runs), **errors})
+    return rows
+
+
+def build_optimizer_step(flags: list[str], kind: str) -> Callable[[], float]:
+    """Seconds of one optimizer step with random gradients: "adamw", "muon" in float32, "bf16" for
+    the same with --bf16, or "torch" for torch.optim.Muon on the matrices and AdamW on the rest.
+    """
+    precision = "bf16" if kind == "bf16" else "fp32"
+    more = ["--optimizer", "muon", "--precision", precision]
+    args = parse_settings("train_minimal", [*flags, *more])
+    _, _, args = open_data(args)
+    device = pick_device(args.device)
+    tune(device)
+    model = GPTModel(args.model, seed=0).to(device.torch)
+    if kind == "adamw":
+        args = dataclasses.replace(args, optimizer="adamw")
+    optimizer = make_optimizer(model, args)
+    optimizers: list[torch.optim.Optimizer] = [optimizer]
+    if kind == "torch":
+        assert isinstance(optimizer, Muon)
+        optimizers = [torch.optim.Muon(optimizer.matrices), optimizer.others]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+
+    def run() -> float:
+        synchronize(device.torch.type)
+        start = time.perf_counter()
+        for each in optimizers:
+            each.step()
+        synchronize(device.torch.type)
+        return time.perf_counter() - start
+
+    return run
+
+
+def bench_optim(args: BenchSettings) -> list[dict[str, Any]]:
+    """One optimizer step of GPT-2 small and of the quickstart model."""
+    rows = []
+    for model, flags in (("gpt2-small", gpt2_small(1)), ("quickstart", [])):
+        sides = {
+            k: Side(build_optimizer_step, flags, k) for k in ("adamw", "muon", "bf16", "torch")
+        }
+        runs = side_by_side(sides, args.repeats)
+        times = {k: sorted(some)[args.repeats // 2] for k, some in runs.items()}
+        names = {
+            "adamw": "AdamW, fused",
+            "muon": "Muon, ours",
+            "bf16": "Muon, ours, --bf16",
+            "torch": "torch.optim.Muon, in bfloat16",
+        }
+        for kind, seconds in times.items():
+            row = {"model": model, "optimizer": names[kind], "ms": seconds * 1e3}
+            rows.append({**row, "times_ours": seconds / times["muon"]})
+    return rows
+
+
+def build_evaluation(batch: int, flags: list[str]) -> Callable[[], float]:
+    """Tokens per second of `evaluate` on GPT-2 small."""
+    args = parse_settings("train_minimal", flags)
+    device = pick_device(args.device, args.precision)
+    tune(device)
+    model = GPTModel(args.model, seed=0).to(device.torch)
+    val = ToyRandomDataset(50257, 1024, num_tokens=2 * batch * 1023 + 1)
+
+    def run() -> float:
+        start = time.perf_counter()
+        tokens = evaluate(model, val, batch, device).tokens
+        return tokens / (time.perf_counter() - start)
+
+    return run
+
+
+def bench_eval(args: BenchSettings) -> list[dict[str, Any]]:
+    """Evaluation of GPT-2 small against the matrix products of its forward pass alone."""
+    flags = gpt2_small(args.batch_size, *args.trainer)
+    settings = parse_settings("train_minimal", flags)
+    device, precision, _ = device_of(settings)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    sides = {
+        "matmul": Side(build_matmul_peak, device.type, dtype),
+        "evaluate": Side(build_evaluation, args.batch_size, flags),
+    }
+    found = {
+        k: sorted(runs)[args.repeats // 2] for k, runs in side_by_side(sides, args.repeats).items()
+    }
+    limit = found["matmul"] / (flops_per_token(settings.model, 1024) / 3)
+    return [
+        {"side": "matrix products alone", "tokens_per_s": limit, "of_limit": 1.0},
+        {
+            "side": "evaluate",
+            "tokens_per_s": found["evaluate"],
+            "of_limit": found["evaluate"] / limit,
+        },
+    ]
+
+
+def build_generation(flags: list[str], tokens: int) -> Callable[[], float]:
+    """Tokens per second of one sample."""
+    args = parse_settings("train_minimal", flags)
+    _, _, args = open_data(args)
+    device = pick_device(args.device, args.precision)
+    tune(device)
+    model = GPTModel(args.model, seed=0).to(device.torch)
+
+    def run() -> float:
+        start = time.perf_counter()
+        generate(model, torch.zeros(1, 1, dtype=torch.int64), tokens, device)
+        return tokens / (time.perf_counter() - start)
+
+    return run
+
+
+def bench_generate(args: BenchSettings) -> list[dict[str, Any]]:
+    """Sampling from a prompt of one token."""
+    rows = []
+    for name, flags in (("quickstart", []), ("gpt2-small", gpt2_small(1))):
+        for tokens in (32, 128):
+            runs = side_by_side({"": Side(build_generation, flags, tokens)}, args.repeats)[""]
+            rate = sorted(runs)[args.repeats // 2]
+            rows.append({"model": name, "new_tokens": tokens, "tokens_per_s": rate})
+    return rows
