@@ -230,7 +230,8 @@ def run_script(
         code = body(sys.argv[1:])
     except UserError as mistake:
         if first_to_say(str(mistake)):
-            print(f"{_rank_prefix()}error: {mistake}", file=sys.stderr, flush=True)
+            rank = "" if mistake.of_all else _rank_prefix()
+            print(f"{rank}error: {mistake}", file=sys.stderr, flush=True)
         sys.exit(2)
     except (RuntimeError, MemoryError) as reason:
         if not (isinstance(reason, MemoryError) or any(x in str(reason) for x in _NO_MEMORY)):

@@ -17,7 +17,14 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake of the user: one line that says what was given, what is allowed, what to try."""
+    """A mistake of the user: one line that says what was given, what is allowed, what to try.
+
+    of_all: all ranks have found it together, so it does not matter which one says it.
+    """
+
+    def __init__(self, text: str, of_all: bool = False) -> None:
+        super().__init__(text)
+        self.of_all = of_all
 
 
 def flag(

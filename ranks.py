@@ -67,7 +67,7 @@ class Ranks:
         found = self._all((mistake, self.host))
         failed = {r: text for r, (text, _) in enumerate(found) if text}
         if len(set(failed.values())) == 1 and len(failed) == self.world:
-            raise UserError(mistake)
+            raise UserError(mistake, of_all=True)
         if failed:
             first = next(iter(failed))
             where = {found[r][1] for r in failed}
@@ -75,7 +75,7 @@ class Ranks:
                 hint = ""
             else:
                 hint = f"; the others have it: do all machines see the same files as {where.pop()}?"
-            raise UserError(f"rank {first} on {found[first][1]}: {failed[first]}{hint}")
+            raise UserError(f"rank {first} on {found[first][1]}: {failed[first]}{hint}", True)
         return result  # type: ignore[return-value]
 
     def must_agree(self, mine: Mapping[str, object]) -> None:
@@ -90,7 +90,7 @@ class Ranks:
                 for name in wrong[:3]
             )
             raise UserError(
-                f"the ranks differ in {each}; do all see the same files, code and flags?"
+                f"the ranks differ in {each}; do all see the same files, code and flags?", True
             )
 
     def _all(self, mine: Any) -> list[Any]:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from config import UserError
 
@@ -48,9 +47,9 @@ def meet() -> Start:
     if "RANK" not in os.environ:
         return Start(dist.HashStore())
     with lost_ranks_are_one_line():
-        wait = datetime.timedelta(seconds=_START_SECONDS)
-        store, _, _ = next(rendezvous("env://", timeout=wait))
-        again = by_torchrun() and store_of_launcher().check(["begun"])
+        # Torchrun has a store; otherwise rank 0 makes it.
+        store = store_of_launcher(_START_SECONDS, make=rank == 0 and not by_torchrun())
+        again = by_torchrun() and store.check(["begun"])
         name = agree_on_name(store, rank, world)
         _choose_interface(world > here)
         return Start(dist.PrefixStore(name, store), name, rank, world, local, here, True, again)
@@ -104,11 +103,11 @@ def _get(store: dist.Store, key: str) -> str:
     return store.get(key).decode()
 
 
-def store_of_launcher() -> dist.TCPStore:
+def store_of_launcher(seconds: float = 10.0, make: bool = False) -> dist.TCPStore:
     """A connection of its own to the store that all starts share."""
     where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    wait = datetime.timedelta(seconds=10)
-    return dist.TCPStore(where, port, is_master=False, timeout=wait)
+    wait = datetime.timedelta(seconds=seconds)
+    return dist.TCPStore(where, port, is_master=make, timeout=wait, wait_for_workers=False)
 
 
 @contextmanager
