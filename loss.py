@@ -151,9 +151,11 @@ class _ChunkedSum(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, dtype, part):  # type: ignore[no-untyped-def]
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         rows = _chunk_rows(weight)
         unused = _unused_columns(weight, dtype)
+        in_place = dtype == weight.dtype and not unused and len(labels) > 0
+        new = torch.empty_like if in_place else torch.zeros_like
+        d_weight = new(weight) if ctx.needs_input_grad[1] else None
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
             w = F.pad(w, (0, 0, 0, unused)) if unused else w
@@ -173,8 +175,8 @@ class _ChunkedSum(torch.autograd.Function):
                 if d_hidden is not None:
                     d_hidden[start : start + rows] = d_logits @ w
                 if d_weight is not None:
-                    if dtype == d_weight.dtype and not unused:
-                        d_weight.addmm_(d_logits.T, h)
+                    if in_place:  # the first chunk's product reads nothing of it
+                        d_weight.addmm_(d_logits.T, h, beta=1 if start else 0)
                     else:
                         d_weight += (d_logits.T @ h)[: len(weight)]
                 del logits, d_logits  # before the next chunk takes as much
