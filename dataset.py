@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alone import ALONE, Alone
 from config import Settings, UserError, with_vocab
 from device import Device
 from leak import refuse_leak
@@ -412,9 +413,9 @@ class Prefetch:
     """
 
     def __init__(
-        self, train: TokenDataset, args: Settings, device: Device, rank: int = 0, world: int = 1
+        self, train: TokenDataset, args: Settings, device: Device, share: Alone = ALONE
     ) -> None:
-        self._read = lambda step: train.global_batch(step, args, rank, world)
+        self._read = lambda step: train.global_batch(step, args, share.rank, share.world)
         self._pin, self._pool = device.torch.type == "cuda", ThreadPoolExecutor(1, "prefetch")
         self._next: tuple[int, Future[Tensor]] | None = None
 

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from alone import Alone
 from config import Settings
 from device import Device
 from model import GPTModel
@@ -28,7 +29,7 @@ from step import StepStats, rehearse
 from tensor_parallel import joined, part_of, split_dim, split_model
 
 
-class Spread:
+class Spread(Alone):
     """One model on all ranks: `net` is what to call, and its backward pass averages gradients over
     the ranks that see other data. Those that share each layer see the same data.
 
@@ -37,7 +38,7 @@ class Spread:
 
     def __init__(self, model: GPTModel, args: Settings, device: Device, ranks: Ranks) -> None:
         """Moves the model, which all ranks have the same, to the device and splits it in place."""
-        self.model, self.device, self.ranks = model, device, ranks
+        self.model, self.device = model, device
         self.split = args.tensor_parallel_size
         self.sharded = args.parallel == "fsdp"
         self.rank, self.world = ranks.rank // self.split, ranks.world // self.split
@@ -60,13 +61,11 @@ class Spread:
         return replicate(model, self.data, args, device) if self.world > 1 else model
 
     def no_sync(self) -> AbstractContextManager[object]:
-        """In it, a backward pass keeps its gradients to itself."""
         if isinstance(self.net, DistributedDataParallel):
             return self.net.no_sync()
         return _unsynced(self.net) if isinstance(self.net, FSDPModule) else nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks that see other data."""
         return sum_ranks(values, self.data)
 
     def summed(self, stats: StepStats) -> StepStats:
@@ -74,9 +73,7 @@ class Spread:
         return dataclasses.replace(stats, nll_sum=self.sum(stats.nll_sum))
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """As torch's clip_grad_norm_, by the norm of the whole gradient: each number counts once,
-        wherever it lies.
-        """
+        """By the norm of the whole gradient: each number counts once, wherever it lies."""
         if self.parts is None:
             return nn.utils.clip_grad_norm_(parameters, max_norm)
         grads: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -92,11 +89,10 @@ class Spread:
         torch._foreach_mul_(grads[True] + grads[False], scale)
         return norm
 
-    def meet(self) -> None:
-        """Waits for all ranks, and has each keep its parts alone: FSDP leaves the outermost group
-        whole after an evaluation.
+    def reshard(self) -> None:
+        """Has each rank keep its part alone: FSDP leaves the outermost group whole after an
+        evaluation.
         """
-        self.ranks.meet()
         if isinstance(self.net, FSDPModule):
             self.net.reshard()
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alone import ALONE, Alone
 from checkpoint import changes_of_data, load_model, saved_settings
 from cli import parse_flags, run_script
 from config import EvalSettings, Settings, UserError, settings_from
@@ -43,21 +43,19 @@ def evaluate(
     val: TokenDataset,
     batch_size: int,
     device: Device,
-    rank: int = 0,
-    world: int = 1,
-    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    share: Alone = ALONE,
 ) -> EvalResult:
     """Loss of the model on every token of `val` but the first, each scored once, over all ranks
     together.
 
-    reduce(sums): adds a float64 vector over the ranks. The standard error takes windows as the
+    share: of several ranks, what is this one's. The standard error takes windows as the
     independent samples, since tokens of one window are not (ratio estimator: Cochran 1977, sec.
     2.11). The model's mode is left as it was.
     """
     was_training = model.training
     model.eval()
     there, sums = device.torch, torch.zeros(7, dtype=torch.float64)
-    for ids, labels in val.batches(batch_size, rank, world):
+    for ids, labels in val.batches(batch_size, share.rank, share.world):
         with device.autocast():
             nll = model(ids.to(there), None, labels.to(there), "none", return_logits=False)[1]
         scored = labels[:, 1:] != IGNORE
@@ -65,7 +63,7 @@ def evaluate(
         sums[:6] += torch.stack((s, n, s * s, s * n, n * n, (n > 0).double())).sum(1)
         sums[6] += _bytes_of(labels[:, 1:][scored], val.tokenizer)
     model.train(was_training)
-    nll, tokens, ss, sn, nn, windows, n_bytes = reduce(sums).tolist()
+    nll, tokens, ss, sn, nn, windows, n_bytes = share.sum(sums).tolist()
     loss = nll / tokens
     spread = max(ss - 2 * loss * sn + loss * loss * nn, 0.0)  # sum over windows of (s - loss n)^2
     return EvalResult(
@@ -133,7 +131,7 @@ def validation_of(
 
 def main(args: EvalSettings) -> None:
     """Evaluates each checkpoint, alone or under torchrun; rank 0 prints and logs the results."""
-    from ranks import process_group, sum_ranks  # below this module in the layout: only the
+    from ranks import process_group  # below this module in the layout: only the
     from run_log import report_evaluations  # command line needs them
 
     saved = [settings_from(saved_settings(path)) for path in args.checkpoint_path]  # all readable?
@@ -147,7 +145,7 @@ def main(args: EvalSettings) -> None:
             val = validation_of(args, settings, data, path)
             size = args.batch_size or settings.batch_size
             model.to(device.torch)
-            results.append(evaluate(model, val, size, device, ranks.rank, ranks.world, sum_ranks))
+            results.append(evaluate(model, val, size, device, ranks))
         if ranks.rank == 0:
             report_evaluations(args.log_dir, args.checkpoint_path, results)
 

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from alone import ALONE, Alone
 from config import Settings
 from device import has_bf16_units
 from model import GPTModel
 
-Divide = Callable[[Callable[[Tensor], Tensor], str, Tensor], Tensor]
-
 _STACK_NUMBERS = 1 << 25  # orthogonalized at once: bounds the memory that this takes
 
 
-def make_optimizer(
-    model: GPTModel, args: Settings, divide: Divide = lambda work, name, stack: work(stack)
-) -> torch.optim.Optimizer:
+def make_optimizer(model: GPTModel, args: Settings, share: Alone = ALONE) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019), or Muon for the matrices in blocks and AdamW for the
     rest. Matrices and embeddings decay, but no bias and no norm.
 
     AdamW is fused on every device: one kernel, and the only AdamW of torch that can skip an update
-    on the device (`found_inf`) without asking the host. divide: see `Muon`.
+    on the device (`found_inf`) without asking the host. share: see `Muon`.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {
@@ -49,7 +46,7 @@ def make_optimizer(
         adamw.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     if not matrices:
         return adamw
-    return Muon(matrices, model.shapes, adamw, args, divide)
+    return Muon(matrices, model.shapes, adamw, args, share)
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,9 +56,8 @@ class Muon(torch.optim.Optimizer):
     The update of a matrix (m, n) is scaled by 0.2 sqrt(max(m, n)), so that its numbers are as large
     as those of AdamW, and lr and weight_decay mean the same for both (Liu et al. 2025, sec. 2.2).
     Matrices of one shape are orthogonalized together: for the small ones of small models, calls
-    cost more than computing. shapes: of the whole matrices, by name. divide(work, name, stack):
-    work(stack) for a stack (N, m, n) of what belongs to matrices like the one called name; perhaps
-    ranks have parts of them, and perhaps each does a part of the work.
+    cost more than computing. shapes: of the whole matrices, by name. Where ranks have parts of
+    them, or do a part of the work each, share.divide sees to it.
     """
 
     def __init__(
@@ -70,7 +66,7 @@ class Muon(torch.optim.Optimizer):
         shapes: Mapping[str, tuple[int, ...]],
         others: torch.optim.AdamW,
         args: Settings,
-        divide: Divide,
+        share: Alone,
     ) -> None:
         ratio = args.muon_lr_ratio
         defaults = {"lr": args.lr * ratio, "lr_ratio": ratio, "weight_decay": args.weight_decay}
@@ -85,7 +81,7 @@ class Muon(torch.optim.Optimizer):
             for alike in _pieces(list(group), max(1, _STACK_NUMBERS // math.prod(shape)))
         ]
         self.sizes = [0.2 * math.sqrt(max(shapes[stack[0][0]])) for stack in self.stacks]
-        self.momentum, self.others, self.divide = args.muon_momentum, others, divide
+        self.momentum, self.others, self.divide = args.muon_momentum, others, share.divide
         # In bfloat16 where other products are too: float32 asked for is float32 everywhere.
         device = self.matrices[0].device
         half = args.precision != "fp32" and (args.precision != "auto" or device.type == "cuda")

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from alone import Alone
 from config import EvalSettings, Settings, UserError, flat
 from device import pick_device, use_threads
 from hang import HangGuard
@@ -28,7 +29,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Ranks(Alone):
     """This process among those that torchrun started; alone, it is rank 0 of 1."""
 
     rank: int = 0
@@ -45,6 +46,9 @@ class Ranks:
         """
         if self.patient is not None:
             dist.barrier(group=self.patient)
+
+    def sum(self, values: Tensor) -> Tensor:
+        return sum_ranks(values)
 
     def agree(self, *wishes: int) -> list[int]:
         """The largest of each wish over the ranks, so that they all do the same after the same

@@ -14,11 +14,12 @@ import re
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from alone import ALONE, Alone
 from checkpoint import (
     check_space,
     content_of,
@@ -36,14 +37,6 @@ from step import RunState
 _LABELS = r"previous|best|step\d+"
 
 
-class Parts(Protocol):
-    """Where each rank has a part of each tensor: see `distributed.Spread`."""
-
-    def meet(self) -> None: ...
-    def gather(self, name: str, tensor: Tensor) -> Tensor: ...
-    def part(self, name: str, whole: Tensor) -> Tensor: ...
-
-
 class Saver:
     """Saves one run. Ranks other than 0 only load, and give their parts of what rank 0 writes.
     What it has to say goes to `state.notes`.
@@ -57,22 +50,22 @@ class Saver:
         state: RunState,
         data: dict[str, Any],
         device: Device,
-        rank: int = 0,
-        world: int = 1,
-        parts: Parts | None = None,
+        ranks: Alone = ALONE,
+        share: Alone = ALONE,
     ) -> None:
         """Takes the lock on the checkpoint path, which is kept until the process ends. Raises
-        UserError where it can't save. parts: where ranks have parts of the model.
+        UserError where it can't save. ranks: all of them; share: what each has of the model.
         """
         self.args, self.model, self.optimizer, self.state = args, model, optimizer, state
-        self.data, self.rank, self.device, self.parts = data, rank, device, parts
-        self.environment = environment(device, world)
+        self.data, self.device = data, device
+        self.ranks, self.rank, self.parts = ranks, ranks.rank, share.parts
+        self.environment = environment(device, ranks.world)
         self.path = Path(args.checkpoint_path)
         self.saved_at = time.monotonic()
         self.writing: threading.Thread | None = None
         self.wrong: list[str] = []  # with the files that are newer than the one resumed
         self.copies: dict[str, Any] = {}  # of all tensors, used again by each save
-        if rank == 0:
+        if self.rank == 0:
             self.lock = claim(self.path)
             try:
                 check_space(target_of(self.path).parent, 12 * model.num_parameters())
@@ -98,6 +91,7 @@ class Saver:
             known = f"{state.run_id} {target_of(self.path)}"  # so that all ranks have the same
             state.run_id = hashlib.sha256(known.encode()).hexdigest()[:12]
             state.wandb_run_id = ""
+        self.ranks.must_agree({"run to resume": state.run_id, "step to resume": state.step})
 
     def begin(self) -> None:
         """Makes the path this run's: gives what is there of an earlier run, or damaged, other
@@ -122,22 +116,26 @@ class Saver:
         return self.rank == 0 and 0 < seconds <= time.monotonic() - self.saved_at
 
     def save(self) -> float:
-        """Saves the current step; returns the seconds that this took of the run's time. A save that
-        fails is noted, and the run goes on.
+        """Saves the current step, all ranks together; returns the seconds that this took of the
+        run's time. A save that fails is noted, and the run goes on.
         """
-        if self.rank and self.parts is None:
-            return 0.0
         start = time.perf_counter()
         self.finish()
-        if self.parts is not None:
-            self.parts.meet()
         self.saved_at = time.monotonic()
-        content = content_of(
-            self.model, self.optimizer, self.state, self.args, self.data, self.environment,
-            self._gather,
-        )  # fmt: skip
-        if self.rank:
-            return 0.0
+        if self.parts is not None:
+            self.parts.reshard()
+        if self.rank == 0 or self.parts is not None:
+            content = content_of(
+                self.model, self.optimizer, self.state, self.args, self.data, self.environment,
+                self._gather,
+            )  # fmt: skip
+            if self.rank == 0:
+                self._save(content)
+        seconds = time.perf_counter() - start
+        self.ranks.meet()
+        return seconds
+
+    def _save(self, content: dict[str, Any]) -> None:
         step, keep = self.state.step, self.args.keep_every
         labels = ["best"] if self.state.at_best else []
         labels += [f"step{step:06d}"] if keep and step % keep == 0 else []
@@ -146,12 +144,11 @@ class Saver:
                 content = content if self.parts else self._snapshot(content)
                 self.writing = threading.Thread(target=self._write, args=(content, step, labels))
                 self.writing.start()
-                return time.perf_counter() - start
+                return
             except (MemoryError, RuntimeError) as reason:
                 self.copies = {}
                 self.state.notes.append(f"no memory to save in the background ({reason})")
         self._write(content, step, labels)
-        return time.perf_counter() - start
 
     def _gather(self, name: str, tensor: Tensor) -> Tensor:
         """All of it. Where ranks have parts, a copy on the CPU of rank 0; others keep nothing."""
@@ -184,10 +181,13 @@ class Saver:
             self.state.notes.append(f"saved {self.path}{also} at step {step}")
 
     def finish(self) -> None:
-        """Waits until the last save is safe on disk, or has failed: see `state.unsaved`."""
+        """Has all ranks wait until the last save is safe on disk, or has failed: see
+        `state.unsaved`.
+        """
         if self.writing is not None:
             self.writing.join()
             self.writing = None
+        self.ranks.meet()
 
 
 def copied(tree: Any, into: dict[str, Any], pinned: bool = False) -> dict[str, Any]:

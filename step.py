@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from alone import ALONE, Alone
 from config import Settings, UserError
 from device import Device, seed_dropout
 from optim import lr_at
@@ -21,7 +21,6 @@ from shards import hash_of
 _FP16_RETRIES = 30  # 2**16, the first scale, is then below 2**-14: the gradients are broken
 _BAD_UPDATES_IN_A_ROW = 5
 _GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0, 0.5, 2000  # of the fp16 loss scale
-Clip = Callable[[Iterable[nn.Parameter], float], Tensor]
 
 
 @dataclass
@@ -139,20 +138,15 @@ def train_step(
     args: Settings,
     state: RunState,
     device: Device,
-    rank: int = 0,
-    world: int = 1,
-    no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
-    clip: Clip = nn.utils.clip_grad_norm_,
+    share: Alone = ALONE,
 ) -> StepStats:
     """One update on this rank's rows of the global batch; advances `state`.
 
-    batch (rows, T) int64, split into micro-batches of args.batch_size. no_sync(): the context in
-    which a backward pass keeps its gradients to itself; the last one of a step, outside of it,
-    averages them over the `world` ranks. clip(parameters, limit): scales the gradient down to a
-    norm of limit, and returns its norm before. With fp16, an update whose gradients overflow is
-    tried again with half the loss scale, so that neither the data nor the schedule moves on.
-    Otherwise an update with a non-finite gradient is skipped on all ranks, weights and moments
-    untouched. Raises UserError when that does not end.
+    batch (rows, T) int64, split into micro-batches of args.batch_size. share: what of a step is
+    this rank's; gradients are averaged over them in the last backward pass of a step. With fp16,
+    an update whose gradients overflow is tried again with half the loss scale, so that neither the
+    data nor the schedule moves on. Otherwise an update with a non-finite gradient is skipped on all
+    ranks, weights and moments untouched. Raises UserError when that does not end.
     """
     lr = lr_at(state.step, args)
     for group in optimizer.param_groups:
@@ -160,12 +154,12 @@ def train_step(
     n_tokens = args.global_batch_size * (args.seq_len - 1)  # windows are always full
     limit = args.grad_clip_norm or math.inf
     for _ in range(_FP16_RETRIES):
-        nll_sum = _backward(model, batch, args, state, device, rank, world / n_tokens, no_sync)
+        nll_sum = _backward(model, batch, args, state, device, share, share.world / n_tokens)
         if state.scaler.enabled:
             for p in model.parameters():
                 if p.grad is not None:
                     p.grad.mul_(1.0 / state.scaler.scale)
-        norm = clip(model.parameters(), limit)
+        norm = share.clip(model.parameters(), limit)
         bad = (~norm.isfinite()).float()
         optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
         optimizer.step()
@@ -193,9 +187,8 @@ def _backward(
     args: Settings,
     state: RunState,
     device: Device,
-    rank: int,
+    share: Alone,
     weight: float,
-    no_sync: Callable[[], AbstractContextManager[object]],
 ) -> Tensor:
     """Adds the gradients of weight x the summed loss over the micro-batches, times the loss scale
     of fp16; returns that sum.
@@ -206,15 +199,17 @@ def _backward(
         if args.model.dropout:
             # Of the run, the step, and the place in the global batch: no rank and no resume
             # changes the masks.
-            seed_dropout(device, hash_of(args.seed, state.step, rank * len(micro_batches) + i))
+            seed_dropout(
+                device, hash_of(args.seed, state.step, share.rank * len(micro_batches) + i)
+            )
         ids = ids.to(device.torch, non_blocking=True)  # (B, T)
-        with nullcontext() if i == len(micro_batches) - 1 else no_sync():
+        with nullcontext() if i == len(micro_batches) - 1 else share.no_sync():
             with device.autocast():
                 nll = model(ids, labels=ids, reduction="sum", return_logits=False)[1]
             # A loss that is not finite makes the gradients so, and with them those of all ranks.
-            share = torch.where(nll.detach().isfinite(), weight, math.nan)
+            factor = torch.where(nll.detach().isfinite(), weight, math.nan)
             scale = state.scaler.scale if state.scaler.enabled else 1.0
-            (nll * (share * scale)).backward()
+            (nll * (factor * scale)).backward()
         nll_sum += nll.detach()
     return nll_sum
 

@@ -30,45 +30,37 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
     data = record_of(train, val)
     model = GPTModel(args.model, seed=args.seed)
     ranks.must_agree(identity(args, data, model))
-    spread = Spread(model, args, device, ranks)  # as --parallel and --tensor-parallel-size say
-    optimizer = make_optimizer(model, args, spread.divide)
+    share = Spread(model, args, device, ranks)  # this rank's, of the model and of each batch
+    net = share.net  # the model, but its backward pass averages over ranks
+    optimizer = make_optimizer(model, args, share)
     state = RunState.fresh(device)
-    saver = Saver(
-        args, model, optimizer, state, data, device, ranks.rank, ranks.world, spread.parts
-    )
+    saver = Saver(args, model, optimizer, state, data, device, ranks, share)
     if args.resume:
         saver.load()
-        ranks.must_agree({"run": state.run_id, "step": state.step})
-    net = spread.net  # the model, but its backward pass averages over ranks
     state.notes += compile_model(model, args.compile, device, lambda: rehearse(net, args, device))
     log = RunLog("train_ddp", args, state, device, model, train, val, ranks.rank, ranks.world)
-    rank, world = spread.rank, spread.world  # of the data
-    batches = Prefetch(train, args, device, rank, world)
+    batches = Prefetch(train, args, device, share)
     if state.step == 0:
-        log.eval(state, evaluate(model, val, args.batch_size, device, rank, world, spread.sum))
+        log.eval(state, evaluate(model, val, args.batch_size, device, share))
     saver.begin()  # from here on the checkpoint path is this run's,
     watch.begin()  # a signal ends the run after its step, with a checkpoint,
     begun()  # and torchrun --max-restarts continues it
     while state.step < args.num_steps and not state.stop:  # step = updates finished, everywhere
         batch = batches(state.step)  # this rank's rows of it
-        stats = train_step(
-            net, optimizer, batch, args, state, device, rank, world, spread.no_sync, spread.clip
-        )
+        stats = train_step(net, optimizer, batch, args, state, device, share)
         log.tick(state)
         state.stop, save = ranks.agree(watch.signal, saver.overdue)
         now = due(state, args, save)
         if now.log:
-            log.train(state, spread.summed(stats))
+            log.train(state, share.summed(stats))
             check_finite(state, args)
         if now.eval:
-            log.eval(state, evaluate(model, val, args.batch_size, device, rank, world, spread.sum))
+            log.eval(state, evaluate(model, val, args.batch_size, device, share))
         if now.sample:
             log.sample(sample(model, train.tokenizer, args, device))
         if now.save or state.at_best:
             log.saved(saver.save())
-            ranks.meet()
     saver.finish()
-    ranks.meet()
     log.finish(state)
     return state.exit_code(args)
 

@@ -56,7 +56,7 @@ def state_bytes(ranks: Ranks, flags: list[str]) -> dict[str, float]:
     train, _, args = open_data(args)
     model = GPTModel(args.model, seed=0)
     spread = Spread(model, args, device, ranks)
-    optimizer, state = make_optimizer(model, args, spread.divide), RunState.fresh(device)
+    optimizer, state = make_optimizer(model, args, spread), RunState.fresh(device)
     found: dict[str, float] = {}
 
     def count(*_: Any) -> None:
@@ -72,10 +72,7 @@ def state_bytes(ranks: Ranks, flags: list[str]) -> dict[str, float]:
     optimizer.register_step_post_hook(count)
     for step in range(2):
         batch = train.global_batch(step, args, spread.rank, spread.world)
-        train_step(
-            spread.net, optimizer, batch, args, state, device, spread.rank, spread.world,
-            spread.no_sync, spread.clip,
-        )  # fmt: skip
+        train_step(spread.net, optimizer, batch, args, state, device, spread)
     return found
 
 

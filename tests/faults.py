@@ -576,7 +576,7 @@ saver.Saver.load = load_other
     place = rig.place()
     shutil.copytree(reference.folder / "checkpoints", place.folder / "checkpoints")
     code = place.run("--resume", ranks=2, script=patched(place, body))
-    good = code not in (0, -99) and "ranks differ in what they resume" in place.printed()
+    good = code not in (0, -99) and "the ranks differ in step to resume" in place.printed()
     rig.count("ranks find different checkpoints", "refused" if good else "silent", place)
 
 

@@ -97,17 +97,14 @@ class Run:
         if sgd:
             self.optimizer = SGDOfParts(self.model.parameters(), {"lr": args.lr})
         else:
-            self.optimizer = make_optimizer(self.model, self.args, self.spread.divide)
+            self.optimizer = make_optimizer(self.model, self.args, self.spread)
         self.ranks, self.state = ranks, RunState.fresh(self.device)
 
     def step(self) -> tuple[float, float]:
         """Loss and gradient norm of one update."""
         s = self.spread
         batch = self.train.global_batch(self.state.step, self.args, s.rank, s.world)
-        stats = train_step(
-            s.net, self.optimizer, batch, self.args, self.state, self.device,
-            s.rank, s.world, s.no_sync, s.clip,
-        )  # fmt: skip
+        stats = train_step(s.net, self.optimizer, batch, self.args, self.state, self.device, s)
         return float(s.summed(stats).nll_sum) / stats.n_tokens, float(stats.grad_norm)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -118,7 +115,7 @@ class Run:
     def evaluate(self) -> tuple[float, int]:
         """Validation loss and tokens."""
         s = self.spread
-        found = evaluate(self.model, self.val, 5, self.device, s.rank, s.world, s.sum)
+        found = evaluate(self.model, self.val, 5, self.device, s)
         return found.loss, found.tokens
 
 
@@ -204,10 +201,7 @@ def count_collectives(ranks: Ranks, names: list[str]) -> dict[str, Counter[str]]
         batch = run.train.global_batch(1, run.args, run.spread.rank, run.spread.world)
         s = run.spread
         with profile(activities=[ProfilerActivity.CPU]) as record:
-            train_step(
-                s.net, run.optimizer, batch, run.args, run.state, run.device,
-                s.rank, s.world, s.no_sync, s.clip,
-            )  # fmt: skip
+            train_step(s.net, run.optimizer, batch, run.args, run.state, run.device, s)
         kinds = (event.name for event in record.events() if event.name.startswith("gloo:"))
         found[name] = Counter(kind.removeprefix("gloo:") for kind in kinds)
     return found
@@ -277,8 +271,12 @@ def validation() -> None:
     """Validation loss of the same weights."""
     found = by_world(validate_all, list(LAYOUTS), 100_000)
     one = found["one process"][0]
-    show([{"layout": k, "loss": repr(v), "apart": abs(v - one) / one, "tokens": n}
-          for k, (v, n) in found.items()])  # fmt: skip
+    show(
+        [
+            {"layout": k, "loss": repr(v), "apart": abs(v - one) / one, "tokens": n}
+            for k, (v, n) in found.items()
+        ]
+    )
 
 
 def collectives() -> None:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CPU, tiny, toy_settings
 
+from alone import Alone
 from dataset import TextDatasetForCausalLM, TokenDataset, build_tokenizer, open_data
 from eval import EvalResult, evaluate, perplexity
 from model import GPTModel
@@ -42,21 +43,27 @@ def test_loss_is_the_mean_over_scored_tokens(val):
     assert result.ppl == pytest.approx(math.exp(result.loss))
 
 
+class Share(Alone):
+    """Of one of several ranks: keeps what it would add to the others', or gets the sum."""
+
+    def __init__(self, rank, world, whole=None):
+        self.rank, self.world, self.whole = rank, world, whole
+
+    def sum(self, sums):
+        self.sums = sums
+        return torch.ones(7) if self.whole is None else self.whole
+
+
 def test_batch_size_and_ranks_change_nothing(val):
     model = awake_model()
     one = evaluate(model, val, 8, CPU)
     for batch_size in (1, 7, 64):
         for world in (1, 2, 3):
-            shares = []
-
-            def share(sums, shares=shares):
-                shares.append(sums)
-                return torch.ones(7)
-
-            for rank in range(world):
-                evaluate(model, val, batch_size, CPU, rank, world, share)
-            whole = torch.stack(shares).sum(0)
-            joint = evaluate(model, val, batch_size, CPU, 0, world, lambda _, whole=whole: whole)
+            shares = [Share(rank, world) for rank in range(world)]
+            for share in shares:
+                evaluate(model, val, batch_size, CPU, share)
+            whole = torch.stack([share.sums for share in shares]).sum(0)
+            joint = evaluate(model, val, batch_size, CPU, Share(0, world, whole))
             assert joint.tokens == one.tokens
             assert joint.loss == pytest.approx(one.loss, rel=1e-7)
             assert joint.loss_se == pytest.approx(one.loss_se, rel=1e-5)

@@ -14,6 +14,7 @@ from test_step import Run
 import saver as saver_module
 from checkpoint import read_checkpoint
 from config import UserError
+from ranks import Ranks
 from saver import Saver, claim, copied, run_files, set_aside
 
 DATA = {"train": {"fingerprint": "a"}, "val": {"fingerprint": "b"}, "tokenizer": ""}
@@ -41,7 +42,7 @@ def saver(tmp_path, run):
         args = dataclasses.replace(run.args, checkpoint_path=str(path), **changes)
         run.state.notes.clear()
         stop()
-        made.append(s := Saver(args, run.model, run.optimizer, run.state, data, CPU, rank))
+        made.append(s := Saver(args, run.model, run.optimizer, run.state, data, CPU, Ranks(rank)))
         if not args.resume:
             s.begin()
         return s

@@ -1,10 +1,12 @@
 import dataclasses
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import CPU, toy_settings
 
+from alone import Alone
 from config import UserError
 from dataset import open_data
 from device import Device
@@ -115,18 +117,17 @@ def test_micro_batches_of_a_step_get_different_masks():
 def test_gradients_are_shared_only_at_the_last_micro_step():
     events = []
 
-    class Quiet:
-        def __enter__(self):
+    class Quiet(Alone):
+        @contextmanager
+        def no_sync(self):
             events.append("quiet")
-
-        def __exit__(self, *_):
-            pass
+            yield
 
     run = Run("--grad-accum-steps", "3")
     batch = run.train.global_batch(0, run.args)
     original = run.model.forward
     run.model.forward = lambda *a, **k: (events.append("forward"), original(*a, **k))[1]
-    train_step(run.model, run.optimizer, batch, run.args, run.state, CPU, no_sync=Quiet)
+    train_step(run.model, run.optimizer, batch, run.args, run.state, CPU, Quiet())
     assert events == ["quiet", "forward", "quiet", "forward", "forward"]
 
 
