@@ -87,3 +87,17 @@ def test_the_largest_micro_batch_that_fits_is_taken(monkeypatch):
 def test_a_given_micro_batch_stays():
     args = toy_settings("--batch-size", "4")
     assert fit_micro_batch(args, CPU) is args
+
+
+def test_parts_of_a_model_need_parts_of_its_memory():
+    whole = estimate(toy_settings(*SHAPE, "--global-batch-size", "24", world=1), CPU)
+    flags = [*SHAPE, "--global-batch-size", "24"]
+    tp = dataclasses.replace(toy_settings(*flags), tensor_parallel_size=2)
+    need = estimate(tp, CPU)
+    assert need.weights == whole.weights / 2 and need.optimizer == whole.optimizer / 2
+    assert whole.activations / 2 < need.activations < whole.activations
+    two_ranks = dataclasses.replace(toy_settings(*flags), grad_accum_steps=3, parallel="fsdp")
+    need = estimate(two_ranks, CPU)  # 24 sequences = 2 ranks x 3 x 4
+    assert need.weights == whole.weights / 2 and need.gradients == whole.gradients / 2
+    block = 12 * 256 * 256 + 2 * 1000 * 256  # and the ends of the model, weights and gradients
+    assert need.activations - whole.activations == pytest.approx(8 * block, rel=0.5)

@@ -1,0 +1,20 @@
+"""Two hosts on one machine; `python -m tests.hosts` does things to them."""
+
+import pytest
+from hosts import ended, hosts, why_not
+
+from report import read_records
+
+
+def test_two_hosts_train_one_run():
+    if reason := why_not():
+        pytest.skip(f"no hosts can be made here: {reason}")
+    with hosts() as place:
+        short = ["--num-steps", "30", "--eval-steps", "30"]
+        codes = ended([place.start(i, "2", *short) for i in (0, 1)], 120)
+        assert codes == [0, 0], place.said(0) + place.said(1)
+        records = read_records(place.folder / "logs/train_ddp.jsonl")
+        # Rank 0 alone wrote: one run record, 30 of training, two evaluations.
+        assert [p.name for p in (place.folder / "logs").glob("*.jsonl")] == ["train_ddp.jsonl"]
+        assert len(records) == 1 + 30 + 2 and records[0]["environment"]["processes"] == 4
+        assert "error" not in place.said(0) + place.said(1)
