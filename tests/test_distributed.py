@@ -187,5 +187,5 @@ def test_samples_are_those_of_one_process_in_every_layout(program):
         out = program(
             "train_ddp.py", *flags.split(), *layout.split(), "--sample-prompt", "to be", ranks=ranks
         )
-        said[layout] = [x.split("] ", 1)[1] for x in out.splitlines() if "sample" in x and "]" in x]
-    assert said[""] and all(lines == said[""] for lines in said.values())
+        said[layout] = [x.split("] ", 1)[1] for x in out.splitlines() if "] sample: to be" in x]
+    assert len(said[""]) == 1 and all(lines == said[""] for lines in said.values())

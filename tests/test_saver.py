@@ -332,7 +332,7 @@ def test_auto_saves_in_the_background_where_a_copy_fits(tmp_path, run, saver, mo
 
 def test_other_ranks_write_and_claim_nothing(tmp_path, saver):
     s = saver(rank=1, checkpoint_async="on")
-    assert s.save() == 0.0
+    assert s.save() < 0.1
     s.finish()
     assert not list(tmp_path.iterdir())
 
