@@ -42,10 +42,9 @@ def parse_settings(
     """
     typed = parse_flags(Settings, f"{script}.py", argv)
     path = typed.get("checkpoint_path") or default_checkpoint(script)
-    if restarted:
-        typed.pop("micro_batch", None)  # settled when the run began
     if restarted and os.path.lexists(path):
         typed["resume"] = True
+        typed.pop("micro_batch", None)  # settled when the run began
     if typed.get("micro_batch") == "auto" and {"batch_size", "grad_accum_steps"} & typed.keys():
         raise UserError(
             "--micro-batch auto chooses batch_size and grad_accum_steps; give neither, or leave it "

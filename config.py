@@ -228,9 +228,10 @@ class Settings:
                 f"tensor_parallel_size={parts} does not divide {bad}={sizes[bad]}; "
                 f"try {' or '.join(map(str, near))}"
             )
-        if 0 < model.vocab_size < parts:
+        vocab = model.vocab_size
+        if vocab and (parts - 1) * -(-vocab // parts) >= vocab:  # the last part would be empty
             raise UserError(
-                f"tensor_parallel_size={parts} is more than vocab_size={model.vocab_size}"
+                f"tensor_parallel_size={parts} is too much for vocab_size={vocab}; lower it"
             )
 
     def _check_data(self) -> None:

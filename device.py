@@ -166,24 +166,31 @@ def wants_compile(compile: str, device: Device) -> bool:
 
 
 def compile_model(
-    model: nn.Module, compile: str, device: Device, rehearse: Callable[[], object]
+    model: nn.Module,
+    compile: str,
+    device: Device,
+    rehearse: Callable[[], object],
+    agree: Callable[..., list[int]] = lambda *wishes: list(wishes),
 ) -> list[str]:
     """Compiles the model in place if that is wanted; the lines to log. rehearse(): a step with it,
     in which compiling happens. If that fails, compile=on is a UserError and auto goes on without.
+    agree: the largest of a number over the ranks, which must all do the same.
     """
     if not wants_compile(compile, device):
         return []
-    start = time.perf_counter()
+    start, cause, reason = time.perf_counter(), "", None
     model.compile()
     try:
         rehearse()
-    except Exception as reason:  # a compiler is a large program: anything can come
-        cause = " ".join(str(reason).split())[:200]
-        if compile == "on":
-            raise UserError(f"--compile on: {cause}; try --compile off") from reason
-        model._compiled_call_impl = None  # what model.compile() sets; nothing public undoes it
-        return [f"not compiled: {cause}"]
-    return [f"compiled in {time.perf_counter() - start:.0f} s"]
+    except Exception as failure:  # a compiler is a large program: anything can come
+        reason, cause = failure, " ".join(str(failure).split())[:200]
+    if not agree(reason is not None)[0]:
+        return [f"compiled in {time.perf_counter() - start:.0f} s"]
+    cause = cause or "it failed on another rank"
+    if compile == "on":
+        raise UserError(f"--compile on: {cause}; try --compile off") from reason
+    model._compiled_call_impl = None  # what model.compile() sets; nothing public undoes it
+    return [f"not compiled: {cause}"]
 
 
 def seed_dropout(device: Device, seed: int) -> None:

@@ -42,7 +42,8 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     for _ in range(max_new_tokens):
         seen = ids[:, -model.config.max_position_embeddings :].to(device.torch)
-        with device.autocast():
+        # A compiled model would be compiled again for each length.
+        with device.autocast(), torch.compiler.set_stance("force_eager"):
             logits, _ = model(seen, logits_to_keep=1)
         logits = logits[:, -1].float().cpu()[:, :vocab_size]  # (B, V)
         if temperature == 0:

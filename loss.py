@@ -27,6 +27,7 @@ class HeadPart:
     """
 
     start: int = 0  # the token id of the first row
+    most_rows: int = 0  # of any part, so that all cut the tokens into the same chunks; 0 = its own
     gather: Callable[[Tensor], Tensor] = lambda x: x[None]  # x of every part: (parts, *x.shape)
     add: Callable[[Tensor], Tensor] = _itself  # the sum of x over the parts
     join: Callable[[Tensor], Tensor] = _itself  # (..., V of this part) to (..., V); no gradients
@@ -90,17 +91,17 @@ def _unused_columns(weight: Tensor, dtype: torch.dtype) -> int:
     return -len(weight) % 128 if weight.is_cuda and dtype != torch.float32 else 0
 
 
-def _chunk_rows(weight: Tensor) -> int:
-    return max(16, _CHUNK_LOGITS // weight.shape[0])
+def _chunk_rows(weight: Tensor, part: HeadPart) -> int:
+    return max(16, _CHUNK_LOGITS // (part.most_rows or len(weight)))
 
 
-def _exponentials(logits: Tensor, y: Tensor, part: HeadPart) -> tuple[Tensor, ...]:
-    """Of the float32 logits (rows, V of this part), which become exp(logits - their largest) in
-    place: (the loss of each row, all that the row's exponentials of this part have to be multiplied
-    with to be probabilities, the columns of the labels, which rows have theirs here).
+def _exponentials(logits: Tensor, size: int, y: Tensor, part: HeadPart) -> tuple[Tensor, ...]:
+    """Of the float32 logits (rows, V), which become exp(logits - their largest) in place: (the loss
+    of each row, what its exponentials have to be multiplied with to be probabilities, the columns
+    of the labels, which rows have theirs here). V: size, that of this part, and unused columns.
     """
     own = y - part.start
-    here = (own >= 0) & (own < logits.shape[1])
+    here = (own >= 0) & (own < size)
     column = own.where(here, 0)[:, None]  # (rows, 1)
     top, right = logits.amax(-1), logits.gather(1, column).squeeze(1) * here
     z = logits.sub_(top[:, None]).exp_().sum(-1)
@@ -128,11 +129,11 @@ def _logits(h: Tensor, weight: Tensor, room: Tensor | None) -> Tensor:
 
 
 def _token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, part: HeadPart) -> Tensor:
-    rows, dtype = _chunk_rows(weight), _compute_dtype(hidden)
+    rows, dtype = _chunk_rows(weight, part), _compute_dtype(hidden)
     room = _room(min(rows, len(labels)), weight, dtype)
     losses = []
     for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
-        loss = _exponentials(_logits(h, weight, room), y, part)[0]
+        loss = _exponentials(_logits(h, weight, room), len(weight), y, part)[0]
         losses.append(loss.masked_fill(y == IGNORE, 0))
     return torch.cat(losses)
 
@@ -151,7 +152,7 @@ class _ChunkedSum(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, dtype, part):  # type: ignore[no-untyped-def]
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = _chunk_rows(weight)
+        rows = _chunk_rows(weight, part)
         unused = _unused_columns(weight, dtype)
         in_place = dtype == weight.dtype and not unused and len(labels) > 0
         new = torch.empty_like if in_place else torch.zeros_like
@@ -167,7 +168,7 @@ class _ChunkedSum(torch.autograd.Function):
                 scored = y != IGNORE
                 logits = _logits(h, w, room)  # (rows, V), and the unused ones
                 logits[:, len(weight) :] = -math.inf
-                loss, scale, column, here = _exponentials(logits, y, part)
+                loss, scale, column, here = _exponentials(logits, len(weight), y, part)
                 total += (loss * scored).sum()
                 logits.mul_((scale * scored)[:, None])  # exponentials become probabilities
                 logits.scatter_add_(1, column, -(scored & here).float()[:, None])

@@ -45,11 +45,14 @@ def estimate(args: Settings, device: Device, batch_size: int | None = None) -> N
     weights = 4.0 * _numbers(args.model) / parts
     matrices = 4.0 * _block_numbers(args.model) / parts if args.optimizer == "muon" else 0.0
     activations = _activations(args, device.precision, size)
+    gradients = weights
     if args.parallel == "fsdp":  # of one block at a time, and the embeddings, whole
         c, split = args.model, args.tensor_parallel_size
         block = _block_numbers(c) / c.n_layers
         activations += 8.0 * (_numbers(c) - _block_numbers(c) + block) / split
-    return Need(weights, weights, 2 * weights - matrices, activations)
+        if args.global_batch_size > size * _data_world(args):  # whole until the last micro-step
+            gradients = 4.0 * _numbers(c) / split
+    return Need(weights, gradients, 2 * weights - matrices, activations)
 
 
 def _data_world(args: Settings) -> int:

@@ -75,7 +75,7 @@ class Ranks(Alone):
         if failed:
             first = next(iter(failed))
             where = {found[r][1] for r in failed}
-            if where & {host for text, host in found if not text}:
+            if len(failed) == self.world or where & {host for text, host in found if not text}:
                 hint = ""
             else:
                 hint = f"; the others have it: do all machines see the same files as {where.pop()}?"

@@ -101,6 +101,7 @@ class Saver:
             self.state.notes += set_aside(run_files(self.path))
         elif self.rank == 0 and self.wrong:  # or the next save would make it the previous one
             self.state.notes += set_aside([target_of(self.path)])
+        self.ranks.meet()
 
     def _load(self, file: Path) -> None:
         args, state = self.args, self.state
@@ -266,8 +267,11 @@ def set_aside(files: list[Path]) -> list[str]:
     number = 1
     while any(os.path.lexists(_numbered(f, number)) for f in files):
         number += 1
-    for f in files:
-        os.rename(f, _numbered(f, number))
+    try:
+        for f in files:
+            os.rename(f, _numbered(f, number))
+    except OSError as reason:
+        raise UserError(f"cannot rename {f}, which is there already: {reason.strerror}") from reason
     renamed = ", ".join(f"{f.name} -> {_numbered(f, number).name}" for f in files)
     return [f"{files[0].parent}: renamed what was there, {renamed}"] if files else []
 

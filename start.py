@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import struct
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -42,15 +43,18 @@ class Start:
 
 def meet() -> Start:
     """Waits for all ranks. Raises UserError that names those that are missing."""
-    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    rank, world, local, here = (int(os.environ.get(name, default)) for name, default in names)
     if "RANK" not in os.environ:
         return Start(dist.HashStore())
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise UserError(f"RANK is set, and {' and '.join(missing)} not; start it with torchrun")
+    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    rank, world, local, here = (int(os.environ.get(name, default)) for name, default in names)
     with lost_ranks_are_one_line():
         # Torchrun has a store; otherwise rank 0 makes it.
-        store = store_of_launcher(_START_SECONDS, make=rank == 0 and not by_torchrun())
-        again = by_torchrun() and store.check(["begun"])
-        name = agree_on_name(store, rank, world)
+        make = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store = store_of_launcher(_START_SECONDS, make)
+        name, again = agree_on_name(store, rank, world, by_torchrun() and _mark().exists())
         _choose_interface(world > here)
         return Start(dist.PrefixStore(name, store), name, rank, world, local, here, True, again)
 
@@ -63,16 +67,33 @@ def by_torchrun() -> bool:
 def begun() -> None:
     """From here on there is something to continue, should torchrun start the ranks again."""
     if by_torchrun():
-        store_of_launcher().set("begun", "1")
+        with contextlib.suppress(OSError):
+            _mark().touch()
 
 
-def agree_on_name(store: dist.Store, rank: int, world: int) -> str:
-    """A name that no earlier start had. The store outlives ranks that died, and whatever they left
-    in it, such as their addresses, is under other names. Raises UserError where a rank is missing.
+def _mark() -> Path:
+    """A file that stands for the torchrun on this machine that started this process: it is there
+    once its ranks had begun. (Its count of restarts stays 0 when a machine leaves, and its store
+    goes with the machine that had it.)
+    """
+    launcher = os.getppid()
+    try:
+        since = Path(f"/proc/{launcher}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        since = "0"
+    return Path(tempfile.gettempdir()) / f"rosetrainer-{os.getuid()}-{launcher}-{since}"
+
+
+def agree_on_name(
+    store: dist.Store, rank: int, world: int, again: bool = False
+) -> tuple[str, bool]:
+    """A name that no earlier start had, and whether some rank says again. The store outlives ranks
+    that died, and whatever they left in it, such as their addresses, is under other names. Raises
+    UserError where a rank is missing.
 
     Rank 0 gives its own new name to all that it finds, until all of `world` have answered to it.
     """
-    me, given = uuid.uuid4().hex, dict[int, str]()
+    me, given = f"{uuid.uuid4().hex} {int(again)}", dict[int, str]()
     store.set(f"rank{rank}", me)
     end = time.monotonic() + _START_SECONDS + (5 if rank else 0)  # rank 0 knows more
     while time.monotonic() < end:
@@ -83,13 +104,14 @@ def agree_on_name(store: dist.Store, rank: int, world: int) -> str:
                     store.set(f"leader of {one}", me)
             there = [r for r, one in given.items() if r == 0 or store.check([f"{one} of {me}"])]
             if len(there) == world:
-                store.set(f"go {me}", "1")
-                return me
+                again = any(one.endswith("1") for one in given.values())
+                store.set(f"go {me}", str(int(again)))
+                return me, again
         elif store.check([f"leader of {me}"]):
             leader = _get(store, f"leader of {me}")
             store.set(f"{me} of {leader}", "1")
             if store.check([f"go {leader}"]):
-                return leader
+                return leader, _get(store, f"go {leader}") == "1"
         time.sleep(0.05)
     missing = [0] if rank else sorted(set(range(world)) - set(there))
     raise UserError(

@@ -57,6 +57,7 @@ def split_model(model: GPTModel, group: dist.ProcessGroup) -> None:
     model.wte = EmbeddingPart(model.wte, start, group)  # type: ignore[assignment]
     model.head_part = HeadPart(
         start,
+        share,
         lambda x: _stacked(x, group),
         lambda x: _sum(x, group),
         lambda x: _joined(x, config.vocab_size, group),

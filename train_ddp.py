@@ -3,6 +3,8 @@
 The page of train_minimal.py and what makes it distributed: see the `diff` of the two.
 """
 
+from functools import partial
+
 from checkpoint import resumable_settings
 from cli import parse_settings, run_script
 from config import Settings
@@ -37,7 +39,8 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
     saver = Saver(args, model, optimizer, state, data, device, ranks, share)
     if args.resume:
         saver.load()
-    state.notes += compile_model(model, args.compile, device, lambda: rehearse(net, args, device))
+    rehearsal = partial(rehearse, net, args, device)
+    state.notes += compile_model(model, args.compile, device, rehearsal, ranks.agree)
     log = RunLog("train_ddp", args, state, device, model, train, val, ranks.rank, ranks.world)
     batches = Prefetch(train, args, device, share)
     if state.step == 0:

@@ -1,9 +1,12 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import loss
-from loss import next_token_loss, token_losses
+from loss import HeadPart, next_token_loss, token_losses
 
 
 @pytest.fixture(autouse=True)
@@ -123,3 +126,44 @@ def test_unused_columns_change_nothing(monkeypatch):
         found.append((total.detach(), *gradients(total, hidden, weight)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("unused", [0, 7])
+def test_parts_of_the_head_have_the_loss_of_the_whole(monkeypatch, unused):
+    # 97 ids in 4 parts are 25, 25, 25 and 22: of unequal size, each with `unused` columns beyond,
+    # and chunks that would be unequal too. The parts run in threads that exchange as ranks do.
+    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 1000)
+    hidden = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(97, 16, generator=torch.Generator().manual_seed(2))
+    labels = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(3))
+    labels[0, 5:9] = -100
+    given = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    total, _ = next_token_loss(*given, labels)
+    wanted = torch.autograd.grad(total, given)
+    slots, meet = [None] * 4, threading.Barrier(4, timeout=20)
+
+    def work(i):
+        def gather(x):
+            slots[i] = x
+            meet.wait()
+            found = torch.stack(list(slots))
+            meet.wait()
+            return found
+
+        start = 25 * i
+        part = HeadPart(start, 25, gather, lambda x: gather(x).sum(0))
+        mine = hidden.clone().requires_grad_(), weight[start : start + 25].clone().requires_grad_()
+        total, _ = next_token_loss(*mine, labels, part)
+        with torch.no_grad():
+            each = token_losses(*mine, labels, part)
+        return total.detach(), each, torch.autograd.grad(total, mine)
+
+    monkeypatch.setattr(loss, "_unused_columns", lambda weight, dtype: unused)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, range(4)))
+    for own_total, each, (d_hidden, _) in found:
+        assert own_total == pytest.approx(total.item(), rel=1e-6)
+        assert each.sum() == pytest.approx(total.item(), rel=1e-6)
+        torch.testing.assert_close(d_hidden, wanted[0], rtol=1e-4, atol=1e-5)
+    d_weight = torch.cat([grads[1] for _, _, grads in found])
+    torch.testing.assert_close(d_weight, wanted[1], rtol=1e-4, atol=1e-5)

@@ -98,6 +98,9 @@ def test_parts_of_a_model_need_parts_of_its_memory():
     assert whole.activations / 2 < need.activations < whole.activations
     two_ranks = dataclasses.replace(toy_settings(*flags), grad_accum_steps=3, parallel="fsdp")
     need = estimate(two_ranks, CPU)  # 24 sequences = 2 ranks x 3 x 4
-    assert need.weights == whole.weights / 2 and need.gradients == whole.gradients / 2
+    assert need.weights == whole.weights / 2 and need.optimizer == whole.optimizer / 2
+    assert need.gradients == whole.gradients  # until the last micro-step
+    at_once = dataclasses.replace(two_ranks, batch_size=12, grad_accum_steps=1)
+    assert estimate(at_once, CPU).gradients == whole.gradients / 2
     block = 12 * 256 * 256 + 2 * 1000 * 256  # and the ends of the model, weights and gradients
     assert need.activations - whole.activations == pytest.approx(8 * block, rel=0.5)
