@@ -567,11 +567,11 @@ def restarts(rig: Rig) -> None:
     rig.count("a rank killed under --max-restarts", "silent" if note else "survived", place, note)
     body = """
 import saver
-load = saver.Saver.load
-def load_other(self):
-    load(self)
+load = saver.Saver._load
+def load_other(self, file):
+    load(self, file)
     self.state.step -= 20 * rank
-saver.Saver.load = load_other
+saver.Saver._load = load_other
 """
     place = rig.place()
     shutil.copytree(reference.folder / "checkpoints", place.folder / "checkpoints")
