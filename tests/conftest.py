@@ -6,11 +6,13 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -76,6 +78,14 @@ def toy_settings(*flags: str, world: int = 1, **changes: Any) -> Settings:
     return dataclasses.replace(
         parse_settings("train_minimal", base + list(flags), world), **changes
     )
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -21,13 +21,6 @@ TINY = (
 TINY += " --eval-steps 10 --log-steps 1 --val-max-tokens 2000 --lr 0.01"
 
 
-@pytest.fixture
-def group(tmp_path):
-    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
-    yield
-    dist.destroy_process_group()
-
-
 def count_syncs(ddp):
     calls = []
 

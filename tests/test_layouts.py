@@ -166,9 +166,9 @@ def test_gradients_are_exchanged_once_per_update(found):
     counts = found["collectives"]
     # One bucket of gradients, whatever the accumulation.
     assert counts["ddp 2"] == counts["ddp 2, accumulation 2"] == Counter(all_reduce=1)
-    # Gloo scatters sums by all_reduce: of two blocks and the rest, and one for the norm.
-    assert counts["fsdp 2"]["all_reduce"] == 4
-    assert counts["fsdp 2, accumulation 2"]["all_reduce"] == 4
+    # The sums of two blocks and of the rest, and one for the norm.
+    for layout in ("fsdp 2", "fsdp 2, accumulation 2"):
+        assert (counts[layout]["reduce_scatter"], counts[layout]["all_reduce"]) == (3, 1)
     # The embedding; in each of two blocks, forward and backward, one for each pair of matrices;
     # the loss's gradient; the norm.
     assert counts["tp 2"]["all_reduce"] == 1 + 2 * 2 * 2 + 1 + 1

@@ -21,13 +21,6 @@ from ranks import Ranks, identity, sum_ranks
 from start import agree_on_name
 
 
-@pytest.fixture
-def group(tmp_path):
-    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
-    yield
-    dist.destroy_process_group()
-
-
 def test_sums_stay_float64_and_leave_their_input_alone(group):
     values = torch.tensor([1e9 + 0.25], dtype=torch.float64)
     assert sum_ranks(values).item() == 1e9 + 0.25 and sum_ranks(values) is not values
