@@ -24,6 +24,7 @@ from alone import Alone
 from config import Settings
 from device import Device
 from model import GPTModel
+from optim import local_part
 from ranks import Ranks, sum_ranks
 from step import StepStats, rehearse
 from tensor_parallel import joined, part_of, split_dim, split_model
@@ -79,7 +80,7 @@ class Spread(Alone):
         grads: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, p in self.model.named_parameters():
             if p.grad is not None:
-                grads[self.split > 1 and split_dim(name) is not None].append(_local(p.grad))
+                grads[self.split > 1 and split_dim(name) is not None].append(local_part(p.grad))
         squares = torch.stack([_sum_of_squares(grads[k], self.device) for k in (True, False)])
         if self.sharded:
             squares = self.sum(squares)
@@ -132,7 +133,7 @@ class Spread(Alone):
     def _whole(self, name: str, tensor: Tensor, offset: int) -> Tensor:
         """offset: the dimensions of `tensor` before those of the parameter."""
         shape, dim = self.model.shapes[name], split_dim(name) if self.split > 1 else None
-        tensor = _local(tensor)
+        tensor = local_part(tensor)
         if self.sharded:
             rows = shape[0]
             if dim == 0:
@@ -194,10 +195,6 @@ def _unsynced(net: FSDPModule) -> Iterator[None]:
         yield
     finally:
         net.set_requires_gradient_sync(True)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sum_of_squares(tensors: list[Tensor], device: Device) -> Tensor:

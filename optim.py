@@ -102,9 +102,9 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         lr, decay = group["lr"], group["lr"] * group["weight_decay"]
         for stack, size in zip(self.stacks, self.sizes, strict=True):
-            ps = [_local(p) for _, p in stack]
-            moments = [_local(self.state[p]["momentum_buffer"]) for _, p in stack]
-            grads = [_local(p.grad) for _, p in stack if p.grad is not None]
+            ps = [local_part(p) for _, p in stack]
+            moments = [local_part(self.state[p]["momentum_buffer"]) for _, p in stack]
+            grads = [local_part(p.grad) for _, p in stack if p.grad is not None]
             if self.found_inf is not None:
                 grads = [
                     g.where(self.found_inf == 0, m) for g, m in zip(grads, moments, strict=True)
@@ -121,7 +121,7 @@ def _pieces(names: list[str], most: int) -> Iterator[list[str]]:
     yield from (names[i : i + most] for i in range(0, len(names), most))
 
 
-def _local(x: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
     """What this process has of a tensor: all of it, except under FSDP."""
     return x.to_local() if hasattr(x, "to_local") else x
 
