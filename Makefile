@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check clean
+.PHONY: train test check gpu clean
 
 train: .venv/train
 	$(BIN)/python train_minimal.py
@@ -24,6 +24,11 @@ check: .venv/test
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@ .venv/train
+
+# With the Python that has torch for the GPU: nothing is installed.
+DEVICE ?= cuda
+gpu:
+	$(PYTHON) scripts/gpu.py --device $(DEVICE)
 
 clean:
 	rm -rf .venv

@@ -19,7 +19,7 @@ from benchmarks.layouts import bench_layouts, bench_processes, bench_tensor_para
 from benchmarks.parts import bench_eval, bench_generate, bench_loss, bench_optim
 from benchmarks.recipe import bench_recipe
 from benchmarks.runs import bench_resume, bench_save
-from benchmarks.speed import bench_growth, bench_train
+from benchmarks.speed import bench_growth, bench_profile, bench_train
 from cli import parse_flags, run_script
 from config import UserError, choose
 
@@ -32,6 +32,7 @@ VERBS: dict[str, Callable[[BenchSettings], Rows | tuple[Rows, str]]] = {
     "eval": bench_eval,
     "generate": bench_generate,
     "growth": bench_growth,
+    "profile": bench_profile,
     "recipe": bench_recipe,
     "data": bench_data,
     "prepare": bench_prepare,

@@ -140,29 +140,20 @@ class TokenDataset(torch.utils.data.Dataset):
         """This rank's share of (input_ids, labels), each (B, T) int64, that score every token but
         the first once.
 
-        The last window may be short: the labels of its padding are -100, which is never scored. All
-        ranks get the same number of batches, since they may have to compute them together: one that
-        has no window left gets one of padding.
+        All batches of all ranks have the same shape, and all ranks get the same number of them: a
+        compiled model meets no other shape, and ranks may have to compute a batch together. What is
+        missing in the last ones is padding, whose labels are -100 and never scored.
         """
         stride = self.seq_len - 1
         count = math.ceil((self.num_tokens - 1) / stride)
+        window = np.arange(batch_size)[:, None] * stride + np.arange(self.seq_len)
         for start in range(0, count, world * batch_size):
-            first = start + rank * batch_size
-            size = min(batch_size, count - first)
-            if size <= 0:
-                padding = torch.zeros(1, self.seq_len, dtype=torch.int64)
-                yield padding, padding - 100
-                continue
-            position = self.start + first * stride
-            stream = self.source.read(
-                position, min(self.stop - position, size * stride + 1)
-            ).astype(np.int64)
-            missing = size * stride + 1 - len(stream)
-            window = np.arange(size)[:, None] * stride + np.arange(self.seq_len)
-            ids, labels = (
-                np.pad(stream, (0, missing)),
-                np.pad(stream, (0, missing), constant_values=-100),
-            )
+            position = self.start + (start + rank * batch_size) * stride
+            here = min(self.stop - position, batch_size * stride + 1)
+            stream = self.source.read(position, here) if here > 1 else np.empty(0)
+            missing = batch_size * stride + 1 - len(stream)
+            ids = np.pad(stream.astype(np.int64), (0, missing))
+            labels = np.pad(stream.astype(np.int64), (0, missing), constant_values=-100)
             yield torch.from_numpy(ids[window]), torch.from_numpy(labels[window])
 
     def limited(self, max_tokens: int) -> TokenDataset:

@@ -1,6 +1,4 @@
-"""What a run computes on, and why: device, precision of the matrix products, and whether
-torch.compile is used.
-"""
+"""What a run computes on, and why: the device, and the precision of its matrix products."""
 
 from __future__ import annotations
 
@@ -8,16 +6,13 @@ import ctypes
 import functools
 import os
 import platform
-import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from config import UserError
 
@@ -39,8 +34,12 @@ class Device:
         """The context of every forward pass: parameters stay float32, matrix products run in
         `precision`.
         """
-        dtype = _DTYPES[self.precision]
-        return torch.autocast(self.torch.type, dtype, enabled=self.precision != "fp32")
+        return torch.autocast(self.torch.type, self.dtype, enabled=self.amp)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that matrix products run in."""
+        return _DTYPES[self.precision]
 
     @property
     def amp(self) -> bool:
@@ -147,50 +146,6 @@ def use_threads(threads: int, local_world: int) -> None:
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         torch.set_num_threads(threads or max(1, cores // local_world))
-
-
-def wants_compile(compile: str, device: Device) -> bool:
-    """Whether to compile the model. Raises UserError where it was asked for and there is no
-    compiler.
-    """
-    if compile == "off" or (compile == "auto" and device.torch.type != "cuda"):
-        return False
-    if any(shutil.which(c) for c in ("c++", "g++", "clang++", "cl")):
-        return True
-    if compile == "on":
-        raise UserError(
-            "--compile on needs a C++ compiler (g++ or clang++), and none is found; try --compile "
-            "auto"
-        )
-    return False
-
-
-def compile_model(
-    model: nn.Module,
-    compile: str,
-    device: Device,
-    rehearse: Callable[[], object],
-    agree: Callable[..., list[int]] = lambda *wishes: list(wishes),
-) -> list[str]:
-    """Compiles the model in place if that is wanted; the lines to log. rehearse(): a step with it,
-    in which compiling happens. If that fails, compile=on is a UserError and auto goes on without.
-    agree: the largest of a number over the ranks, which must all do the same.
-    """
-    if not wants_compile(compile, device):
-        return []
-    start, cause, reason = time.perf_counter(), "", None
-    model.compile()
-    try:
-        rehearse()
-    except Exception as failure:  # a compiler is a large program: anything can come
-        reason, cause = failure, " ".join(str(failure).split())[:200]
-    if not agree(reason is not None)[0]:
-        return [f"compiled in {time.perf_counter() - start:.0f} s"]
-    cause = cause or "it failed on another rank"
-    if compile == "on":
-        raise UserError(f"--compile on: {cause}; try --compile off") from reason
-    model._compiled_call_impl = None  # what model.compile() sets; nothing public undoes it
-    return [f"not compiled: {cause}"]
 
 
 def seed_dropout(device: Device, seed: int) -> None:

@@ -4,16 +4,22 @@ backward.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # a label with this value is not scored
-_CHUNK_LOGITS = 1 << 25  # logits that exist at once: 128 MiB in float32
+_CPU_LOGITS = 1 << 25  # logits of one chunk: 128 MiB in float32
+_GPU_LOGITS = 1 << 28  # a matrix product must be this large to fill an H100: 5,336 rows of GPT-2's
+_GPU_SHARE = (
+    256  # bytes of a GPU's memory for each logit of a chunk, where that is the tighter limit
+)
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -37,41 +43,54 @@ WHOLE_HEAD = HeadPart()
 
 
 def next_token_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, part: HeadPart = WHOLE_HEAD
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    part: HeadPart = WHOLE_HEAD,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Next-token cross-entropy in nats, summed, and the number of scored tokens (Radford et al.
     2019, sec. 2).
 
     hidden (B, T, C) float; weight (V, C) float, or the rows that part says; labels (B, T) int64,
-    -100 not scored. Position t predicts label t + 1. Returns two float32 scalars; the first has
-    gradients for hidden and weight. Raises ValueError if the (B, T) parts differ.
+    -100 not scored. Position t predicts label t + 1. fused: what is done with the logits of a chunk
+    is compiled, which reads them twice and writes them once. Returns two float32 scalars; the first
+    has gradients for hidden and weight. Raises ValueError if the (B, T) parts differ.
     """
     hidden, labels = _shifted(hidden, labels)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        total = _ChunkedSum.apply(hidden, weight, labels, _compute_dtype(hidden), part)
+        total = _ChunkedSum.apply(hidden, weight, labels, _compute_dtype(hidden), part, fused)
     else:
-        total = _token_losses(hidden, weight, labels, part).sum()
+        total = _token_losses(hidden, weight, labels, part, fused).sum()
     return total, (labels != IGNORE).sum().float()
 
 
 @torch.no_grad()
 def token_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, part: HeadPart = WHOLE_HEAD
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    part: HeadPart = WHOLE_HEAD,
+    fused: bool = False,
 ) -> Tensor:
     """The same loss per position, for evaluation: (B, T - 1) float32 nats, 0 where not scored,
     without gradients.
     """
     flat_hidden, flat_labels = _shifted(hidden, labels)
-    return _token_losses(flat_hidden, weight, flat_labels, part).view(labels.shape[0], -1)
+    losses = _token_losses(flat_hidden, weight, flat_labels, part, fused)
+    return losses.view(labels.shape)[:, :-1]
 
 
 def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions that predict something and what they predict: (N, C) and (N,) for N = B (T - 1)."""
+    """Each position and what it predicts: (N, C) and (N,) for N = B T. The last position of a row
+    predicts nothing, which costs less than copying all others would.
+    """
     if hidden.shape[:2] != labels.shape:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} must share (B, T)"
         )
-    return hidden[:, :-1].reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1)
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return hidden.reshape(-1, hidden.shape[-1]), following.reshape(-1)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -79,63 +98,136 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def workspace_bytes(vocab_size: int, half: bool) -> float:
+def chunk_logits(device: torch.device) -> int:
+    """The most logits that exist at once on a device. It follows from the kind of device and not
+    from what is free on it at the moment: other chunks add gradients in another order, and a run
+    that resumes must add as the one that did not stop.
+    """
+    if device.type != "cuda":
+        return _CPU_LOGITS
+    return min(_GPU_LOGITS, torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE)
+
+
+def workspace_bytes(vocab_size: int, half: bool, device: torch.device) -> float:
     """What one chunk takes: its logits, and in 16 bits a second and a third time."""
-    return (8.0 if half else 4.0) * max(_CHUNK_LOGITS, 16 * vocab_size)
+    return (8.0 if half else 4.0) * max(chunk_logits(device), 16 * vocab_size)
+
+
+def _chunk_rows(n: int, weight: Tensor, part: HeadPart) -> int:
+    """Rows of a chunk, the same for all chunks where the number of rows n allows it: no chunk then
+    has a shape that must be compiled again.
+    """
+    most = max(16, chunk_logits(weight.device) // (part.most_rows or len(weight)))
+    fewest = math.ceil(n / most)
+    even = next((k for k in range(fewest, 2 * fewest + 1) if k and n % k == 0), 0)
+    return n // even if even else most - most % 128 or most
 
 
 def _unused_columns(weight: Tensor, dtype: torch.dtype) -> int:
-    """Logits added so that their number is a multiple of 128, as the fast kernels of GPUs want it;
-    they are -inf, so nothing predicts them.
+    """Logits added so that their number is a multiple of 128, as the fast kernels of GPUs want it.
+    Nothing predicts them.
     """
     return -len(weight) % 128 if weight.is_cuda and dtype != torch.float32 else 0
 
 
-def _chunk_rows(weight: Tensor, part: HeadPart) -> int:
-    return max(16, _CHUNK_LOGITS // (part.most_rows or len(weight)))
-
-
-def _exponentials(logits: Tensor, size: int, y: Tensor, part: HeadPart) -> tuple[Tensor, ...]:
-    """Of the float32 logits (rows, V), which become exp(logits - their largest) in place: (the loss
-    of each row, what its exponentials have to be multiplied with to be probabilities, the columns
-    of the labels, which rows have theirs here). V: size, that of this part, and unused columns.
+def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head (V, C) in dtype, with rows of zeros for the unused columns; itself where it is that
+    already.
     """
-    own = y - part.start
+    unused = _unused_columns(weight, dtype)
+    if not unused:
+        return weight.to(dtype)
+    padded = weight.new_empty(len(weight) + unused, weight.shape[1], dtype=dtype)
+    padded[: len(weight)] = weight
+    padded[len(weight) :] = 0
+    return padded
+
+
+def _room(rows: int, w: Tensor) -> Tensor:
+    """Memory for the logits of a chunk: (rows, V). On a CPU each row starts at a multiple of 64
+    numbers: the product that writes them reached 184 GFLOP/s that way, and 140 with 50257 numbers
+    from row to row.
+    """
+    return w.new_empty(rows, len(w) + (-len(w) % 64 if w.device.type == "cpu" else 0))[:, : len(w)]
+
+
+def _row_sums(logits: Tensor, own: Tensor, size: int) -> Tensor:
+    """Of the first `size` columns of logits (rows, V): the largest of each row, the sum of
+    exp(logit - largest), and the logit of the label, 0 where another process has it: (3, rows)
+    float32. own (rows,) int64: the column of the label.
+    """
+    x = logits[:, :size].float()
     here = (own >= 0) & (own < size)
-    column = own.where(here, 0)[:, None]  # (rows, 1)
-    top, right = logits.amax(-1), logits.gather(1, column).squeeze(1) * here
-    z = logits.sub_(top[:, None]).exp_().sum(-1)
-    tops, zs, rights = part.gather(torch.stack((top, z, right))).unbind(1)  # (parts, rows) each
-    highest = tops.amax(0)
-    z = (zs * (tops - highest).exp()).sum(0)
-    loss = highest + z.log() - rights.sum(0)
-    return loss, (top - highest).exp() / z, column, here
+    label = x.gather(1, own.where(here, 0)[:, None]).squeeze(1) * here
+    top = x.amax(-1, keepdim=True)
+    return torch.stack((top.squeeze(1), (x - top).exp().sum(-1), label))
 
 
-def _room(rows: int, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Memory for the logits of a chunk on a CPU, each row at a multiple of 64 numbers: the product
-    that writes them reached 184 GFLOP/s that way, and 140 with 50257 numbers from row to row.
+def _into_gradients(logits: Tensor, own: Tensor, lse: Tensor, scored: Tensor, size: int) -> None:
+    """Turns logits into the gradient of their summed loss, in place: softmax - onehot(label)."""
+    column = torch.arange(logits.shape[1], device=logits.device)
+    gradient = (logits.float() - lse[:, None]).exp() - (column == own[:, None]).float()
+    logits.copy_((gradient * scored[:, None]).where(column < size, 0))
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def _chunk_losses(
+    logits: Tensor, own: Tensor, size: int, part: HeadPart, fused: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, logarithm of the summed exponentials, largest logit of this part), each (rows,)
+    float32. Unless fused, the float32 logits become exp(logits - largest): one pass less.
     """
-    if weight.device.type != "cpu" or dtype != torch.float32 or torch.compiler.is_compiling():
-        return None
-    return weight.new_empty(rows, len(weight) + -len(weight) % 64)[:, : len(weight)]
+    if fused:
+        sums = _compiled(_row_sums)(logits, own, size)
+    else:
+        here = (own >= 0) & (own < size)
+        label = logits.gather(1, own.where(here, 0)[:, None]).squeeze(1) * here
+        logits[:, size:] = -math.inf
+        top = logits.amax(-1)
+        sums = torch.stack((top, logits.sub_(top[:, None]).exp_().sum(-1), label))
+    tops, zs, label = part.gather(sums).unbind(1)  # (parts, rows) each
+    highest = tops.amax(0)
+    lse = highest + (zs * (tops - highest).exp()).sum(0).log()
+    return lse - label.sum(0), lse, sums[0]
 
 
-def _logits(h: Tensor, weight: Tensor, room: Tensor | None) -> Tensor:
-    """(rows, C) and (V, C) to float32 (rows, V)."""
-    if room is None:
-        return (h @ weight.T).float()
-    return torch.mm(h, weight.T, out=room[: len(h)])
-
-
-def _token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, part: HeadPart) -> Tensor:
-    rows, dtype = _chunk_rows(weight, part), _compute_dtype(hidden)
-    room = _room(min(rows, len(labels)), weight, dtype)
-    losses = []
-    for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
-        loss = _exponentials(_logits(h, weight, room), len(weight), y, part)[0]
-        losses.append(loss.masked_fill(y == IGNORE, 0))
+def _token_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, part: HeadPart, fused: bool
+) -> Tensor:
+    dtype = _compute_dtype(hidden)
+    rows, losses = _chunk_rows(len(labels), weight, part), []
+    with torch.autocast(hidden.device.type, enabled=False):
+        w = _padded(weight, dtype)
+        room = _room(rows, w)
+        for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
+            logits = torch.mm(h.to(dtype), w.T, out=room[: len(y)])
+            logits = logits if fused else logits.float()
+            loss = _chunk_losses(logits, y - part.start, len(weight), part, fused)[0]
+            losses.append(loss.masked_fill(y == IGNORE, 0))
     return torch.cat(losses)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b. Where a and b have 16 bits and out has 32, CUDA sums in 32."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=int(add), out=out)
+    elif adds_wide(out):
+        torch.addmm(out, a, b, out.dtype, beta=int(add), out=out)
+    elif add:
+        out += a @ b
+    else:
+        out.copy_(a @ b)
+
+
+def adds_wide(out: Tensor) -> bool:
+    """Whether torch multiplies matrices of 16 bits into this float32 one there (CUDA, since torch
+    2.8).
+    """
+    return out.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -149,37 +241,35 @@ class _ChunkedSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, dtype, part):  # type: ignore[no-untyped-def]
-        total = torch.zeros((), device=hidden.device)
+    def forward(ctx, hidden, weight, labels, dtype, part, fused):  # type: ignore[no-untyped-def]
+        total, size = torch.zeros((), device=hidden.device), len(weight)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = _chunk_rows(weight, part)
-        unused = _unused_columns(weight, dtype)
-        in_place = dtype == weight.dtype and not unused and len(labels) > 0
-        new = torch.empty_like if in_place else torch.zeros_like
-        d_weight = new(weight) if ctx.needs_input_grad[1] else None
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        rows = _chunk_rows(len(labels), weight, part)
+        if dtype == torch.float16 and not adds_wide(weight):
+            rows = min(rows, 1024)  # products of more rows could overflow
         with torch.autocast(hidden.device.type, enabled=False):
-            w = weight.to(dtype)
-            w = F.pad(w, (0, 0, 0, unused)) if unused else w
-            if dtype == torch.float16:  # whose products of more rows could overflow
-                rows = min(rows, 1024)
-            room = _room(min(rows, len(labels)), w, dtype)
+            w = _padded(weight, dtype)
+            room = _room(rows, w)
             for start in range(0, len(labels), rows):
                 h, y = hidden[start : start + rows].to(dtype), labels[start : start + rows]
-                scored = y != IGNORE
-                logits = _logits(h, w, room)  # (rows, V), and the unused ones
-                logits[:, len(weight) :] = -math.inf
-                loss, scale, column, here = _exponentials(logits, len(weight), y, part)
+                own, scored = y - part.start, (y != IGNORE).float()
+                logits = torch.mm(h, w.T, out=room[: len(y)])  # (rows, V), and the unused ones
+                logits = logits if fused else logits.float()
+                loss, lse, top = _chunk_losses(logits, own, size, part, fused)
                 total += (loss * scored).sum()
-                logits.mul_((scale * scored)[:, None])  # exponentials become probabilities
-                logits.scatter_add_(1, column, -(scored & here).float()[:, None])
+                if fused:
+                    _compiled(_into_gradients)(logits, own, lse, scored, size)
+                else:
+                    here = (own >= 0) & (own < size)
+                    logits.mul_(((top - lse).exp() * scored)[:, None])  # probabilities now
+                    column = own.where(here, 0)[:, None]
+                    logits.scatter_add_(1, column, -(scored * here)[:, None])
                 d_logits = logits.to(dtype)
                 if d_hidden is not None:
-                    d_hidden[start : start + rows] = d_logits @ w
+                    _multiply(d_hidden[start : start + rows], d_logits, w)
                 if d_weight is not None:
-                    if in_place:  # the first chunk's product reads nothing of it
-                        d_weight.addmm_(d_logits.T, h, beta=1 if start else 0)
-                    else:
-                        d_weight += (d_logits.T @ h)[: len(weight)]
+                    _multiply(d_weight, d_logits[:, :size].T, h, add=start > 0)
                 del logits, d_logits  # before the next chunk takes as much
             if d_hidden is not None:
                 d_hidden = part.add(d_hidden)
@@ -191,4 +281,4 @@ class _ChunkedSum(torch.autograd.Function):
         # In place, since a second d_weight would be the largest tensor of the step. A second
         # backward pass, which would scale it again, is refused by autograd: the saved one changed.
         d_hidden, d_weight = (None if d is None else d.mul_(d_total) for d in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None

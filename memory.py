@@ -44,7 +44,7 @@ def estimate(args: Settings, device: Device, batch_size: int | None = None) -> N
     parts = args.tensor_parallel_size * (_data_world(args) if args.parallel == "fsdp" else 1)
     weights = 4.0 * _numbers(args.model) / parts
     matrices = 4.0 * _block_numbers(args.model) / parts if args.optimizer == "muon" else 0.0
-    activations = _activations(args, device.precision, size)
+    activations = _activations(args, device, size)
     gradients = weights
     if args.parallel == "fsdp":  # of one block at a time, and the embeddings, whole
         c, split = args.model, args.tensor_parallel_size
@@ -113,9 +113,9 @@ def _numbers(c: GPTConfig) -> int:
     return _block_numbers(c) + (c.vocab_size + rest) * c.d_model
 
 
-def _activations(args: Settings, precision: str, batch_size: int) -> float:
+def _activations(args: Settings, device: Device, batch_size: int) -> float:
     """Bytes kept between the forward and the backward pass, the gradient of the head among them."""
-    c, half, split = args.model, precision != "fp32", args.tensor_parallel_size
+    c, half, split = args.model, device.amp, args.tensor_parallel_size
     # Under tensor parallelism each rank has its heads' QKV and its part of the MLP, but all of a
     # block's two inputs.
     inner = (_BLOCK[c.arch][half] - 8) * c.d_model + (2 if half else 4) * c.d_ff
@@ -128,4 +128,5 @@ def _activations(args: Settings, precision: str, batch_size: int) -> float:
     head = 4.0 * c.vocab_size * c.d_model / split
     if half:  # autocast's copies of the weights
         head += 2.0 * _block_numbers(c) / split
-    return batch_size * args.seq_len * (layers + ends) + head + workspace_bytes(c.vocab_size, half)
+    workspace = workspace_bytes(c.vocab_size, half, device.torch)
+    return batch_size * args.seq_len * (layers + ends) + head + workspace

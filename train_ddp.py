@@ -3,13 +3,12 @@
 The page of train_minimal.py and what makes it distributed: see the `diff` of the two.
 """
 
-from functools import partial
-
 from checkpoint import resumable_settings
 from cli import parse_settings, run_script
+from compiling import compile_model
 from config import Settings
 from dataset import Prefetch, open_data, record_of
-from device import compile_model, pick_device, tune
+from device import pick_device, tune
 from distributed import Spread
 from eval import evaluate
 from generate import sample
@@ -20,7 +19,7 @@ from ranks import Ranks, identity, process_group
 from run_log import RunLog
 from saver import Saver
 from start import begun, first_to_say, meet
-from step import RunState, check_finite, due, rehearse, train_step
+from step import RunState, check_finite, due, train_step
 from watch import Watch
 
 
@@ -30,17 +29,16 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
     train, val, args = ranks.each(open_data, args)  # fills in vocab_size,
     args = fit_micro_batch(args, device, ranks.local_world, ranks.agree)
     data = record_of(train, val)
+    state = RunState.fresh(device)
     model = GPTModel(args.model, seed=args.seed)
     ranks.must_agree(identity(args, data, model))
+    state.notes += compile_model(model, args, device, ranks.agree)
     share = Spread(model, args, device, ranks)  # this rank's, of the model and of each batch
     net = share.net  # the model, but its backward pass averages over ranks
     optimizer = make_optimizer(model, args, share)
-    state = RunState.fresh(device)
     saver = Saver(args, model, optimizer, state, data, device, ranks, share)
     if args.resume:
         saver.load()
-    rehearsal = partial(rehearse, net, args, device)
-    state.notes += compile_model(model, args.compile, device, rehearsal, ranks.agree)
     log = RunLog("train_ddp", args, state, device, model, train, val, ranks.rank, ranks.world)
     batches = Prefetch(train, args, device, share)
     if state.step == 0:

@@ -2,9 +2,10 @@
 
 from checkpoint import resumable_settings
 from cli import parse_settings, run_script
+from compiling import compile_model
 from config import Settings
 from dataset import Prefetch, open_data, record_of
-from device import compile_model, pick_device, tune
+from device import pick_device, tune
 from eval import evaluate
 from generate import sample
 from memory import fit_micro_batch
@@ -12,7 +13,7 @@ from model import GPTModel
 from optim import make_optimizer
 from run_log import RunLog
 from saver import Saver
-from step import RunState, check_finite, due, rehearse, train_step
+from step import RunState, check_finite, due, train_step
 from watch import Watch
 
 
@@ -22,13 +23,13 @@ def main(args: Settings, watch: Watch) -> int:
     train, val, args = open_data(args)  # fills in vocab_size,
     args = fit_micro_batch(args, device)  # and with --micro-batch auto the batch_size
     data = record_of(train, val)
-    model = GPTModel(args.model, seed=args.seed).to(device.torch)
-    optimizer = make_optimizer(model, args)
     state = RunState.fresh(device)
+    model = GPTModel(args.model, seed=args.seed).to(device.torch)
+    state.notes += compile_model(model, args, device)
+    optimizer = make_optimizer(model, args)
     saver = Saver(args, model, optimizer, state, data, device)
     if args.resume:
         saver.load()
-    state.notes += compile_model(model, args.compile, device, lambda: rehearse(model, args, device))
     log = RunLog("train_minimal", args, state, device, model, train, val)
     batches = Prefetch(train, args, device)
     if state.step == 0:

@@ -35,6 +35,9 @@ class BenchSettings:
     steps: int = flag(20, "resume: steps before the kill, and after it", at_least=2)
     ranks: int = flag(0, "resume: processes under torchrun; 0 = train_minimal.py", at_least=0)
     batch_size: int = flag(4, "save, train, eval: sequences of 1024 tokens", at_least=1)
+    global_batch_size: int = flag(0, "train: sequences of a step; 0 = batch-size", at_least=0)
+    device: str = flag("auto", "train, loss, optim, profile: auto, cpu, cuda")
+    small: bool = flag(False, "train, loss, optim, profile: toy sizes, to try them out")
     seeds: int = flag(3, "recipe: runs of each side", at_least=1)
     ablate: bool = flag(False, "recipe: without each of its parts, instead of plain")
     recipe_steps: int = flag(75, "recipe: steps of the default recipe", at_least=1)
@@ -107,8 +110,8 @@ def give_memory_back() -> None:
 
 
 class Side:
-    """One side of a comparison, in a process of its own: `build(*arguments)` prepares there, and
-    what it returns is run by each call.
+    """One side of a comparison, in a process of its own: `build(*arguments)` prepares there, at the
+    same time as other sides do, and what it returns is run by each call.
     """
 
     def __init__(
@@ -117,7 +120,7 @@ class Side:
         *arguments: Any,
     ) -> None:
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self.pool.submit(_keep, build, arguments).result()
+        self.built = self.pool.submit(_keep, build, arguments)
 
     def __call__(self) -> Any:
         return self.pool.submit(_run_kept).result()
@@ -132,6 +135,8 @@ _kept: list[Callable[[], Any]] = []  # of the process of one side
 
 def _keep(build: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> None:
     _kept.append(build(*arguments))
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # for the others
 
 
 def _run_kept() -> Any:
@@ -140,6 +145,8 @@ def _run_kept() -> Any:
 
 def side_by_side(sides: dict[str, Side], repeats: int, warm_up: int = 1) -> dict[str, list[Any]]:
     """What each side returned, run in turns: a machine that is slow for a while is so for all."""
+    for side in sides.values():
+        side.built.result()  # nothing is measured while others prepare
     found: dict[str, list[Any]] = {name: [] for name in sides}
     for i in range(warm_up + repeats):
         for name, side in sides.items():
@@ -147,6 +154,23 @@ def side_by_side(sides: dict[str, Side], repeats: int, warm_up: int = 1) -> dict
             if i >= warm_up:
                 found[name].append(result)
     for side in sides.values():
+        side.end()
+    return found
+
+
+def one_by_one(sides: dict[str, Side], repeats: int, warm_up: int = 1) -> dict[str, Any]:
+    """The same on a GPU, which each side has to itself: one is ended before the next runs. Of a
+    side that fails, the reason as text.
+    """
+    for side in sides.values():
+        side.built.exception()  # waits
+    found: dict[str, Any] = {}
+    for name, side in sides.items():
+        try:
+            side.built.result()
+            found[name] = [side() for _ in range(warm_up + repeats)][warm_up:]
+        except Exception as reason:  # out of memory, a compiler, a package that is not there
+            found[name] = f"failed: {' '.join(str(reason).split())[:300]}"
         side.end()
     return found
 

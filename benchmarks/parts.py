@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from benchmarks.common import (
     in_new_process,
     medians,
     memory,
+    one_by_one,
     side_by_side,
     synchronize,
 )
@@ -45,19 +47,52 @@ def chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return next_token_loss(hidden, weight, labels)[0]
 
 
-def _loss_problem(tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def fused_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Ours, as it is where the model is compiled."""
+    return next_token_loss(hidden, weight, labels, fused=True)[0]
+
+
+def torch_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """torch.nn.functional.linear_cross_entropy, since torch 2.13."""
+    rows = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.linear_cross_entropy(rows[0], weight, rows[1], reduction="sum")
+
+
+def liger_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The fused kernel of the package liger-kernel."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    rows = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    half = torch.is_autocast_enabled(hidden.device.type)
+    given = [x.bfloat16() if half else x for x in (weight, rows[0])]
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum")(*given, rows[1])
+
+
+def known_losses(device: str) -> dict[str, Callable[..., Tensor]]:
+    """The ways to compute the loss that can be had here."""
+    ways = {"plain": plain_loss, "chunked": chunked_loss}
+    if device == "cuda":
+        ways["chunked, fused"] = fused_loss
+        if hasattr(F, "linear_cross_entropy"):
+            ways["torch's linear_cross_entropy"] = torch_loss
+        if importlib.util.find_spec("liger_kernel"):
+            ways["liger-kernel"] = liger_loss
+    return ways
+
+
+def _loss_problem(tokens: int, device: str, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(4, tokens // 4 + 1, 768, generator=draw)
-    weight = torch.randn(50257, 768, generator=draw) * 0.05
-    labels = torch.randint(50257, hidden.shape[:2], generator=draw)
+    hidden = torch.randn(4, tokens // 4, 768, generator=draw)
+    weight = torch.randn(vocab_size, 768, generator=draw) * 0.05
+    labels = torch.randint(vocab_size, hidden.shape[:2], generator=draw)
     return hidden.to(device), weight.to(device), labels.to(device)
 
 
 def build_loss(
-    loss: Callable[..., Tensor], tokens: int, device: str, dtype: torch.dtype
+    loss: Callable[..., Tensor], tokens: int, vocab_size: int, device: str, dtype: torch.dtype
 ) -> Callable[[], dict[str, float]]:
     """Loss and both gradients of `tokens` tokens: seconds, and GB beyond inputs and gradients."""
-    inputs = _loss_problem(tokens, device)
+    inputs = _loss_problem(tokens, device, vocab_size)
     given = [x.requires_grad_() for x in inputs[:2]]
     give_memory_back()
     if device == "cpu":
@@ -73,15 +108,18 @@ def build_loss(
         synchronize(device)
         seconds = time.perf_counter() - start
         if device == "cuda":
-            return {"seconds": seconds, "gb": torch.cuda.max_memory_allocated() / 1e9}
+            most = torch.cuda.max_memory_allocated() - sum(x.nbytes for x in (*inputs, *given))
+            return {"seconds": seconds, "gb": most / 1e9}
         return {"seconds": seconds, "gb": (memory("VmHWM") - before) / 1e3}
 
     return run
 
 
-def loss_errors(loss: Callable[..., Tensor], device: str, dtype: torch.dtype) -> dict[str, float]:
+def loss_errors(
+    loss: Callable[..., Tensor], vocab_size: int, device: str, dtype: torch.dtype
+) -> dict[str, float]:
     """Relative errors against float64 of the loss and, in norm, of both gradients; 1024 tokens."""
-    hidden, weight, labels = _loss_problem(1024, device)
+    hidden, weight, labels = _loss_problem(1024, device, vocab_size)
 
     def values(h: Tensor, w: Tensor, way: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         given = (h.requires_grad_(), w.requires_grad_())
@@ -105,24 +143,27 @@ def plain_float64(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def bench_loss(args: BenchSettings) -> list[dict[str, Any]]:
-    """The chunked loss against the plain one, 4096 tokens x 50257 x 768."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ways = {"plain": plain_loss, "chunked": chunked_loss}
-    rows = []
+    """The chunked loss against the plain one, 4096 tokens (on a GPU 32768) x 50257 x 768."""
+    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+    tokens, vocab_size = (64, 500) if args.small else (32768 if device == "cuda" else 4096, 50257)
+    ways, rows = known_losses("cuda" if args.small else device), []
     for dtype in (torch.float32, torch.bfloat16):
-        sides = {k: Side(build_loss, way, 4096, device, dtype) for k, way in ways.items()}
-        for name, runs in side_by_side(sides, args.repeats).items():
-            errors = in_new_process(loss_errors, ways[name], device, dtype)
+        sides = {k: Side(build_loss, w, tokens, vocab_size, device, dtype) for k, w in ways.items()}
+        for name, runs in one_by_one(sides, args.repeats, warm_up=3).items():
             kind = f"{name}, {str(dtype).removeprefix('torch.')}"
+            if type(runs) is not list:
+                rows.append({"side": f"{kind}: {runs}"})
+                continue
+            errors = in_new_process(loss_errors, ways[name], vocab_size, device, dtype)
             rows.append({"side": kind, **medians(runs), **errors})
-    return rows
+    return [{name: row.get(name, "") for name in rows[0]} for row in rows]
 
 
 def build_optimizer_step(flags: list[str], kind: str) -> Callable[[], float]:
     """Seconds of one optimizer step with random gradients: "adamw", "muon" in float32, "bf16" for
     the same with --bf16, or "torch" for torch.optim.Muon on the matrices and AdamW on the rest.
     """
-    precision = "bf16" if kind == "bf16" else "fp32"
+    precision = "bf16" if kind in ("bf16", "adamw") else "fp32"
     more = ["--optimizer", "muon", "--precision", precision]
     args = parse_settings("train_minimal", [*flags, *more])
     _, _, args = open_data(args)
@@ -152,8 +193,11 @@ def build_optimizer_step(flags: list[str], kind: str) -> Callable[[], float]:
 
 def bench_optim(args: BenchSettings) -> list[dict[str, Any]]:
     """One optimizer step of GPT-2 small and of the quickstart model."""
-    rows = []
-    for model, flags in (("gpt2-small", gpt2_small(1)), ("quickstart", [])):
+    rows, there = [], ["--device", args.device]
+    models = {"gpt2-small": gpt2_small(1, *there), "quickstart": there}
+    if args.small:
+        del models["gpt2-small"]
+    for model, flags in models.items():
         sides = {
             k: Side(build_optimizer_step, flags, k) for k in ("adamw", "muon", "bf16", "torch")
         }

@@ -17,39 +17,55 @@ from benchmarks.common import (
     Side,
     build_matmul_peak,
     flops_per_token,
+    in_new_process,
     medians,
     memory,
+    one_by_one,
     side_by_side,
     synchronize,
 )
 from cli import parse_settings
+from compiling import compile_model
 from config import GPTConfig, Settings
 from dataset import Prefetch, open_data
-from device import Device, compile_model, pick_device, tune
+from device import Device, pick_device, tune
+from memory import fit_micro_batch
 from model import GPTModel
 from optim import make_optimizer
-from step import RunState, rehearse, train_step
+from step import RunState, train_step
 
 # Dense bfloat16 matrix products, FLOP/s, as their maker's data sheets say.
 _KNOWN_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
-def gpt2_small(batch: int, *flags: str) -> list[str]:
-    """Flags of a trainer for GPT-2 small on random tokens, one step of batch x 1024 of them."""
-    size = str(batch)
+def gpt2_small(batch: int, *flags: str, total: int = 0) -> list[str]:
+    """Flags of a trainer for GPT-2 small on random tokens, in steps of total x 1024 of them, by
+    default one micro-batch.
+    """
     data = ["--preset", "gpt2-small", "--use-toy-data", "--tokenizer-name", "", *flags]
-    return [*data, "--batch-size", size, "--global-batch-size", size, "--vocab-size", "50257"]
+    size = ["--batch-size", str(batch), "--global-batch-size", str(total or batch)]
+    return [*data, *size, "--vocab-size", "50257"]
+
+
+# In place of GPT-2 small's sizes where a benchmark itself is tried out.
+SMALL = ["--n-layers", "2", "--n-heads", "2", "--d-model", "64", "--seq-len", "64"]
 
 
 class Parts:
-    """Seconds of the parts of a step, from hooks of the model and the optimizer."""
+    """Seconds of the parts of a step of one micro-batch, from hooks of the model and the optimizer.
+    On a GPU, or without a model, only of the whole step: waiting for each part would make it
+    slower there, and a compiler would look into the hooks.
+    """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: str) -> None:
+    def __init__(
+        self, model: nn.Module | None, optimizer: torch.optim.Optimizer, device: str
+    ) -> None:
         self.device, self.marks = device, dict[str, float]()
-        model.register_forward_pre_hook(lambda *_: self.mark("data"))
-        model.register_forward_hook(lambda *_: self.mark("forward"))
-        optimizer.register_step_pre_hook(lambda *_: self.mark("backward"))
-        optimizer.register_step_post_hook(lambda *_: self.mark("optimizer"))
+        if device == "cpu" and model is not None:
+            model.register_forward_pre_hook(lambda *_: self.mark("data"))
+            model.register_forward_hook(lambda *_: self.mark("forward"))
+            optimizer.register_step_pre_hook(lambda *_: self.mark("backward"))
+            optimizer.register_step_post_hook(lambda *_: self.mark("optimizer"))
 
     def mark(self, name: str) -> None:
         """The part called name ends now."""
@@ -58,37 +74,47 @@ class Parts:
 
     def time(self, step: Callable[[], None]) -> dict[str, float]:
         """Seconds of one step, whole and in parts, and the process's peak memory."""
+        self.marks.clear()
         self.mark("start")
         step()
         self.mark("end")
-        found, names = {}, ("start", "data", "forward", "backward", "optimizer")
-        for before, name in itertools.pairwise(names):
-            found[name] = self.marks[name] - self.marks[before]
+        ends = [k for k in ("start", "data", "forward", "backward", "optimizer") if k in self.marks]
+        found = {name: self.marks[name] - self.marks[k] for k, name in itertools.pairwise(ends)}
         found["seconds"] = self.marks["end"] - self.marks["start"]
         cuda = self.device == "cuda"
         found["gb"] = torch.cuda.max_memory_allocated() / 1e9 if cuda else memory("VmHWM") / 1e3
         return found
 
 
-def build_trainer(flags: list[str]) -> Callable[[], dict[str, float]]:
-    """One step of our trainer, with these flags."""
+def make_trainer(flags: list[str]) -> tuple[Callable[[], None], Parts, dict[str, float]]:
+    """A call that makes one step of our trainer with these flags, what times it, and what is known
+    before.
+    """
     args = parse_settings("train_minimal", flags)
     train, _, args = open_data(args)
     device = pick_device(args.device, args.precision)
+    args = fit_micro_batch(args, device)
     tune(device, sparing=args.model.use_activation_checkpoint)
-    model = GPTModel(args.model, seed=0).to(device.torch)
+    model, start = GPTModel(args.model, seed=0).to(device.torch), time.perf_counter()
+    compile_model(model, args, device)
+    known = {"compile_s": time.perf_counter() - start, "micro_batch": float(args.batch_size)}
     optimizer, state = make_optimizer(model, args), RunState.fresh(device)
-    compile_model(model, args.compile, device, lambda: rehearse(model, args, device))
     batches = Prefetch(train, args, device)
     parts = Parts(model, optimizer, device.torch.type)
 
     def step() -> None:
         train_step(model, optimizer, batches(state.step), args, state, device)
 
-    return lambda: parts.time(step)
+    return step, parts, known
 
 
-def build_hugging_face(flags: list[str]) -> Callable[[], dict[str, float]]:
+def build_trainer(flags: list[str]) -> Callable[[], dict[str, float]]:
+    """One step of our trainer, with these flags."""
+    step, parts, known = make_trainer(flags)
+    return lambda: {**parts.time(step), **known}
+
+
+def build_hugging_face(flags: list[str], compiled: bool = False) -> Callable[[], dict[str, float]]:
     """The same step by Hugging Face's GPT2LMHeadModel with torch's fused AdamW and clipping."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -98,24 +124,33 @@ def build_hugging_face(flags: list[str]) -> Callable[[], dict[str, float]]:
     shape = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.max_position_embeddings, n_embd=c.d_model,
         n_layer=c.n_layers, n_head=c.n_heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        bos_token_id=0, eos_token_id=0,
+        bos_token_id=0, eos_token_id=0, attn_implementation="sdpa",
     )  # fmt: skip
     model: Any = GPT2LMHeadModel(shape)
     model.to(device.torch)
+    if device.torch.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as tune does for ours
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-    ids = torch.randint(c.vocab_size, (args.batch_size, args.seq_len))
-    parts = Parts(model, optimizer, device.torch.type)
+    ids = torch.randint(c.vocab_size, (args.global_batch_size, args.seq_len))
+    parts = Parts(None if compiled else model, optimizer, device.torch.type)
+    if compiled:
+        model.compile(dynamic=False)
 
     def step() -> None:
-        batch = ids.to(device.torch)
-        with device.autocast():
-            loss = model(batch, labels=batch).loss
-        loss.backward()
+        for batch in ids.split(args.batch_size):
+            batch = batch.to(device.torch)
+            with device.autocast():
+                loss = model(batch, labels=batch).loss
+            (loss / args.grad_accum_steps).backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return lambda: parts.time(step)
+    known, start = {"micro_batch": float(args.batch_size)}, time.perf_counter()
+    if compiled:
+        step()
+        known["compile_s"] = time.perf_counter() - start
+    return lambda: {**parts.time(step), **known}
 
 
 def device_of(args: Settings) -> tuple[torch.device, str, str]:
@@ -126,44 +161,94 @@ def device_of(args: Settings) -> tuple[torch.device, str, str]:
 
 
 def bench_train(args: BenchSettings) -> list[dict[str, Any]]:
-    """GPT-2 small, steps of batch-size x 1024 tokens: ours, ours with activations recomputed, and
-    Hugging Face's model; FLOPs are those of `flops_per_token`. Flags after -- change ours.
+    """GPT-2 small, steps of global-batch-size x 1024 tokens: ours and Hugging Face's model, on a
+    GPU compiled and not; FLOPs are those of `flops_per_token`. Flags after -- change ours.
     """
-    flags = gpt2_small(args.batch_size, *args.trainer)
+    small = SMALL if args.small else []
+    plain = gpt2_small(
+        args.batch_size, "--device", args.device, *small, total=args.global_batch_size
+    )
+    flags = [*plain, *args.trainer]
+    modern = [*flags, "--preset", "modern-small"]
     settings = parse_settings("train_minimal", flags)
     device, precision, _ = device_of(settings)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    sides = {
-        "matmul": Side(build_matmul_peak, device.type, dtype),
-        "ours": Side(build_trainer, flags),
-        "ours, recomputing": Side(build_trainer, [*flags, "--use-activation-checkpoint"]),
-    }
-    try:
-        sides["Hugging Face"] = Side(build_hugging_face, gpt2_small(args.batch_size))
-    except ImportError:
-        print("transformers is not installed, so there is nothing to compare with")
-    runs = side_by_side(sides, args.repeats)
+    sides: dict[str, tuple[Any, ...]] = {"matmul": (build_matmul_peak, device.type, dtype)}
+    if device.type == "cpu" and not args.small:
+        sides["ours"] = (build_trainer, flags)
+        sides["ours, recomputing"] = (build_trainer, [*flags, "--use-activation-checkpoint"])
+        sides["Hugging Face"] = (build_hugging_face, plain)
+        runs = side_by_side({name: Side(*side) for name, side in sides.items()}, args.repeats)
+    else:
+        on, auto = ["--compile", "on"], ["--micro-batch", "auto"]
+        sides["ours"] = (build_trainer, [*flags, *on])
+        sides["Hugging Face, compiled"] = (build_hugging_face, plain, True)
+        sides["modern-small, Muon"] = (build_trainer, [*modern, *on])
+        sides["ours, not compiled"] = (build_trainer, [*flags, "--compile", "off"])
+        sides["ours, recomputing"] = (build_trainer, [*flags, *on, "--use-activation-checkpoint"])
+        sides["Hugging Face"] = (build_hugging_face, plain)
+        runs = one_by_one({name: Side(*side) for name, side in sides.items()}, args.repeats)
+        where = flags.index("--batch-size")  # which --micro-batch auto chooses
+        largest = {"ours, micro-batch auto": [*flags[:where], *flags[where + 2 :], *on, *auto]}
+        runs |= one_by_one({k: Side(build_trainer, v) for k, v in largest.items()}, args.repeats)
     peak = sorted(runs.pop("matmul"))[args.repeats // 2]
-    known = next((v for k, v in _KNOWN_PEAKS.items() if k in _name_of(device)), None)
-    tokens = args.batch_size * (settings.seq_len)
+    return _rows_of_train(runs, peak, settings, device)
+
+
+def _rows_of_train(
+    runs: dict[str, Any], peak: float, settings: Settings, device: torch.device
+) -> list[dict[str, Any]]:
+    sheet = next((v for k, v in _KNOWN_PEAKS.items() if k in _name_of(device)), None)
+    tokens = settings.global_batch_size * settings.seq_len
     work = flops_per_token(settings.model, settings.seq_len) * tokens
-    rows, reference = (
-        list[dict[str, Any]](),
-        medians(runs["Hugging Face" if "Hugging Face" in runs else "ours"]),
-    )
+    figures = {name: medians(some) for name, some in runs.items() if type(some) is list}
+    theirs = [m["seconds"] for name, m in figures.items() if name.startswith("Hugging Face")]
+    rows = []
     for name, some in runs.items():
-        m = medians(some)
-        gb = m.pop("gb")
+        if name not in figures:
+            rows.append({"side": f"{name}: {some}"})
+            continue
+        m = figures[name]
+        rate = work / m["seconds"]
         row: dict[str, Any] = {"side": name, "tokens_per_s": tokens / m["seconds"]}
-        row |= {"times_hf": reference["seconds"] / m["seconds"], **m}
-        row |= {
-            "gflop_per_s": work / m["seconds"] / 1e9,
-            "of_matmul_peak": work / m["seconds"] / peak,
-        }
-        row |= {"mfu": work / m["seconds"] / known if known else "n/a", "peak_gb": gb}
+        row |= {"times_hf": min(theirs) / m["seconds"] if theirs else "n/a"}
+        row |= {"gflop_per_s": rate / 1e9, "of_matmul_peak": rate / peak}
+        row |= {"mfu": rate / sheet if sheet else "n/a", "peak_gb": m.pop("gb"), **m}
         rows.append(row)
-    rows.append({**dict.fromkeys(rows[0], ""), "side": "matmul", "gflop_per_s": peak / 1e9})
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    rows.append({"side": "matrix products alone", "gflop_per_s": peak / 1e9})
+    return [{name: row.get(name, "") for name in names} for row in rows]
+
+
+def profile_of(flags: list[str], steps: int) -> list[dict[str, Any]]:
+    """The kernels, or on a CPU the operators, that take most of the time of our trainer's step."""
+    step, parts, _ = make_trainer(flags)
+    cuda = parts.device == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    for _ in range(2):
+        step()
+    with torch.profiler.profile(activities=kinds if cuda else kinds[:1]) as profiler:
+        whole = sum(parts.time(step)["seconds"] for _ in range(steps)) * 1e3 / steps
+    events = profiler.key_averages()
+    found = [
+        (e.self_device_time_total if cuda else e.self_cpu_time_total, e.count, e.key)
+        for e in events
+        if not cuda or str(e.device_type).endswith("CUDA")
+    ]
+    rows: list[dict[str, Any]] = [{"kernel": "whole step", "ms": whole, "share": 1.0, "calls": 1}]
+    busy = sum(us for us, _, _ in found) / 1e3 / steps
+    rows.append({"kernel": "all kernels", "ms": busy, "share": busy / whole, "calls": ""})
+    for us, count, name in sorted(found, reverse=True)[:20]:
+        ms = us / 1e3 / steps
+        rows.append({"kernel": name[:90], "ms": ms, "share": ms / whole, "calls": count / steps})
     return rows
+
+
+def bench_profile(args: BenchSettings) -> list[dict[str, Any]]:
+    """Three steps of GPT-2 small, compiled: the 20 kernels that take most of their time."""
+    small = [*SMALL, "--compile", "on"] if args.small else []
+    flags = gpt2_small(args.batch_size, "--device", args.device, *small, *args.trainer)
+    return in_new_process(profile_of, flags, 3)
 
 
 def _name_of(device: torch.device) -> str:

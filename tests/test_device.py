@@ -10,12 +10,10 @@ import device as device_module
 from config import UserError
 from device import (
     Device,
-    compile_model,
     has_bf16_units,
     pick_device,
     seed_dropout,
     tune,
-    wants_compile,
 )
 
 
@@ -50,42 +48,12 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch, name, said):
         pick_device(name)
 
 
-def test_compile_needs_a_compiler_only_when_asked(monkeypatch):
-    monkeypatch.setattr(device_module.shutil, "which", lambda name: None)
-    assert not wants_compile("auto", CPU) and not wants_compile("off", CPU)
-    with pytest.raises(UserError, match="needs a C"):
-        wants_compile("on", CPU)
-
-
 def test_dropout_seed_decides_the_masks():
     x, masks = torch.ones(100), []
     for seed in (3, 4, 3):
         seed_dropout(CPU, seed)
         masks.append(torch.nn.functional.dropout(x))
     assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])
-
-
-def failing():
-    raise RuntimeError("no\n  such kernel")
-
-
-def test_a_compiler_that_fails_leaves_the_model_as_it_was_and_says_why(monkeypatch):
-    monkeypatch.setattr(device_module, "wants_compile", lambda compile, device: True)
-    model = torch.nn.Linear(2, 2)
-    assert compile_model(model, "auto", CPU, failing) == ["not compiled: no such kernel"]
-    assert model(torch.ones(1, 2)).shape == (1, 2) and model._compiled_call_impl is None
-    with pytest.raises(UserError, match="--compile on: no such kernel; try --compile off"):
-        compile_model(model, "on", CPU, failing)
-
-
-def test_compiling_is_rehearsed_and_timed_or_not_done_at_all(monkeypatch):
-    calls = []
-    model = torch.nn.Linear(2, 2)
-    assert compile_model(model, "off", CPU, lambda: calls.append(1)) == [] and not calls
-    monkeypatch.setattr(device_module, "wants_compile", lambda compile, device: True)
-    (line,) = compile_model(model, "auto", CPU, lambda: calls.append(1))
-    assert line.startswith("compiled in ") and calls == [1]
-    assert model._compiled_call_impl is not None
 
 
 @pytest.mark.parametrize("found, has", [({"avx512_bf16": True}, True), ({"avx512_f": True}, False)])

@@ -11,7 +11,7 @@ from loss import HeadPart, next_token_loss, token_losses
 
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 97 * 16)  # 16 rows of logits at a time
+    monkeypatch.setattr(loss, "_CPU_LOGITS", 97 * 16)  # 16 rows of logits at a time
 
 
 def problem(seed=0, B=3, T=30, C=16, V=97):
@@ -132,7 +132,7 @@ def test_unused_columns_change_nothing(monkeypatch):
 def test_parts_of_the_head_have_the_loss_of_the_whole(monkeypatch, unused):
     # 97 ids in 4 parts are 25, 25, 25 and 22: of unequal size, each with `unused` columns beyond,
     # and chunks that would be unequal too. The parts run in threads that exchange as ranks do.
-    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 1000)
+    monkeypatch.setattr(loss, "_CPU_LOGITS", 1000)
     hidden = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(1))
     weight = torch.randn(97, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(3))

@@ -1,0 +1,105 @@
+"""torch.compile of a model: its blocks, one by one, and the elementwise part of its loss."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from config import Settings, UserError
+from device import Device
+from loss import next_token_loss, token_losses
+from model import Block, GPTModel, rotary_table
+
+
+def why_not(args: Settings, device: Device) -> str:
+    """Why the model is not compiled with these settings; "" where it is. Raises UserError where
+    --compile on can't be done.
+    """
+    if args.compile == "off" or (args.compile == "auto" and device.torch.type != "cuda"):
+        return "--compile on compiles on this device too" if args.compile == "auto" else "as asked"
+    reason = ""
+    if not any(shutil.which(c) for c in ("c++", "g++", "clang++", "cl")):
+        reason = "no C++ compiler (g++ or clang++) is found"
+    elif args.tensor_parallel_size > 1:
+        reason = "layers that several processes compute together can't be compiled"
+    if reason and args.compile == "on":
+        raise UserError(f"--compile on: {reason}; try --compile auto")
+    return reason
+
+
+def compile_model(
+    model: GPTModel,
+    args: Settings,
+    device: Device,
+    agree: Callable[..., list[int]] = lambda *wishes: list(wishes),
+) -> list[str]:
+    """Compiles the blocks of a model and its loss in place, if args.compile says so, before DDP or
+    FSDP wrap it; the lines to log.
+
+    All blocks are the same code, so that of one is compiled and serves all, however many there are.
+    Only the shapes of a run exist for the compiler: (batch_size, seq_len), in training and in
+    evaluation. Both are compiled here, without other processes. If that fails, --compile on raises
+    UserError, and auto goes on without. agree: the largest of a number over the ranks, which must
+    all do the same.
+    """
+    reason = why_not(args, device)
+    if reason:
+        silent = args.compile == "off" or device.torch.type != "cuda"
+        return [] if silent else [f"not compiled: {reason}"]
+    start, failure = time.perf_counter(), None
+    units = [unit for block in model.blocks for unit in _units(block, args)]
+    for unit in units:
+        _compile(unit)
+    model.fused_loss = True
+    try:
+        warm_up(args, device)
+    except Exception as found:  # a compiler is a large program: anything can come
+        failure = found
+    if not agree(failure is not None)[0]:
+        return [f"compiled in {time.perf_counter() - start:.0f} s"]
+    cause = " ".join(str(failure or "it failed on another rank").split())[:200]
+    if args.compile == "on":
+        raise UserError(f"--compile on: {cause}; try --compile off") from failure
+    for unit in units:
+        del unit.forward  # that of its class is left
+    model.fused_loss = False
+    return [f"not compiled: {cause}"]
+
+
+def _units(block: Block, args: Settings) -> tuple[nn.Module, ...]:
+    """What is compiled as a whole: a block, or the two parts of it that FSDP has hooks on."""
+    return (block.attn, block.mlp) if args.parallel == "fsdp" else (block,)
+
+
+def _compile(unit: nn.Module) -> None:
+    # Its forward, not the module: hooks, as those of FSDP, stay outside, and names as they are.
+    unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+
+
+def warm_up(args: Settings, device: Device) -> None:
+    """A training step and an evaluation of one block and of the loss on zeros, in which their
+    compiling happens. The block is one of its own, as FSDP may have left only a part of each here.
+    """
+    config, there = args.model, device.torch
+    rotary = None
+    if config.arch == "modern":
+        cos, sin = rotary_table(args.seq_len, config.d_model // config.n_heads)
+        rotary = (cos.to(there), sin.to(there))
+    block = Block(config).to(there)
+    for unit in _units(block, args):
+        _compile(unit)
+        if args.parallel == "fsdp":  # which gathers matrices in the type they are multiplied in
+            unit.to(device.dtype)
+    x = torch.zeros(args.batch_size, args.seq_len, config.d_model, device=there, requires_grad=True)
+    labels = torch.zeros(args.batch_size, args.seq_len, dtype=torch.int64, device=there)
+    weight = torch.zeros(config.vocab_size, config.d_model, device=there, requires_grad=True)
+    with device.autocast():
+        out = block(x, None, rotary)
+        next_token_loss(out, weight, labels, fused=True)[0].backward()
+    block.eval()
+    with device.autocast(), torch.no_grad():
+        token_losses(block(x.detach(), None, rotary), weight, labels, fused=True)
