@@ -15,7 +15,7 @@ from loss import next_token_loss, token_losses
 from model import Block, GPTModel, rotary_table
 
 
-def why_not(args: Settings, device: Device) -> str:
+def why_not_compiled(args: Settings, device: Device) -> str:
     """Why the model is not compiled with these settings; "" where it is. Raises UserError where
     --compile on can't be done.
     """
@@ -46,7 +46,7 @@ def compile_model(
     UserError, and auto goes on without. agree: the largest of a number over the ranks, which must
     all do the same.
     """
-    reason = why_not(args, device)
+    reason = why_not_compiled(args, device)
     if reason:
         silent = args.compile == "off" or device.torch.type != "cuda"
         return [] if silent else [f"not compiled: {reason}"]

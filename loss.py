@@ -160,7 +160,8 @@ def _row_sums(logits: Tensor, own: Tensor, size: int) -> Tensor:
     here = (own >= 0) & (own < size)
     label = x.gather(1, own.where(here, 0)[:, None]).squeeze(1) * here
     top = x.amax(-1, keepdim=True)
-    return torch.stack((top.squeeze(1), (x - top).exp().sum(-1), label))
+    z = (x - top).exp().sum(-1, keepdim=True)  # in this form the compiler reads x once for both
+    return torch.stack((top.squeeze(1), z.squeeze(1), label))
 
 
 def _into_gradients(logits: Tensor, own: Tensor, lse: Tensor, scored: Tensor, size: int) -> None:
@@ -244,12 +245,12 @@ class _ChunkedSum(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, dtype, part, fused):  # type: ignore[no-untyped-def]
         total, size = torch.zeros((), device=hidden.device), len(weight)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         rows = _chunk_rows(len(labels), weight, part)
         if dtype == torch.float16 and not adds_wide(weight):
             rows = min(rows, 1024)  # products of more rows could overflow
         with torch.autocast(hidden.device.type, enabled=False):
             w = _padded(weight, dtype)
+            d_w = torch.empty_like(w, dtype=weight.dtype) if ctx.needs_input_grad[1] else None
             room = _room(rows, w)
             for start in range(0, len(labels), rows):
                 h, y = hidden[start : start + rows].to(dtype), labels[start : start + rows]
@@ -268,12 +269,12 @@ class _ChunkedSum(torch.autograd.Function):
                 d_logits = logits.to(dtype)
                 if d_hidden is not None:
                     _multiply(d_hidden[start : start + rows], d_logits, w)
-                if d_weight is not None:
-                    _multiply(d_weight, d_logits[:, :size].T, h, add=start > 0)
+                if d_w is not None:
+                    _multiply(d_w, d_logits.T, h, add=start > 0)
                 del logits, d_logits  # before the next chunk takes as much
             if d_hidden is not None:
                 d_hidden = part.add(d_hidden)
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.save_for_backward(d_hidden, None if d_w is None else d_w[:size])
         return total
 
     @staticmethod

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from compiling import why_not_compiled
 from config import GPTConfig, Settings, UserError
 from device import Device, free_memory
 from loss import workspace_bytes
@@ -120,10 +121,11 @@ def _activations(args: Settings, device: Device, batch_size: int) -> float:
     # block's two inputs.
     inner = (_BLOCK[c.arch][half] - 8) * c.d_model + (2 if half else 4) * c.d_ff
     block = 8 * c.d_model + inner / split
-    layers = block * c.n_layers
+    # Outputs of norms and of the activation: model.py computes them again, compiled blocks don't.
+    whole = block + (4 if half else 8) * c.d_model + (2 if half else 4) * c.d_ff / split
+    layers = (block if why_not_compiled(args, device) else whole) * c.n_layers
     if c.use_activation_checkpoint:  # the inputs of all blocks, and one block that keeps it all
-        norms_and_activation = (4 if half else 8) * c.d_model + (2 if half else 4) * c.d_ff
-        layers = 4 * c.d_model * c.n_layers + block + norms_and_activation
+        layers = 4 * c.d_model * c.n_layers + whole
     ends = 16 * c.d_model  # the embedding, the last norm, and the gradient of what it gives
     head = 4.0 * c.vocab_size * c.d_model / split
     if half:  # autocast's copies of the weights

@@ -171,6 +171,7 @@ def one_by_one(sides: dict[str, Side], repeats: int, warm_up: int = 1) -> dict[s
             found[name] = [side() for _ in range(warm_up + repeats)][warm_up:]
         except Exception as reason:  # out of memory, a compiler, a package that is not there
             found[name] = f"failed: {' '.join(str(reason).split())[:300]}"
+        print(f"{name}: {found[name]}", flush=True)  # in case that the time is up before the table
         side.end()
     return found
 

@@ -48,7 +48,9 @@ class Check:
         self.device, self.folder, self.only = device, folder, only
         self.small = device == "cpu"
         # Processes that run at the same time must not wait for each other's threads.
-        self.env = {**os.environ, "OMP_NUM_THREADS": "1" if self.small else "4"}
+        threads = "1" if self.small else "4"
+        self.env = {**os.environ, "OMP_NUM_THREADS": threads}
+        self.env |= {"TORCHINDUCTOR_COMPILE_THREADS": threads}
         self.work = folder / "work"
         self.work.mkdir(parents=True, exist_ok=True)
         self.started = time.monotonic()
@@ -259,7 +261,7 @@ def main() -> None:
         for done in [pool.submit(stage) for stage in right]:
             done.result()
     check.benchmark(
-        "train", 240, "--batch-size", batch[0], "--global-batch-size", batch[1], "--repeats", "3"
+        "train", 240, "--batch-size", batch[0], "--global-batch-size", batch[1], "--repeats", "2"
     )
     check.benchmark("profile", 60, "--batch-size", batch[0])
     check.benchmark("loss", 90, "--repeats", "5")

@@ -5,7 +5,7 @@ import torch
 from conftest import CPU, toy_settings
 
 import compiling
-from compiling import compile_model, why_not
+from compiling import compile_model, why_not_compiled
 from config import UserError
 from device import Device
 from model import GPTModel
@@ -18,21 +18,21 @@ def settings(compile, **changes):
 
 
 def test_what_is_not_compiled_has_a_reason(monkeypatch):
-    assert why_not(settings("auto"), GPU) == why_not(settings("on"), CPU) == ""
-    assert why_not(settings("off"), GPU) == "as asked"
+    assert why_not_compiled(settings("auto"), GPU) == why_not_compiled(settings("on"), CPU) == ""
+    assert why_not_compiled(settings("off"), GPU) == "as asked"
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     args, model = settings("auto"), GPTModel(toy_settings().model)
-    assert "no C++ compiler" in why_not(args, GPU)
+    assert "no C++ compiler" in why_not_compiled(args, GPU)
     (line,) = compile_model(model, args, GPU)
     assert line.startswith("not compiled: no C++ compiler") and not model.fused_loss
     assert compile_model(model, args, CPU) == []  # nobody expects it there
     with pytest.raises(UserError, match="--compile on: no C"):
-        why_not(settings("on"), CPU)
+        why_not_compiled(settings("on"), CPU)
 
 
 def test_layers_that_ranks_share_are_not_compiled():
     args = settings("auto", tensor_parallel_size=2)
-    assert "several processes compute together" in why_not(args, GPU)
+    assert "several processes compute together" in why_not_compiled(args, GPU)
 
 
 def failing(args, device):
@@ -44,7 +44,7 @@ def test_a_compiler_that_fails_on_any_rank_leaves_the_model_as_it_was(monkeypatc
     monkeypatch.setattr(compiling, "warm_up", failing if fails_here else lambda *_: None)
     monkeypatch.setattr(torch, "compile", lambda call, **options: call)  # to import it takes 8 s
     model, agree = GPTModel(toy_settings().model), lambda wish: [1]
-    monkeypatch.setattr(compiling, "why_not", lambda args, device: "")
+    monkeypatch.setattr(compiling, "why_not_compiled", lambda args, device: "")
     cause = "no such kernel" if fails_here else "it failed on another rank"
     assert compile_model(model, settings("auto"), CPU, agree) == [f"not compiled: {cause}"]
     assert not model.fused_loss and all("forward" not in vars(b) for b in model.blocks)

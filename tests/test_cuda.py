@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_distributed import TINY
 
+import loss
 from report import first_difference, read_records
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -38,6 +40,30 @@ def test_nccl_with_one_process(program, flags):
     program("train_minimal.py", *f"{ON_GPU} {flags.replace('--parallel fsdp', '')}".split())
     program("train_ddp.py", *f"{ON_GPU} {flags}".split(), ranks=1)
     assert losses(program, "train_ddp") == pytest.approx(losses(program, "train_minimal"), rel=1e-3)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 6e-3)]
+)
+def test_the_loss_in_chunks_is_the_plain_one(monkeypatch, dtype, bound, fused):
+    monkeypatch.setattr(loss, "_GPU_LOGITS", 128 * 1001)  # 8 chunks, of 1001 columns and 23 unused
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 256, 64, generator=draw).cuda().requires_grad_()
+    weight = torch.randn(1001, 64, generator=draw).cuda().requires_grad_()
+    labels = torch.randint(1001, (4, 256), generator=draw).cuda()
+    labels[0, 5:12] = -100
+    logits = F.linear(hidden.double(), weight.double())[:, :-1].flatten(0, 1)
+    wanted = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        found, count = loss.next_token_loss(hidden, weight, labels, fused=fused)
+    assert count == 4 * 255 - 7 and found.item() == pytest.approx(wanted.item(), rel=bound)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, (hidden, weight)),
+        torch.autograd.grad(wanted, (hidden, weight)),
+        strict=True,
+    ):
+        assert (mine - theirs).norm() < bound * theirs.norm()
 
 
 def test_a_deterministic_run_is_its_repetition(program):

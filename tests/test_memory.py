@@ -32,7 +32,7 @@ def kept(args, device, monkeypatch):
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
 def test_activations_are_those_that_the_model_keeps(arch, device, monkeypatch):
     args = toy_settings(*SHAPE, "--arch", arch, "--batch-size", "8")
-    found = estimate(args, device).activations - workspace_bytes(1000, device.amp)
+    found = estimate(args, device).activations - workspace_bytes(1000, device.amp, device.torch)
     assert found == pytest.approx(kept(args, device, monkeypatch), rel=0.05)
 
 
