@@ -44,7 +44,7 @@ def test_nccl_with_one_process(program, flags):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
 @pytest.mark.parametrize(
-    "dtype, bound", [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 6e-3)]
+    "dtype, bound", [(torch.float32, 1e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)]
 )
 def test_the_loss_in_chunks_is_the_plain_one(monkeypatch, dtype, bound, fused):
     monkeypatch.setattr(loss, "_GPU_LOGITS", 128 * 1001)  # 8 chunks, of 1001 columns and 23 unused
