@@ -1,8 +1,10 @@
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import CPU, toy_settings
+from conftest import CPU, ROOT, toy_settings
 
 import compiling
 from compiling import compile_model, why_not_compiled
@@ -50,3 +52,60 @@ def test_a_compiler_that_fails_on_any_rank_leaves_the_model_as_it_was(monkeypatc
     assert not model.fused_loss and all("forward" not in vars(b) for b in model.blocks)
     with pytest.raises(UserError, match=f"--compile on: {cause}; try --compile off"):
         compile_model(model, settings("on"), CPU, agree)
+
+
+COUNT = """
+import sys, torch
+from torch._dynamo.utils import counters
+from cli import parse_settings
+from compiling import compile_model
+from dataset import open_data
+from device import pick_device
+from eval import evaluate
+from generate import generate
+from model import GPTModel
+from optim import make_optimizer
+from step import RunState, train_step
+
+flags = "--preset toy --use-toy-data --vocab-size 97 --n-heads 2 --d-model 16 --seq-len 16"
+flags += " --batch-size 4 --global-batch-size 8 --compile on --device cpu --val-max-tokens 1000"
+args = parse_settings("train_minimal", flags.split() + sys.argv[1:])
+train, val, args = open_data(args)
+device, state = pick_device("cpu", args.precision), RunState()
+model = GPTModel(args.model, seed=0)
+assert compile_model(model, args, device)[0].startswith("compiled in")
+compiled = counters["stats"]["unique_graphs"], counters["inductor"]["async_compile_cache_miss"]
+torch._dynamo.config.error_on_recompile = True
+optimizer = make_optimizer(model, args)
+for _ in range(3):
+    batch = train.global_batch(state.step, args)
+    train_step(model, optimizer, batch, args, state, device)
+    assert evaluate(model, val, 4, device).tokens == 999  # 67 windows: the last batch is not full
+    generate(model, torch.zeros(1, 3, dtype=torch.int64), 5, device)
+now = counters["stats"]["unique_graphs"], counters["inductor"]["async_compile_cache_miss"]
+print(now == compiled, compiled[0], dict(counters["graph_break"]))
+"""
+
+
+def compiled_graphs(*flags):
+    """Graphs that a run compiled; none of them after its warm-up, none broken."""
+    ran = subprocess.run(
+        [sys.executable, "-c", COUNT, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    same, graphs, breaks = ran.stdout.split(maxsplit=2)
+    assert (same, breaks.strip()) == ("True", "{}")
+    return int(graphs)
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--bf16 --arch modern --dropout 0.1"], ids=["gpt2", "modern"]
+)
+def test_nothing_is_compiled_after_the_warm_up_and_no_more_for_more_layers(flags):
+    # A block and the sums of the loss in training, the same in evaluation, and gradients.
+    assert compiled_graphs(*flags.split(), "--n-layers", "2") == 4
+    assert compiled_graphs(*flags.split(), "--n-layers", "6") == 4
+
+
+def test_recomputed_blocks_are_not_compiled_again():
+    assert compiled_graphs("--use-activation-checkpoint", "--n-layers", "2") == 4
