@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from config import (
+    BEFORE,
     PRESETS,
     GPTConfig,
     Settings,
@@ -58,7 +59,7 @@ def parse_settings(
                 "--preset with --resume: the run keeps its own settings; give single flags to "
                 "change them"
             )
-        base = dict(saved(path))
+        base = BEFORE | dict(saved(path))
         if script != "train_ddp":  # how the run was spread is no part of what it is
             for name in _SPREAD:
                 base.pop(name, None)

@@ -18,7 +18,7 @@ from torch import Tensor
 from alone import ALONE, Alone
 from checkpoint import changes_of_data, load_model, saved_settings
 from cli import parse_flags, run_script
-from config import EvalSettings, Settings, UserError, settings_from
+from config import BEFORE, EvalSettings, Settings, UserError, settings_from
 from dataset import TokenDataset, open_validation
 from device import Device, pick_device, tune
 from loss import IGNORE
@@ -102,6 +102,8 @@ def validation_of(
     changes: dict[str, Any] = {
         k: getattr(args, k) for k in ("seq_len", "cache_dir") if getattr(args, k)
     }
+    if args.bin_dtype != "auto":
+        changes["bin_dtype"] = args.bin_dtype
     if args.val_data or args.val_npy:
         mode = "text" if args.val_data else "fineweb_npy"
         changes |= {
@@ -134,7 +136,9 @@ def main(args: EvalSettings) -> None:
     from ranks import process_group  # below this module in the layout: only the
     from run_log import report_evaluations  # command line needs them
 
-    saved = [settings_from(saved_settings(path)) for path in args.checkpoint_path]  # all readable?
+    saved = [
+        settings_from(BEFORE | saved_settings(path)) for path in args.checkpoint_path
+    ]  # all readable?
     results = []
     with process_group(args) as ranks:
         for path, settings in zip(args.checkpoint_path, saved, strict=True):

@@ -145,6 +145,8 @@ class RunLog:
             "train on, "
             f"{val.num_tokens:,} held out for validation"
         )
+        for note in train.notes:
+            self.line(f"data: {note}")
         self.line(
             f"model: {config.arch}, {config.n_layers} layers, {config.n_heads} heads, "
             f"{config.d_model} channels, "

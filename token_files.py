@@ -273,9 +273,9 @@ def _write_whole(path: Path, content: str) -> None:
 
 def tokenize_files(
     files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path
-) -> tuple[list[Path], str]:
-    """(shards of the files' token ids, made now or found in the cache; hash of all that decides
-    them).
+) -> tuple[list[Path], dict[str, Any]]:
+    """(shards of the files' token ids, made now or found in the cache; their manifest, whose `key`
+    is a hash of all that decides them and whose `sources` are the files as given).
 
     Keyed by content and tokenizer. Processes that start together share the work: the first one does
     it under a file lock, the others wait. Raises UserError.
@@ -293,4 +293,4 @@ def tokenize_files(
             f"cannot write the token cache {folder}: {reason.strerror}; name another folder with "
             "--cache-dir"
         ) from reason
-    return [folder / s["file"] for s in manifest["shards"]], job["key"]
+    return [folder / s["file"] for s in manifest["shards"]], {**manifest, **job}
