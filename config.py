@@ -292,6 +292,7 @@ class EvalSettings:
                           "auto", "uint8", "uint16", "uint32")
     tokenizer_name: str = flag("", "tokenizer of val-data; none = that of the checkpoint")
     max_tokens: int = flag(0, "evaluate on at most this many tokens; 0 = all", at_least=0)
+    by_source: bool = flag(False, "of a mixture, the loss of each source too")
     seq_len: int = flag(0, "tokens per sequence; 0 = as in training", at_least=0)
     batch_size: int = flag(0, "sequences per rank and forward pass; 0 = as before", at_least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")

@@ -430,9 +430,9 @@ def _held_out(args: Settings, sources: list[tuple[TokenDataset, Fraction | None]
             val = TokenDataset(val.source, args.seq_len, tokenizer=val.tokenizer)
     val = val.limited(args.val_max_tokens)
     if val.num_tokens < 2:
+        way = "give more of it" if args.has_val_files else "give more data, or raise --val-ratio"
         raise UserError(
-            f"the validation part has {val.num_tokens} tokens, too few to score one; "
-            "give more data, or raise --val-ratio"
+            f"the validation part has {val.num_tokens} tokens, too few to score one; {way}"
         )
     return val
 

@@ -99,6 +99,12 @@ def validation_of(
     )
     if args.val_data and not tokenizer:
         raise UserError(f"{where} names no tokenizer for --val-data; say which: --tokenizer-name")
+    longest = settings.model.max_position_embeddings
+    if args.seq_len > longest:
+        raise UserError(
+            f"seq_len={args.seq_len} is beyond the {longest} positions of the model of {where}; "
+            f"give at most --seq-len {longest}, or leave it out"
+        )
     changes: dict[str, Any] = {
         k: getattr(args, k) for k in ("seq_len", "cache_dir") if getattr(args, k)
     }
@@ -136,12 +142,11 @@ def main(args: EvalSettings) -> None:
     from ranks import process_group  # below this module in the layout: only the
     from run_log import report_evaluations  # command line needs them
 
-    saved = [
-        settings_from(BEFORE | saved_settings(path)) for path in args.checkpoint_path
-    ]  # all readable?
-    results = []
+    paths = args.checkpoint_path
+    saved = [settings_from(BEFORE | saved_settings(path)) for path in paths]  # all readable?
+    results, data_of, by_source = [], [], []
     with process_group(args) as ranks:
-        for path, settings in zip(args.checkpoint_path, saved, strict=True):
+        for path, settings in zip(paths, saved, strict=True):
             precision = "fp32" if args.no_amp else settings.precision
             device = pick_device(args.device, precision, ranks.local_rank)
             tune(device)
@@ -150,8 +155,13 @@ def main(args: EvalSettings) -> None:
             size = args.batch_size or settings.batch_size
             model.to(device.torch)
             results.append(evaluate(model, val, size, device, ranks))
+            data_of.append(val.describe())
+            parts = [p for p in val.parts if args.by_source and p.num_tokens > 1]
+            by_source.append(
+                {p.source.name: evaluate(model, p, size, device, ranks) for p in parts}
+            )
         if ranks.rank == 0:
-            report_evaluations(args.log_dir, args.checkpoint_path, results)
+            report_evaluations(args.log_dir, paths, results, data_of, by_source)
 
 
 if __name__ == "__main__":

@@ -381,10 +381,20 @@ def _start_profiler(base: Path, device: Device) -> Any:
     return profiler
 
 
-def report_evaluations(log_dir: str, paths: Sequence[str], results: Sequence[EvalResult]) -> None:
+def report_evaluations(
+    log_dir: str,
+    paths: Sequence[str],
+    results: Sequence[EvalResult],
+    data_of: Sequence[dict[str, Any]] = (),
+    by_source: Sequence[dict[str, EvalResult]] = (),
+) -> None:
     """Prints the results of eval.py, as lines for one checkpoint, as a table for several;
     appends them to its logs.
+
+    data_of: what each was evaluated on, as `TokenDataset.describe` says it. by_source: the results
+    of single sources of it.
     """
+    labels = _data_labels(data_of)
     rows = [
         {
             "checkpoint": path,
@@ -396,6 +406,8 @@ def report_evaluations(log_dir: str, paths: Sequence[str], results: Sequence[Eva
         }
         for path, r in zip(paths, results, strict=True)
     ]
+    if len(set(labels)) > 1:
+        rows = [{**row, "data": label} for row, label in zip(rows, labels, strict=True)]
     if len(rows) == 1:
         lines = [f"{name}: {value}" for name, value in rows[0].items()]
     else:
@@ -404,6 +416,12 @@ def report_evaluations(log_dir: str, paths: Sequence[str], results: Sequence[Eva
         lines = [
             "  ".join(row[k].ljust(widths[k]) for k in widths).rstrip() for row in (header, *rows)
         ]
+    for path, sources in zip(paths, by_source, strict=False):
+        lines += [
+            f"{path} on {name}: avg_loss {r.loss:.6f}, ppl {r.ppl:.4f}, tokens {r.tokens}"
+            for name, r in sources.items()
+        ]
+    lines += _data_lines(data_of, labels)
     print("\n".join(lines), flush=True)
     folder = Path(log_dir)
     try:
@@ -411,11 +429,34 @@ def report_evaluations(log_dir: str, paths: Sequence[str], results: Sequence[Eva
         with open(folder / "eval.log", "a", encoding="utf-8") as text:
             text.writelines(time.strftime("[%Y-%m-%d %H:%M:%S] ") + line + "\n" for line in lines)
         with open(folder / "eval.jsonl", "a", encoding="utf-8") as jsonl:
-            for path, r in zip(paths, results, strict=True):
-                jsonl.write(
-                    to_json({"event": "eval", "checkpoint": path, **dataclasses.asdict(r)}) + "\n"
-                )
+            for i, (path, r) in enumerate(zip(paths, results, strict=True)):
+                record = {"event": "eval", "checkpoint": path, **dataclasses.asdict(r)}
+                if data_of:
+                    record["data"] = data_of[i]
+                if by_source and by_source[i]:
+                    record["sources"] = {k: dataclasses.asdict(v) for k, v in by_source[i].items()}
+                jsonl.write(to_json(record) + "\n")
     except OSError as reason:
         raise UserError(
             f"cannot write {reason.filename}: {reason.strerror}; try --log-dir"
         ) from reason
+
+
+def _data_labels(data_of: Sequence[dict[str, Any]]) -> list[str]:
+    """A number for each: the same one where the same tokens were scored, wherever they lie."""
+    names: dict[str, str] = {}
+    keys = [repr([v for k, v in sorted(d.items()) if k != "source"]) for d in data_of]
+    return [names.setdefault(key, str(len(names) + 1)) for key in keys]
+
+
+def _data_lines(data_of: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
+    """What the data are that the labels stand for, and whether rows can be compared."""
+    about = {
+        label: f"{d['source']}, tokens {d['start']}..{d['stop'] - 1}"
+        for label, d in reversed(list(zip(labels, data_of, strict=True)))
+    }
+    if len(about) < 2:
+        return [f"data: {text}" for text in about.values()]
+    lines = [f"data {label}: {about[label]}" for label in sorted(about, key=int)]
+    return [*lines, "rows of different data can't be compared; --val-data or --val-npy gives all "
+            "checkpoints the same"]  # fmt: skip

@@ -226,7 +226,9 @@ def _other_format(start: bytes) -> str:
         if start.startswith(magic):
             return name
     if _is_text(start):
-        return "text; use --train-data for it (or --bin-dtype uint8 for ids of one byte)"
+        return (
+            "text; use --train-data or --val-data for it (or --bin-dtype uint8 for ids of one byte)"
+        )
     if bytes(512) in start:  # as between llm.c's three numbers and its ids
         return "a file with a header like llm.c's, but its first bytes differ"
     return ""
@@ -287,7 +289,7 @@ class _Shard:
             return self._headerless(file, start)
         raise UserError(
             f"{self.path}: is neither a NumPy .npy file nor an llm.c .bin file: it starts with "
-            f"{start[:8]!r}; for text use --train-data"
+            f"{start[:8]!r}; for text use --train-data or --val-data"
         )
 
     def _headerless(self, file: BinaryIO, start: bytes) -> tuple[int, np.dtype[Any], int]:
@@ -346,8 +348,8 @@ class _Shard:
             bad = int(np.argmax((ids >= vocab_size) | (ids < 0)))
             raise UserError(
                 f"{self.path}: token {start + bad} is {ids[bad]}, outside of the vocabulary "
-                f"0..{vocab_size - 1}; was it made with another tokenizer? --vocab-size raises "
-                "the limit"
+                f"0..{vocab_size - 1}; was it made with another tokenizer? A model for such ids is "
+                "trained with a larger --vocab-size"
             )
         return ids
 

@@ -562,3 +562,21 @@ def test_the_page_of_the_trainers_fits_a_screen():
         tree = ast.parse((ROOT / name).read_text())
         (main,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
         assert main.end_lineno - main.lineno + 1 <= 42
+
+
+def test_eval_shows_the_loss_of_each_source_of_a_mixture(script):
+    for i, name in enumerate("ab"):
+        ids = np.random.default_rng(i).integers(0, 97, 2000)
+        np.save(f"{name}.npy", ids.astype(np.uint16))
+    train(
+        script, "--train-npy", "a.npy:3", "b.npy:1", "--vocab-size", "97", "--val-max-tokens", "80"
+    )
+    paths = ["--checkpoint-path", "checkpoints/minigpt_single.pt"]
+    code, out, err = script("eval.py", *paths, "--by-source")
+    assert code == 0 and "a.npy: avg_loss" in out and "b.npy: avg_loss" in out, err
+    (record,) = read_records_of("eval")
+    a, b = (record["sources"][name] for name in ("a.npy", "b.npy"))
+    assert (a["tokens"], b["tokens"], record["tokens"]) == (59, 19, 79)  # each but its first
+    assert min(a["loss"], b["loss"]) < record["loss"] < max(a["loss"], b["loss"])
+    code, _, err = script("eval.py", *paths, "--seq-len", "64")
+    assert code == 2 and "16 positions" in err and "--max-position-embeddings" not in err
