@@ -109,6 +109,8 @@ class Settings:
     val_data: tuple[str, ...] = flag((), "text files held out; none = last part of the text")
     train_npy: tuple[str, ...] = flag((), "token shards: .npy, or llm.c .bin")
     val_npy: tuple[str, ...] = flag((), "token shards held out; none = last part of train-npy")
+    document_separator: str = flag("", "what parts the documents of a plain text file, such as "
+                                   "<|endoftext|>; none = each file is one document")
     bin_dtype: str = flag("auto", "ids of .bin files without header; auto = told from the data",
                           "auto", "uint8", "uint16", "uint32", fixed=True)
     use_toy_data: bool = flag(False, "random tokens: nothing to learn, everything to test")

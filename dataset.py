@@ -34,8 +34,8 @@ from shards import (
     hash_of,
     mix,
 )
-from text import find_sources, stdlib_files
-from token_files import TOKENIZER_FILE, tokenize_files
+from text import find_texts, stdlib_files
+from token_files import TOKENIZER_FILE, note_on_documents, tokenize_files
 from tokenizer import Tokenizer, build_tokenizer
 
 __all__ = [
@@ -308,7 +308,8 @@ class Mixture(TokenDataset):
 
 class TextDatasetForCausalLM(TokenDataset):
     """Text, tokenized once into a cache. paths: files, folders, globs (see `text.find_sources`);
-    none = the Python standard library's source.
+    none = the Python standard library's source. document_separator: what parts the documents of a
+    plain text; "" = each file is one.
     """
 
     def __init__(
@@ -317,14 +318,17 @@ class TextDatasetForCausalLM(TokenDataset):
         tokenizer: Tokenizer,
         seq_len: int,
         cache_dir: str | Path = "~/.cache/rosetrainer",
+        document_separator: str = "",
     ) -> None:
-        files = find_sources(paths) if paths else stdlib_files()
-        shards, made = tokenize_files(files, tokenizer, Path(cache_dir).expanduser())
+        files, notes = find_texts(paths) if paths else (stdlib_files(), [])
+        cache = Path(cache_dir).expanduser()
+        shards, made = tokenize_files(files, tokenizer, cache, document_separator)
         name = f"source of the Python standard library ({len(files)} files)"
         name = ", ".join(map(str, paths)) or name
         texts = [(t["path"], t["sha256"], t["bytes"]) for t in made["sources"]]
         source = TokenShards(shards, tokenizer.vocab_size, name, made["key"], texts=texts)
         super().__init__(source, seq_len, tokenizer=tokenizer)
+        self.notes = notes + note_on_documents(made, document_separator)
 
 
 class FineWebNPYDataset(TokenDataset):
@@ -380,7 +384,9 @@ def open_source(
         if args.data_mode == "fineweb_npy":
             return FineWebNPYDataset(paths, args.seq_len, vocab_size, tokenizer, args.bin_dtype)
         assert tokenizer is not None
-        return TextDatasetForCausalLM(paths, tokenizer, args.seq_len, args.cache_dir)
+        return TextDatasetForCausalLM(
+            paths, tokenizer, args.seq_len, args.cache_dir, args.document_separator
+        )
 
     text, shards = (args.val_data, args.val_npy) if held_out else (args.train_data, args.train_npy)
     named = weighted(text or shards)

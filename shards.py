@@ -35,7 +35,7 @@ def hash_of(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
 
 
-_OTHER_FORMATS = {  # long enough not to be the first ids of a file without header
+OTHER_FORMATS = {  # long enough not to be the first ids of a file without header
     b"\x1f\x8b\x08": "gzip data",
     b"\x28\xb5\x2f\xfd": "Zstandard data",
     b"PK\x03\x04": "a zip archive (or a PyTorch file)",
@@ -222,7 +222,7 @@ def find_shards(paths: Sequence[str | Path]) -> list[Path]:
 
 def _other_format(start: bytes) -> str:
     """What a file that starts with these bytes is, if it is known not to be ids; else ""."""
-    for magic, name in _OTHER_FORMATS.items():
+    for magic, name in OTHER_FORMATS.items():
         if start.startswith(magic):
             return name
     if _is_text(start):
