@@ -22,6 +22,7 @@ from config import (
     flat,
     settings_from,
 )
+from console import accept_any_text, visible
 
 _SPREAD = ("parallel", "tensor_parallel_size", "use_tensor_parallel", "threads")
 _NO_MEMORY = ("out of memory", "can't allocate memory")  # in what torch says
@@ -226,12 +227,13 @@ def run_script(
     mistake ends it with one line and exit code 2. first_to_say(line): whether no other rank has
     printed it.
     """
+    accept_any_text()
     try:
         code = body(sys.argv[1:])
     except UserError as mistake:
         if first_to_say(str(mistake)):
             rank = "" if mistake.of_all else _rank_prefix()
-            print(f"{rank}error: {mistake}", file=sys.stderr, flush=True)
+            print(f"{rank}error: {visible(str(mistake))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except (RuntimeError, MemoryError) as reason:
         if not (isinstance(reason, MemoryError) or any(x in str(reason) for x in _NO_MEMORY)):

@@ -23,9 +23,11 @@ import torch
 from tqdm import tqdm
 
 from config import Settings, UserError, default_checkpoint, flat
+from console import say, visible
 from dataset import TokenDataset
 from device import Device, environment
 from eval import EvalResult
+from generate import fitting_prompt
 from memory import estimate, free_memory_of
 from model import GPTModel
 from report import draw_losses, read_records
@@ -58,6 +60,9 @@ class RunLog:
         world: int = 1,
     ) -> None:
         self.script, self.args, self.device, self.world = script, args, device, world
+        self.prompt = "TEXT --tokenizer-name NAME"  # where only the user knows them
+        if rank == 0 and val.tokenizer:
+            self.prompt = shlex.quote(fitting_prompt(val))
         self.on, self.epoch_windows = rank == 0, len(train)
         if not self.on:
             return
@@ -169,7 +174,7 @@ class RunLog:
         """One line for people, on the terminal and in the text log."""
         if not self.on:
             return
-        stamped = time.strftime("[%Y-%m-%d %H:%M:%S] ") + text
+        stamped = time.strftime("[%Y-%m-%d %H:%M:%S] ") + visible(text)
         self._safely("the terminal", lambda: tqdm.write(stamped) or sys.stdout.flush())
         self._safely("the text log", lambda: print(stamped, file=self.text, flush=True))
 
@@ -341,8 +346,8 @@ class RunLog:
         self.line(f"evaluate: python eval.py --checkpoint-path {shlex.quote(path)}")
         self.line(f"continue: {launch} {self.script}.py --resume{more}{where}")
         self.line(
-            f"sample:   python generate.py --checkpoint-path {shlex.quote(path)} --prompt 'Every "
-            "effort moves you'"
+            f"sample:   python generate.py --checkpoint-path {shlex.quote(path)} --prompt "
+            f"{self.prompt}"
         )
         if self.wandb:
             self.wandb.finish()
@@ -422,7 +427,7 @@ def report_evaluations(
             for name, r in sources.items()
         ]
     lines += _data_lines(data_of, labels)
-    print("\n".join(lines), flush=True)
+    say("\n".join(lines))
     folder = Path(log_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from cli import parse_flags, run_script
 from config import UserError, check_fields, flag
+from console import say
 from shards import TokenShards
 from text import find_sources, kind_of, read_texts
 from token_files import MANIFEST, TOKENIZER_FILE
@@ -108,10 +109,10 @@ def main(args: DescribeSettings) -> None:
     """Prints what each path is. Raises UserError where one has a problem."""
     problems = 0
     for path in args.paths:
-        print(path)
+        say(path)
         for name, value in describe(path, args.tokenizer_name, args.bin_dtype).items():
             problems += name == "problem"
-            print(f"  {name}: {value!r}" if name == "first text" else f"  {name}: {value}")
+            say(f"  {name}: {value!r}" if name == "first text" else f"  {name}: {value}")
     if problems:
         raise UserError(f"{problems} of {len(args.paths)} with a problem")
 

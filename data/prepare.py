@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import parse_flags, run_script
 from config import UserError, check_fields, flag
+from console import say
 from text import find_texts
 from token_files import SHARD_TOKENS, note_on_documents, prepare
 from tokenizer import build_tokenizer
@@ -40,7 +41,7 @@ def main(args: PrepareSettings) -> None:
     tokenizer, folder = build_tokenizer(args.tokenizer_name), Path(args.out)
     sources, notes = find_texts(args.paths)
     for note in notes:
-        print(note)
+        say(note)
     try:
         made = prepare(
             sources, tokenizer, folder, args.shard_tokens, args.workers, args.document_separator
@@ -48,12 +49,12 @@ def main(args: PrepareSettings) -> None:
     except OSError as reason:
         raise UserError(f"cannot write to {folder}: {reason.strerror}") from reason
     for note in note_on_documents(made, args.document_separator):
-        print(note)
-    print(
+        say(note)
+    say(
         f"{folder}: {made['tokens']:,} tokens of {made['bytes']:,} bytes in {made['documents']:,} "
         f"documents, {len(made['shards'])} shards"
     )
-    print(f"train: python train_minimal.py --train-npy {folder}")
+    say(f"train: python train_minimal.py --train-npy {folder}")
 
 
 if __name__ == "__main__":
