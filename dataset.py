@@ -7,6 +7,7 @@ each token of the range is scored once.
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import re
@@ -345,6 +346,12 @@ class FineWebNPYDataset(TokenDataset):
         shards = TokenShards(paths, vocab_size, bin_dtype=bin_dtype)
         super().__init__(shards, seq_len, tokenizer=tokenizer)
         self.notes = list(shards.notes)
+        largest = shards.largest_id_seen()
+        if tokenizer is None and 4 * (largest + 1) <= vocab_size:
+            self.notes.append(
+                f"the largest id seen in {shards.name} is {largest:,}, and the model has "
+                f"{vocab_size:,} of them; --vocab-size {largest + 1} fits it to what was seen"
+            )
 
 
 class ToyRandomDataset(TokenDataset):
@@ -415,6 +422,13 @@ def weighted(paths: Sequence[str]) -> list[tuple[str, Fraction | None]]:
     return found
 
 
+def refuse_missing(paths: Sequence[str], hint: str) -> None:
+    """Raises UserError that names the first file of data that is not there, with a hint."""
+    for path, _ in weighted(paths):
+        if not os.path.lexists(path) and not glob.glob(path, recursive=True):
+            raise UserError(f"{path}: no such file in {os.getcwd()}; {hint}")
+
+
 def open_validation(args: Settings, tokenizer: Tokenizer | None = None) -> TokenDataset:
     """What the settings hold out: their validation files, or the last part of the training data.
 
@@ -448,6 +462,13 @@ def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
 
     Raises UserError.
     """
+    if args.resume:
+        for paths in (args.train_data, args.train_npy, args.val_data, args.val_npy):
+            refuse_missing(
+                paths,
+                "with --resume, names of data that are not typed come from the checkpoint; name "
+                "the files where they are now",
+            )
     tokenizer = tokenizer_of(args)
     sources = open_source(args, tokenizer=tokenizer)
     val_sources = open_source(args, True, tokenizer) if args.has_val_files else sources

@@ -19,7 +19,7 @@ from alone import ALONE, Alone
 from checkpoint import changes_of_data, load_model, saved_settings
 from cli import parse_flags, run_script
 from config import BEFORE, EvalSettings, Settings, UserError, settings_from
-from dataset import TokenDataset, open_validation
+from dataset import TokenDataset, open_validation, refuse_missing
 from device import Device, pick_device, tune
 from loss import IGNORE
 from model import GPTModel
@@ -126,7 +126,15 @@ def validation_of(
             f"data_mode={args.data_mode}, but the checkpoint recorded {settings.data_mode} data; "
             "name the files with --val-data or --val-npy"
         )
-    val = open_validation(dataclasses.replace(settings, **changes), tokenizer)
+    now = dataclasses.replace(settings, **changes)
+    if not (args.val_data or args.val_npy):
+        other = "--val-npy" if settings.data_mode == "fineweb_npy" else "--val-data"
+        refuse_missing(
+            now.val_data or now.val_npy or now.train_data or now.train_npy,
+            f"this name is from {where}: start eval.py in the folder where that was trained, or "
+            f"give other data to evaluate on with {other}",
+        )
+    val = open_validation(now, tokenizer)
     if not (args.val_data or args.val_npy):
         problems = changes_of_data(data.get("val", {}), val.describe(), "validation")
         if problems:

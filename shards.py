@@ -9,6 +9,7 @@ import functools
 import glob
 import hashlib
 import os
+import shlex
 from collections.abc import Sequence
 from io import FileIO
 from itertools import pairwise
@@ -153,6 +154,9 @@ class TokenShards:
         self._open = functools.lru_cache(64)(lambda i: self.shards[i].open())
 
     def read(self, start: int, count: int) -> np.ndarray:
+        return self._read(start, count, self.vocab_size)
+
+    def _read(self, start: int, count: int, vocab_size: int) -> np.ndarray:
         parts, stop = [], start + count
         for i in range(int(np.searchsorted(self.starts, start, "right")) - 1, len(self.shards)):
             first = int(self.starts[i])
@@ -161,12 +165,20 @@ class TokenShards:
                     self._open(i).fileno(),
                     max(start - first, 0),
                     min(stop, int(self.starts[i + 1])) - first,
-                    self.vocab_size,
+                    vocab_size,
                 )
             )
             if stop <= self.starts[i + 1]:
                 break
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def largest_id_seen(self) -> int:
+        """The largest of the ids at up to 64 places spread over the stream; -1 = there are none."""
+        if not self.num_tokens:
+            return -1
+        count = min(4096, self.num_tokens)
+        places = np.unique(np.linspace(0, self.num_tokens - count, 64).astype(np.int64)).tolist()
+        return max(int(self._read(p, count, 1 << 32).max()) for p in places)
 
     def files_in(self, start: int, stop: int) -> list[tuple[SourceFile, int]]:
         return _overlaps(self.files, start, stop)
@@ -332,8 +344,14 @@ class _Shard:
         if len(shape) != 1 or dtype.str not in ("<u2", "<u4", "<i4"):
             raise UserError(
                 f"{self.path}: holds {dtype} of shape {shape}, expected 1-D uint16, uint32 or int32"
+                + (self._conversion() if dtype.kind in "iu" else "")
             )
         return file.tell(), dtype, shape[0]
+
+    def _conversion(self) -> str:
+        new = str(self.path.with_suffix(".uint32.npy"))
+        code = f"import numpy as np; np.save({new!r}, np.load({str(self.path)!r}).ravel()"
+        return f"; convert it: python -c {shlex.quote(code + '.astype(np.uint32))')}"
 
     def read(self, fd: int, start: int, stop: int, vocab_size: int) -> np.ndarray:
         """Ids of positions start .. stop - 1 of this file, open as fd."""

@@ -268,6 +268,24 @@ def test_a_mixture_of_shards_trains_and_holds_out_a_part_of_each(tmp_path):
     assert (ids[:500] == 10).all() and (ids[500:] == 11).all()
 
 
+def test_a_vocabulary_far_above_the_ids_is_said_with_one_that_fits(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 61, 3000)
+    (tmp_path / "char.bin").write_bytes(ids.astype("<u2").tobytes())
+    flags = ["--train-npy", f"{tmp_path}/char.bin", "--seq-len", "16"]
+    (note,) = open_data(text_flags(tmp_path, *flags))[0].notes
+    assert "largest id seen" in note and "is 60," in note and "--vocab-size 61" in note
+    assert open_data(text_flags(tmp_path, *flags, "--vocab-size", "61"))[0].notes == []
+
+
+def test_data_of_a_resumed_run_that_are_gone_are_said_to_be_named_by_its_checkpoint(tmp_path):
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    saved = flat(text_flags(tmp_path, "--train-data", f"{tmp_path}/a.txt"))
+    (tmp_path / "a.txt").unlink()
+    resumed = parse_settings("train_minimal", ["--resume"], saved=lambda path: saved)
+    with pytest.raises(UserError, match=r"a\.txt: no such file.* come from the checkpoint"):
+        open_data(resumed)
+
+
 def test_what_a_limit_leaves_of_a_mixture_is_shared_by_weight():
     halves = [Fraction(1, 2), Fraction(1, 2)]
     assert share_out(100, [900, 900], halves) == [50, 50]

@@ -609,3 +609,14 @@ def test_several_samples_are_told_apart(script, text):
     assert code == 0, err
     heads = [line for line in out.splitlines() if line.startswith("--- sample ")]
     assert heads[1] == "--- sample 2 of 3, seed 1338 ---" and len(heads) == 3
+
+
+def test_a_checkpoint_whose_data_are_elsewhere_says_who_named_them(script, text, tmp_path):
+    train(script, "--train-data", text)
+    (tmp_path / "my text.txt").rename(tmp_path / "moved.txt")
+    flags = ["--checkpoint-path", "checkpoints/minigpt_single.pt"]
+    code, _, err = script("eval.py", *flags)
+    assert code == 2 and "no such file" in err and err.count("\n") == 1
+    assert "this name is from checkpoints/minigpt_single.pt" in err and "--val-data" in err
+    code, out, err = script("eval.py", *flags, "--val-data", "moved.txt")
+    assert code == 0 and "data: moved.txt" in out, err

@@ -1,5 +1,7 @@
 import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -218,3 +220,22 @@ def test_mix_is_splitmix64():
 
 def test_hash_of_tells_numbers_apart():
     assert len({hash_of(1, 23), hash_of(12, 3), hash_of(1, 2, 3), hash_of(123)}) == 4
+
+
+def test_an_npy_of_other_integers_is_refused_with_a_command_that_converts_it(tmp_path):
+    path = npy(tmp_path / "my a.npy", np.arange(40).reshape(2, 20), "<i8")
+    with pytest.raises(UserError, match=r"holds int64 of shape .*; convert it: ") as caught:
+        TokenShards([path], 100)
+    command = str(caught.value).split("convert it: python")[1]
+    subprocess.run(["sh", "-c", sys.executable + command], check=True)
+    source = TokenShards([tmp_path / "my a.uint32.npy"], 100)
+    assert source.read(0, 40).tolist() == list(range(40))
+
+
+def test_the_largest_id_is_seen_anywhere_in_a_small_stream(tmp_path):
+    for place in (0, 999, 1000, 2999):
+        ids = np.arange(3000) % 60
+        ids[place] = 97
+        files = [npy(tmp_path / f"{i}.npy", ids[1000 * i : 1000 * i + 1000]) for i in range(3)]
+        assert TokenShards(files, 50257).largest_id_seen() == 97
+    assert TokenShards([npy(tmp_path / "none.npy", [])], 10).largest_id_seen() == -1
