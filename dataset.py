@@ -196,8 +196,8 @@ class TokenDataset(torch.utils.data.Dataset):
         """The sources that it joins; itself where it is one."""
         return [self]
 
-    def files(self) -> list[tuple[SourceFile, int]]:
-        """The files that its tokens are from, each with its number of them."""
+    def files(self) -> list[tuple[SourceFile, int, int]]:
+        """The files that its tokens are from, each with the range of its own tokens."""
         return self.source.files_in(self.start, self.stop)
 
     def describe(self) -> dict[str, Any]:

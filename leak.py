@@ -81,15 +81,17 @@ def refuse_copies(train: TokenDataset, val: TokenDataset, allow: bool = False) -
     """Which files of `val` are copies of files of `train`, in words ("b.txt is a copy of a.txt");
     if they are more than a fifth of `val`, they are refused. Raises UserError.
     """
-    first: dict[str, list[SourceFile]] = {}
-    for file, _ in train.files():
-        first.setdefault(file.content, []).append(file)
+    trained: dict[str, list[tuple[SourceFile, int, int]]] = {}
+    for entry in train.files():
+        trained.setdefault(entry[0].content, []).append(entry)
     shared, names = 0, []
-    for file, tokens in val.files():
-        others = [f for f in first.get(file.content, []) if f is not file]
-        if others:
-            shared += tokens
-            names.append(_same(file, others[0]))
+    for file, low, high in val.files():
+        for other, first, after in trained.get(file.content, []):
+            tokens = min(high, after) - max(low, first)  # of the same place in both
+            if tokens > 0 and other is not file:
+                shared += tokens
+                names.append(_same(file, other))
+                break
     if not allow and shared > REFUSED_SHARE * val.num_tokens:
         raise UserError(
             f"{shared / val.num_tokens:.0%} of the validation data also stand in the training "
@@ -102,7 +104,7 @@ def repeated_files(data: TokenDataset) -> list[str]:
     """Which files of some size the data holds more than once, in words."""
     first: dict[str, SourceFile] = {}
     names = []
-    for file, _ in data.files():
+    for file, _, _ in data.files():
         earlier = first.setdefault(file.content, file)
         if earlier is not file and file.stop - file.start >= _LEAST_NAMED:
             names.append(_same(file, earlier))

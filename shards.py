@@ -77,14 +77,11 @@ class Source(Protocol):
         """
         ...
 
-    def files_in(self, start: int, stop: int) -> list[tuple[SourceFile, int]]:
-        """The files that tokens start .. stop - 1 are from, each with its number of them."""
+    def files_in(self, start: int, stop: int) -> list[tuple[SourceFile, int, int]]:
+        """The files that tokens start .. stop - 1 are from, each with the range of its own tokens
+        that they are.
+        """
         ...
-
-
-def _overlaps(files: Sequence[SourceFile], start: int, stop: int) -> list[tuple[SourceFile, int]]:
-    counts = [min(f.stop, stop) - max(f.start, start) for f in files]
-    return [(f, n) for f, n in zip(files, counts, strict=True) if n > 0]
 
 
 class ToyTokens:
@@ -107,7 +104,7 @@ class ToyTokens:
             % np.uint64(self.vocab_size)
         ).astype(np.int64)
 
-    def files_in(self, start: int, stop: int) -> list[tuple[SourceFile, int]]:
+    def files_in(self, start: int, stop: int) -> list[tuple[SourceFile, int, int]]:
         return []
 
 
@@ -180,8 +177,9 @@ class TokenShards:
         places = np.unique(np.linspace(0, self.num_tokens - count, 64).astype(np.int64)).tolist()
         return max(int(self._read(p, count, 1 << 32).max()) for p in places)
 
-    def files_in(self, start: int, stop: int) -> list[tuple[SourceFile, int]]:
-        return _overlaps(self.files, start, stop)
+    def files_in(self, start: int, stop: int) -> list[tuple[SourceFile, int, int]]:
+        ranges = [(f, max(f.start, start), min(f.stop, stop)) for f in self.files]
+        return [(f, low - f.start, high - f.start) for f, low, high in ranges if low < high]
 
 
 class JoinedTokens:
@@ -206,7 +204,7 @@ class JoinedTokens:
                 pieces.append(source.read(first + low - int(here), high - low))
         return np.concatenate(pieces)
 
-    def files_in(self, start: int, stop: int) -> list[tuple[SourceFile, int]]:
+    def files_in(self, start: int, stop: int) -> list[tuple[SourceFile, int, int]]:
         found = []
         for (source, first, after), here in zip(self.parts, self.starts.tolist(), strict=False):
             low, high = max(start - here, 0) + first, min(stop - here + first, after)

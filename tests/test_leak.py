@@ -156,6 +156,12 @@ def test_parts_of_a_mixture_that_overlap_are_refused(tmp_path, train):
     assert "100% of 256 pieces" in said and "a.npy" in said
 
 
+def test_a_shard_that_is_two_parts_of_a_mixture_holds_out_the_same_part_of_both(tmp_path, train):
+    np.save(tmp_path / "a.npy", train[:9000].astype(np.uint16))
+    (note,) = opened(tmp_path, "--train-npy", f"{tmp_path}/a.npy:1", f"{tmp_path}/a.npy:2")[0].notes
+    assert "a.npy is given twice" in note
+
+
 def test_a_copy_elsewhere_in_the_training_data_is_only_said(tmp_path, prose):
     for name, content in zip("abc", (*prose, prose[0]), strict=True):
         (tmp_path / f"{name}.txt").write_text(content)
@@ -170,9 +176,10 @@ def test_a_license_in_each_file_is_no_leak(tmp_path, train):
         words = " ".join(f"w{x:x}" for x in train[1000 + 200 * i : 1200 + 200 * i].tolist())
         (tmp_path / f"{i:02}.txt").write_text(license + words)
     (tmp_path / "one.txt").write_text(license + "some words " + license[::-1])
-    assert opened(tmp_path, "--train-data", f"{tmp_path}/[0-9]*.txt")[0].notes == []
+    notes = opened(tmp_path, "--train-data", f"{tmp_path}/[0-9]*.txt")[0].notes
+    assert notes == [f"{tmp_path}/[0-9]*.txt: 60 files read, 0 left out"]
     flags = ["--train-data", f"{tmp_path}/[0-9]*.txt", "--val-data", f"{tmp_path}/one.txt"]
-    assert "of the different text" in opened(tmp_path, *flags)[0].notes[0]  # half of so little
+    assert "of the different text" in opened(tmp_path, *flags)[0].notes[1]  # half of so little
 
 
 def test_too_little_or_too_uniform_text_is_said_and_not_refused(tmp_path):
@@ -189,7 +196,8 @@ def test_character_ids_in_a_wide_vocabulary_are_searched_as_characters(tmp_path,
     phrases = train[: 50 * 40].reshape(50, 40) % 60
     ids = phrases[train[:3000] % 50].ravel()
     np.save(tmp_path / "chars.npy", ids.astype(np.uint16))
-    assert opened(tmp_path, "--train-npy", f"{tmp_path}/chars.npy")[0].notes == []
+    (note,) = opened(tmp_path, "--train-npy", f"{tmp_path}/chars.npy")[0].notes
+    assert "--vocab-size 60" in note
 
 
 def test_allow_leak_trains_and_says_so(tmp_path, prose):
