@@ -321,7 +321,7 @@ class SampleSettings:
     """Settings of generate.py."""
 
     checkpoint_path: str = flag("checkpoints/minigpt_single.pt", "checkpoint file")
-    prompt: str = flag("\n", "text to continue")
+    prompt: str = flag("\n", "text to continue; empty = the start of a document")
     tokenizer_name: str = flag("", "tokenizer; none = that of the checkpoint")
     max_new_tokens: int = flag(300, "tokens to write", at_least=1)
     num_samples: int = flag(1, "continuations to write", at_least=1)
