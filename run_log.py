@@ -399,6 +399,34 @@ def report_evaluations(
     data_of: what each was evaluated on, as `TokenDataset.describe` says it. by_source: the results
     of single sources of it.
     """
+    lines = _evaluation_lines(paths, results, data_of, by_source)
+    say("\n".join(lines))
+    folder = Path(log_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "eval.log", "a", encoding="utf-8") as text:
+            text.writelines(time.strftime("[%Y-%m-%d %H:%M:%S] ") + line + "\n" for line in lines)
+        with open(folder / "eval.jsonl", "a", encoding="utf-8") as jsonl:
+            for i, (path, r) in enumerate(zip(paths, results, strict=True)):
+                record = {"event": "eval", "checkpoint": path, **dataclasses.asdict(r)}
+                if data_of:
+                    record["data"] = data_of[i]
+                if by_source and by_source[i]:
+                    parts = {k: dataclasses.asdict(v) for k, v in by_source[i].items()}
+                    record["sources"] = {k: json.loads(to_json(v)) for k, v in parts.items()}
+                jsonl.write(to_json(record) + "\n")
+    except OSError as reason:
+        raise UserError(
+            f"cannot write {reason.filename}: {reason.strerror}; try --log-dir"
+        ) from reason
+
+
+def _evaluation_lines(
+    paths: Sequence[str],
+    results: Sequence[EvalResult],
+    data_of: Sequence[dict[str, Any]],
+    by_source: Sequence[dict[str, EvalResult]],
+) -> list[str]:
     labels = _data_labels(data_of)
     rows = [
         {
@@ -426,25 +454,7 @@ def report_evaluations(
             f"{path} on {name}: avg_loss {r.loss:.6f}, ppl {r.ppl:.4f}, tokens {r.tokens}"
             for name, r in sources.items()
         ]
-    lines += _data_lines(data_of, labels)
-    say("\n".join(lines))
-    folder = Path(log_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "eval.log", "a", encoding="utf-8") as text:
-            text.writelines(time.strftime("[%Y-%m-%d %H:%M:%S] ") + line + "\n" for line in lines)
-        with open(folder / "eval.jsonl", "a", encoding="utf-8") as jsonl:
-            for i, (path, r) in enumerate(zip(paths, results, strict=True)):
-                record = {"event": "eval", "checkpoint": path, **dataclasses.asdict(r)}
-                if data_of:
-                    record["data"] = data_of[i]
-                if by_source and by_source[i]:
-                    record["sources"] = {k: dataclasses.asdict(v) for k, v in by_source[i].items()}
-                jsonl.write(to_json(record) + "\n")
-    except OSError as reason:
-        raise UserError(
-            f"cannot write {reason.filename}: {reason.strerror}; try --log-dir"
-        ) from reason
+    return lines + _data_lines(data_of, labels)
 
 
 def _data_labels(data_of: Sequence[dict[str, Any]]) -> list[str]:
