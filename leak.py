@@ -78,26 +78,27 @@ _WAYS_OUT = (
 
 
 def refuse_copies(train: TokenDataset, val: TokenDataset, allow: bool = False) -> list[str]:
-    """Which files of `val` are copies of files of `train`, in words ("b.txt is a copy of a.txt");
-    if they are more than a fifth of `val`, they are refused. Raises UserError.
+    """Which files of some size of `val` are copies of files of `train`, in words ("b.txt is a copy
+    of a.txt"); if copies are more than a fifth of `val`, they are refused. Raises UserError.
     """
     trained: dict[str, list[tuple[SourceFile, int, int]]] = {}
     for entry in train.files():
         trained.setdefault(entry[0].content, []).append(entry)
-    shared, names = 0, []
+    shared, names, large = 0, [], []
     for file, low, high in val.files():
         for other, first, after in trained.get(file.content, []):
             tokens = min(high, after) - max(low, first)  # of the same place in both
             if tokens > 0 and other is not file:
                 shared += tokens
                 names.append(_same(file, other))
+                large += names[-1:] if tokens >= _LEAST_NAMED else []
                 break
     if not allow and shared > REFUSED_SHARE * val.num_tokens:
         raise UserError(
             f"{shared / val.num_tokens:.0%} of the validation data also stand in the training "
             f"data: {some(names)}; {_WAYS_OUT}"
         )
-    return names
+    return large
 
 
 def repeated_files(data: TokenDataset) -> list[str]:

@@ -126,8 +126,12 @@ def _refuse_no_text(path: Path) -> None:
             start = file.read(8)
     except OSError as reason:
         raise UserError(f"{path}: cannot be read: {reason.strerror}") from reason
-    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise UserError(f"{path}: is UTF-16; {_convert(path, 'UTF-16')}")
+    for encoding in ("UTF-32", "UTF-16"):  # the mark of one starts as that of the other
+        marks = [
+            getattr(codecs, f"BOM_{encoding.replace('-', '')}_{order}") for order in ("LE", "BE")
+        ]
+        if start.startswith(tuple(marks)):
+            raise UserError(f"{path}: is {encoding}; {_convert(path, encoding)}")
     for magic, name in {**OTHER_FORMATS, b"\x93NUMPY": "a token shard (--train-npy)"}.items():
         if start.startswith(magic):
             raise UserError(
@@ -267,8 +271,8 @@ def _without_nul(path: Path, block: bytes) -> str:
     unpack = {".gz": "zcat", ".zst": "zstdcat"}.get(kind_of(path)[1], "cat")
     clean = shlex.quote(str(path.with_name(f"{path.name.split('.')[0]}.clean.txt")))
     return (
-        f"text has none; to train on the rest: {unpack} {shlex.quote(str(path))} | "
-        f"tr -d '\\000' > {clean}"
+        "text has none; to train on the rest, make it another file: "
+        f"{unpack} {shlex.quote(str(path))} | tr -d '\\000' > {clean}"
     )
 
 

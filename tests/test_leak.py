@@ -170,6 +170,13 @@ def test_a_copy_elsewhere_in_the_training_data_is_only_said(tmp_path, prose):
     assert len(notes) == 1 and f"{tmp_path}/c.txt is a copy of {tmp_path}/a.txt" in notes[0]
 
 
+def test_small_files_that_are_alike_are_not_worth_a_line(tmp_path, prose):
+    for name, content in (("a", "x = 1\n"), ("b", prose[0]), ("y", "x = 1\n"), ("z", "x = 1\n")):
+        (tmp_path / f"{name}.txt").write_text(content)
+    paths = [f"{tmp_path}/{name}.txt" for name in "abyz"]
+    assert opened(tmp_path, "--train-data", *paths)[0].notes == []
+
+
 def test_a_license_in_each_file_is_no_leak(tmp_path, train):
     license = " ".join(f"L{i:x}" for i in train[:200].tolist()) + "\n"  # about 1 KB
     for i in range(60):  # as much license as text

@@ -178,6 +178,7 @@ def test_files_left_out_of_a_folder_are_counted_with_the_reason(tmp_path):
         ("a.txt", b"\x93NUMPY\1\0", "--train-npy"),
         ("a.txt", b"\x1f\x8b\x08\0", "gzip data"),
         ("a.txt", b"PK\x03\x04", "zip archive"),
+        ("a.txt", "words".encode("utf-32"), "is UTF-32; convert it first: iconv -f UTF-32 -t"),
         ("a.txt", "words".encode("utf-16"), "is UTF-16; convert it first: iconv -f UTF-16 -t"),
     ],
 )
@@ -197,9 +198,14 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
 def test_a_nul_byte_is_named_with_a_command_that_goes_on(tmp_path):
     file = write(tmp_path / "my a.txt", "words " * 500 + "\0" + "more " * 500)
-    with pytest.raises(UserError, match=r"byte 3000 is NUL; .* to train on the rest: ") as caught:
+    with pytest.raises(
+        UserError, match=r"byte 3000 is NUL; .* to train on the rest, make it another file: "
+    ) as caught:
         list(text.read_texts(file))
-    subprocess.run(["sh", "-c", str(caught.value).split("to train on the rest: ")[1]], check=True)
+    subprocess.run(
+        ["sh", "-c", str(caught.value).split("to train on the rest, make it another file: ")[1]],
+        check=True,
+    )
     (clean,) = text.read_texts(tmp_path / "my a.clean.txt")
     assert clean.text == "words " * 500 + "more " * 500
 
