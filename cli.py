@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from config import (
+    BEFORE,
     PRESETS,
     GPTConfig,
     Settings,
@@ -21,6 +22,7 @@ from config import (
     flat,
     settings_from,
 )
+from console import accept_any_text, visible
 
 _SPREAD = ("parallel", "tensor_parallel_size", "use_tensor_parallel", "threads")
 _NO_MEMORY = ("out of memory", "can't allocate memory")  # in what torch says
@@ -58,7 +60,7 @@ def parse_settings(
                 "--preset with --resume: the run keeps its own settings; give single flags to "
                 "change them"
             )
-        base = dict(saved(path))
+        base = BEFORE | dict(saved(path))
         if script != "train_ddp":  # how the run was spread is no part of what it is
             for name in _SPREAD:
                 base.pop(name, None)
@@ -225,12 +227,13 @@ def run_script(
     mistake ends it with one line and exit code 2. first_to_say(line): whether no other rank has
     printed it.
     """
+    accept_any_text()
     try:
         code = body(sys.argv[1:])
     except UserError as mistake:
         if first_to_say(str(mistake)):
             rank = "" if mistake.of_all else _rank_prefix()
-            print(f"{rank}error: {mistake}", file=sys.stderr, flush=True)
+            print(f"{rank}error: {visible(str(mistake))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except (RuntimeError, MemoryError) as reason:
         if not (isinstance(reason, MemoryError) or any(x in str(reason) for x in _NO_MEMORY)):

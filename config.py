@@ -109,6 +109,10 @@ class Settings:
     val_data: tuple[str, ...] = flag((), "text files held out; none = last part of the text")
     train_npy: tuple[str, ...] = flag((), "token shards: .npy, or llm.c .bin")
     val_npy: tuple[str, ...] = flag((), "token shards held out; none = last part of train-npy")
+    document_separator: str = flag("", "what parts the documents of a plain text file, such as "
+                                   "<|endoftext|>; none = each file is one document")
+    bin_dtype: str = flag("auto", "ids of .bin files without header; auto = told from the data",
+                          "auto", "uint8", "uint16", "uint32", fixed=True)
     use_toy_data: bool = flag(False, "random tokens: nothing to learn, everything to test")
     tokenizer_name: str = flag("", "bytes or gpt2; none = bytes for text, none for shards")
     val_ratio: float = flag(0.1, "part of the tokens held out without val files", at_least=0,
@@ -117,6 +121,8 @@ class Settings:
                            fixed=True)
     val_max_tokens: int = flag(0, "validate on at most this many tokens; 0 = all", at_least=0,
                                fixed=True)
+    val_by_weight: bool = True  # False: of a mixture's parts joined, the first val_max_tokens
+    allow_leak: bool = flag(False, "train though validation text stands in the training data")
     data_seed: int = flag(-1, "seed of the order of the data; -1 = seed", at_least=-1, fixed=True)
     cache_dir: str = flag("~/.cache/rosetrainer", "folder of the tokenized texts")
 
@@ -284,8 +290,11 @@ class EvalSettings:
     data_mode: str = flag("auto", "kind of data", "auto", "text", "fineweb_npy", "toy")
     val_data: tuple[str, ...] = flag((), "text files to evaluate on, whole")
     val_npy: tuple[str, ...] = flag((), "token shards to evaluate on, whole")
+    bin_dtype: str = flag("auto", "ids of .bin files without header; auto = as in training",
+                          "auto", "uint8", "uint16", "uint32")
     tokenizer_name: str = flag("", "tokenizer of val-data; none = that of the checkpoint")
     max_tokens: int = flag(0, "evaluate on at most this many tokens; 0 = all", at_least=0)
+    by_source: bool = flag(False, "of a mixture, the loss of each source too")
     seq_len: int = flag(0, "tokens per sequence; 0 = as in training", at_least=0)
     batch_size: int = flag(0, "sequences per rank and forward pass; 0 = as before", at_least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -312,7 +321,7 @@ class SampleSettings:
     """Settings of generate.py."""
 
     checkpoint_path: str = flag("checkpoints/minigpt_single.pt", "checkpoint file")
-    prompt: str = flag("\n", "text to continue")
+    prompt: str = flag("\n", "text to continue; empty = the start of a document")
     tokenizer_name: str = flag("", "tokenizer; none = that of the checkpoint")
     max_new_tokens: int = flag(300, "tokens to write", at_least=1)
     num_samples: int = flag(1, "continuations to write", at_least=1)
@@ -362,6 +371,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 def default_checkpoint(script: str) -> str:
     """Where a trainer saves unless told otherwise."""
     return f"checkpoints/minigpt_{'ddp' if script == 'train_ddp' else 'single'}.pt"
+
+
+# What runs did before these settings existed: a checkpoint that lacks them means this.
+BEFORE: dict[str, Any] = {"val_by_weight": False, "allow_leak": True}
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:

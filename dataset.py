@@ -7,6 +7,7 @@ each token of the range is scored once.
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import re
@@ -23,10 +24,19 @@ from torch import Tensor
 from alone import ALONE, Alone
 from config import Settings, UserError, with_vocab
 from device import Device
-from leak import refuse_leak
-from shards import JoinedTokens, Source, TokenShards, ToyTokens, find_shards, hash_of, mix
-from text import find_sources, stdlib_files
-from token_files import TOKENIZER_FILE, tokenize_files
+from leak import REFUSED_SHARE, refuse_copies, refuse_leak, repeated_files, some
+from shards import (
+    JoinedTokens,
+    Source,
+    SourceFile,
+    TokenShards,
+    ToyTokens,
+    find_shards,
+    hash_of,
+    mix,
+)
+from text import find_texts, stdlib_files
+from token_files import TOKENIZER_FILE, note_on_documents, tokenize_files
 from tokenizer import Tokenizer, build_tokenizer
 
 __all__ = [
@@ -84,6 +94,7 @@ class TokenDataset(torch.utils.data.Dataset):
         self.source, self.seq_len, self.tokenizer = source, seq_len, tokenizer
         self.start, self.stop = start, source.num_tokens if stop is None else stop
         self.num_tokens = self.stop - self.start
+        self.notes: list[str] = []  # what a reader of the run's log should know of it
 
     def __len__(self) -> int:
         return max(self.num_tokens - 1, 0) // (self.seq_len - 1)
@@ -171,6 +182,15 @@ class TokenDataset(torch.utils.data.Dataset):
             TokenDataset(self.source, self.seq_len, cut, self.stop, self.tokenizer),
         )
 
+    @property
+    def parts(self) -> list[TokenDataset]:
+        """The sources that it joins; itself where it is one."""
+        return [self]
+
+    def files(self) -> list[tuple[SourceFile, int, int]]:
+        """The files that its tokens are from, each with the range of its own tokens."""
+        return self.source.files_in(self.start, self.stop)
+
     def describe(self) -> dict[str, Any]:
         """What must be the same for numbers to be comparable; stored in checkpoints and logs."""
         return {
@@ -180,6 +200,48 @@ class TokenDataset(torch.utils.data.Dataset):
             "stop": self.stop,
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",
         }
+
+
+class Joined(TokenDataset):
+    """Data sets one after the other, as one: the validation parts of a mixture."""
+
+    def __init__(self, parts: Sequence[TokenDataset], weights: Sequence[Fraction]) -> None:
+        joined = JoinedTokens([(p.source, p.start, p.stop) for p in parts])
+        super().__init__(joined, parts[0].seq_len, tokenizer=parts[0].tokenizer)
+        self._parts, self.weights = list(parts), list(weights)
+
+    @property
+    def parts(self) -> list[TokenDataset]:
+        return self._parts
+
+    def limited(self, max_tokens: int) -> TokenDataset:
+        """The first tokens of each part, by weight, max_tokens in all; 0 = all."""
+        if not max_tokens or max_tokens >= self.num_tokens:
+            return self
+        counts = share_out(max_tokens, [p.num_tokens for p in self.parts], self.weights)
+        kept = [(p, n, w) for p, n, w in zip(self.parts, counts, self.weights, strict=True) if n]
+        return Joined([p.limited(n) for p, n, _ in kept], [w for _, _, w in kept])
+
+
+def share_out(total: int, sizes: Sequence[int], weights: Sequence[Fraction]) -> list[int]:
+    """How much of `total` each one gives, by weight, where one can't give more than its size and
+    the others then give the more.
+    """
+    counts = [0] * len(sizes)
+    left, open_ones = total, set(range(len(sizes)))
+    while open_ones:
+        rate = left / sum(weights[i] for i in open_ones)
+        full = {i for i in open_ones if sizes[i] <= rate * weights[i]}
+        if not full:  # the rest of the division goes to the first ones
+            for i in sorted(open_ones):
+                counts[i] = int(rate * weights[i])
+            for i in sorted(open_ones)[: total - sum(counts)]:
+                counts[i] += 1
+            break
+        for i in full:
+            counts[i], left = sizes[i], left - sizes[i]
+        open_ones -= full
+    return counts
 
 
 class Mixture(TokenDataset):
@@ -192,7 +254,7 @@ class Mixture(TokenDataset):
     def __init__(self, parts: Sequence[TokenDataset], weights: Sequence[Fraction]) -> None:
         joined = JoinedTokens([(p.source, p.start, p.stop) for p in parts])
         super().__init__(joined, parts[0].seq_len, tokenizer=parts[0].tokenizer)
-        self.parts, total = list(parts), sum(weights, Fraction())
+        self._parts, total = list(parts), sum(weights, Fraction())
         self.weights = [w / total for w in weights]
         period = math.lcm(*(w.denominator for w in self.weights))
         if period > _LONGEST_PATTERN:
@@ -208,6 +270,10 @@ class Mixture(TokenDataset):
         self.before = np.array(
             [np.cumsum(self.pattern == i) - (self.pattern == i) for i in range(len(parts))]
         )  # (parts, period)
+
+    @property
+    def parts(self) -> list[TokenDataset]:
+        return self._parts
 
     def __len__(self) -> int:
         return sum(len(p) for p in self.parts)
@@ -234,7 +300,8 @@ class Mixture(TokenDataset):
 
 class TextDatasetForCausalLM(TokenDataset):
     """Text, tokenized once into a cache. paths: files, folders, globs (see `text.find_sources`);
-    none = the Python standard library's source.
+    none = the Python standard library's source. document_separator: what parts the documents of a
+    plain text; "" = each file is one.
     """
 
     def __init__(
@@ -243,13 +310,17 @@ class TextDatasetForCausalLM(TokenDataset):
         tokenizer: Tokenizer,
         seq_len: int,
         cache_dir: str | Path = "~/.cache/rosetrainer",
+        document_separator: str = "",
     ) -> None:
-        files = find_sources(paths) if paths else stdlib_files()
-        shards, key = tokenize_files(files, tokenizer, Path(cache_dir).expanduser())
+        files, notes = find_texts(paths) if paths else (stdlib_files(), [])
+        cache = Path(cache_dir).expanduser()
+        shards, made = tokenize_files(files, tokenizer, cache, document_separator)
         name = f"source of the Python standard library ({len(files)} files)"
         name = ", ".join(map(str, paths)) or name
-        source = TokenShards(shards, tokenizer.vocab_size, name, fingerprint=key)
+        texts = [(t["path"], t["sha256"], t["bytes"]) for t in made["sources"]]
+        source = TokenShards(shards, tokenizer.vocab_size, name, made["key"], texts=texts)
         super().__init__(source, seq_len, tokenizer=tokenizer)
+        self.notes = notes + note_on_documents(made, document_separator)
 
 
 class FineWebNPYDataset(TokenDataset):
@@ -261,8 +332,17 @@ class FineWebNPYDataset(TokenDataset):
         seq_len: int,
         vocab_size: int = 50257,
         tokenizer: Tokenizer | None = None,
+        bin_dtype: str = "auto",
     ) -> None:
-        super().__init__(TokenShards(paths, vocab_size), seq_len, tokenizer=tokenizer)
+        shards = TokenShards(paths, vocab_size, bin_dtype=bin_dtype)
+        super().__init__(shards, seq_len, tokenizer=tokenizer)
+        self.notes = list(shards.notes)
+        largest = shards.largest_id_seen()
+        if tokenizer is None and 4 * (largest + 1) <= vocab_size:
+            self.notes.append(
+                f"the largest id seen in {shards.name} is {largest:,}, and the model has "
+                f"{vocab_size:,} of them; --vocab-size {largest + 1} fits it to what was seen"
+            )
 
 
 class ToyRandomDataset(TokenDataset):
@@ -300,9 +380,11 @@ def open_source(
 
     def open_one(paths: Sequence[str]) -> TokenDataset:
         if args.data_mode == "fineweb_npy":
-            return FineWebNPYDataset(paths, args.seq_len, vocab_size, tokenizer)
+            return FineWebNPYDataset(paths, args.seq_len, vocab_size, tokenizer, args.bin_dtype)
         assert tokenizer is not None
-        return TextDatasetForCausalLM(paths, tokenizer, args.seq_len, args.cache_dir)
+        return TextDatasetForCausalLM(
+            paths, tokenizer, args.seq_len, args.cache_dir, args.document_separator
+        )
 
     text, shards = (args.val_data, args.val_npy) if held_out else (args.train_data, args.train_npy)
     named = weighted(text or shards)
@@ -331,6 +413,13 @@ def weighted(paths: Sequence[str]) -> list[tuple[str, Fraction | None]]:
     return found
 
 
+def refuse_missing(paths: Sequence[str], hint: str) -> None:
+    """Raises UserError that names the first file of data that is not there, with a hint."""
+    for path, _ in weighted(paths):
+        if not os.path.lexists(path) and not glob.glob(path, recursive=True):
+            raise UserError(f"{path}: no such file in {os.getcwd()}; {hint}")
+
+
 def open_validation(args: Settings, tokenizer: Tokenizer | None = None) -> TokenDataset:
     """What the settings hold out: their validation files, or the last part of the training data.
 
@@ -347,13 +436,14 @@ def _held_out(args: Settings, sources: list[tuple[TokenDataset, Fraction | None]
         parts = [data.split(args.val_ratio)[1] for data, _ in sources]
     val = parts[0]
     if len(parts) > 1:
-        joined = JoinedTokens([(p.source, p.start, p.stop) for p in parts])
-        val = TokenDataset(joined, args.seq_len, tokenizer=parts[0].tokenizer)
+        val = Joined(parts, [weight or Fraction(1) for _, weight in sources])
+        if not args.val_by_weight:
+            val = TokenDataset(val.source, args.seq_len, tokenizer=val.tokenizer)
     val = val.limited(args.val_max_tokens)
     if val.num_tokens < 2:
+        way = "give more of it" if args.has_val_files else "give more data, or raise --val-ratio"
         raise UserError(
-            f"the validation part has {val.num_tokens} tokens, too few to score one; "
-            "give more data, or raise --val-ratio"
+            f"the validation part has {val.num_tokens} tokens, too few to score one; {way}"
         )
     return val
 
@@ -363,6 +453,13 @@ def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
 
     Raises UserError.
     """
+    if args.resume:
+        for paths in (args.train_data, args.train_npy, args.val_data, args.val_npy):
+            refuse_missing(
+                paths,
+                "with --resume, names of data that are not typed come from the checkpoint; name "
+                "the files where they are now",
+            )
     tokenizer = tokenizer_of(args)
     sources = open_source(args, tokenizer=tokenizer)
     val_sources = open_source(args, True, tokenizer) if args.has_val_files else sources
@@ -379,8 +476,10 @@ def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
     train = (Mixture(parts, weights) if weights else parts[0]).limited(args.max_tokens)
     if not len(train):
         raise UserError(f"max_tokens={args.max_tokens} is less than one window of {args.seq_len}")
-    if args.has_val_files:
-        refuse_leak(train, val, Path(args.cache_dir).expanduser())
+    opened = {id(data): data for data, _ in (*sources, *val_sources)}.values()
+    train.notes = [note for data in opened for note in data.notes]
+    if args.data_mode != "toy":  # whose tokens are random
+        train.notes += _check_apart(args, train, val)
     if args.sample_prompt and not tokenizer:
         raise UserError(
             "--sample-prompt needs a tokenizer, and this data names none; try --tokenizer-name gpt2"
@@ -388,6 +487,28 @@ def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
     name = args.tokenizer_name or (tokenizer.name if args.data_mode == "text" and tokenizer else "")
     needed = max(train.source.vocab_size, tokenizer.vocab_size if tokenizer else 0)
     return train, val, with_vocab(args, needed, name)
+
+
+def _check_apart(args: Settings, train: TokenDataset, val: TokenDataset) -> list[str]:
+    """Looks in the training part for text of the validation part. Returns notes on what was found,
+    for the log; raises UserError where it is a copy.
+    """
+    default_corpus = args.data_mode == "text" and not args.train_data
+    allow = args.allow_leak or default_corpus  # its code pages are alike, and no one chose them
+    notes, copies = [], refuse_copies(train, val, allow)
+    if twice := repeated_files(train):
+        notes.append(f"the training data holds some text twice: {some(twice)}")
+    hint = f": {some(copies)}" if copies else ""
+    for part in val.parts:
+        cache = Path(args.cache_dir).expanduser()
+        share = refuse_leak(train, part, cache, allow, hint)
+        if share > REFUSED_SHARE or copies:
+            notes.append(
+                f"{share:.0%} of the different text of the validation data ({part.source.name}) "
+                f"also stands in the training data{hint}; on that the validation loss measures "
+                "memory"
+            )
+    return notes
 
 
 def record_of(train: TokenDataset, val: TokenDataset) -> dict[str, Any]:

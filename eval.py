@@ -18,8 +18,8 @@ from torch import Tensor
 from alone import ALONE, Alone
 from checkpoint import changes_of_data, load_model, saved_settings
 from cli import parse_flags, run_script
-from config import EvalSettings, Settings, UserError, settings_from
-from dataset import TokenDataset, open_validation
+from config import BEFORE, EvalSettings, Settings, UserError, settings_from
+from dataset import TokenDataset, open_validation, refuse_missing
 from device import Device, pick_device, tune
 from loss import IGNORE
 from model import GPTModel
@@ -99,9 +99,17 @@ def validation_of(
     )
     if args.val_data and not tokenizer:
         raise UserError(f"{where} names no tokenizer for --val-data; say which: --tokenizer-name")
+    longest = settings.model.max_position_embeddings
+    if args.seq_len > longest:
+        raise UserError(
+            f"seq_len={args.seq_len} is beyond the {longest} positions of the model of {where}; "
+            f"give at most --seq-len {longest}, or leave it out"
+        )
     changes: dict[str, Any] = {
         k: getattr(args, k) for k in ("seq_len", "cache_dir") if getattr(args, k)
     }
+    if args.bin_dtype != "auto":
+        changes["bin_dtype"] = args.bin_dtype
     if args.val_data or args.val_npy:
         mode = "text" if args.val_data else "fineweb_npy"
         changes |= {
@@ -118,7 +126,15 @@ def validation_of(
             f"data_mode={args.data_mode}, but the checkpoint recorded {settings.data_mode} data; "
             "name the files with --val-data or --val-npy"
         )
-    val = open_validation(dataclasses.replace(settings, **changes), tokenizer)
+    now = dataclasses.replace(settings, **changes)
+    if not (args.val_data or args.val_npy):
+        other = "--val-npy" if settings.data_mode == "fineweb_npy" else "--val-data"
+        refuse_missing(
+            now.val_data or now.val_npy or now.train_data or now.train_npy,
+            f"this name is from {where}: start eval.py in the folder where that was trained, or "
+            f"give other data to evaluate on with {other}",
+        )
+    val = open_validation(now, tokenizer)
     if not (args.val_data or args.val_npy):
         problems = changes_of_data(data.get("val", {}), val.describe(), "validation")
         if problems:
@@ -134,10 +150,11 @@ def main(args: EvalSettings) -> None:
     from ranks import process_group  # below this module in the layout: only the
     from run_log import report_evaluations  # command line needs them
 
-    saved = [settings_from(saved_settings(path)) for path in args.checkpoint_path]  # all readable?
-    results = []
+    paths = args.checkpoint_path
+    saved = [settings_from(BEFORE | saved_settings(path)) for path in paths]  # all readable?
+    results, data_of, by_source = [], [], []
     with process_group(args) as ranks:
-        for path, settings in zip(args.checkpoint_path, saved, strict=True):
+        for path, settings in zip(paths, saved, strict=True):
             precision = "fp32" if args.no_amp else settings.precision
             device = pick_device(args.device, precision, ranks.local_rank)
             tune(device)
@@ -146,8 +163,13 @@ def main(args: EvalSettings) -> None:
             size = args.batch_size or settings.batch_size
             model.to(device.torch)
             results.append(evaluate(model, val, size, device, ranks))
+            data_of.append(val.describe())
+            parts = [p for p in val.parts if args.by_source and p.num_tokens > 1]
+            by_source.append(
+                {p.source.name: evaluate(model, p, size, device, ranks) for p in parts}
+            )
         if ranks.rank == 0:
-            report_evaluations(args.log_dir, args.checkpoint_path, results)
+            report_evaluations(args.log_dir, paths, results, data_of, by_source)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from checkpoint import load_model
 from cli import parse_flags, run_script
 from config import SampleSettings, Settings, UserError
+from console import say
+from dataset import TokenDataset
 from device import Device, pick_device, tune
 from model import GPTModel
+from text import USUAL_SEPARATOR
 from tokenizer import Tokenizer, stored_tokenizer
+
+_COLDEST, _HOTTEST = 1e-30, 1e30  # beyond them float32 divides by zero or infinity
+_END = USUAL_SEPARATOR  # how the end of a document is shown
 
 
 @torch.no_grad()
@@ -27,19 +34,22 @@ def generate(
     top_k: int = 50,
     seed: int = 0,
     vocab_size: int | None = None,
+    end_token: int | None = None,
 ) -> Tensor:
     """Continues ids (B, T) int64 by max_new_tokens: (B, T + max_new_tokens) on the CPU. Reads no
     global random state.
 
     temperature 0 takes the likeliest token; top_k 0 draws among all. vocab_size: never draw ids at
-    or above it. The model sees the last max_position_embeddings tokens. Raises ValueError for an
-    empty prompt.
+    or above it. end_token: a row that has drawn it draws nothing else, and where all have, no more
+    is drawn. The model sees the last max_position_embeddings tokens. Raises ValueError for an empty
+    prompt.
     """
     if not ids.shape[1]:
         raise ValueError("the prompt has no tokens; give at least one")
     was_training = model.training
     model.eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator, prompt_length = torch.Generator().manual_seed(seed), ids.shape[1]
+    temperature = temperature and min(max(temperature, _COLDEST), _HOTTEST)
     for _ in range(max_new_tokens):
         seen = ids[:, -model.config.max_position_embeddings :].to(device.torch)
         # A compiled model would be compiled again for each length.
@@ -55,7 +65,12 @@ def generate(
             new = torch.multinomial(
                 ((logits - logits.amax(-1, True)) / temperature).softmax(-1), 1, generator=generator
             )
+        if end_token is not None:
+            ended = (ids[:, prompt_length:] == end_token).any(1, keepdim=True)
+            new = new.masked_fill(ended, end_token)
         ids = torch.cat((ids, new), dim=1)
+        if end_token is not None and bool((new == end_token).all()):
+            break
     model.train(was_training)
     return ids
 
@@ -63,15 +78,33 @@ def generate(
 def continue_text(
     model: GPTModel, tokenizer: Tokenizer, prompt: str, device: Device, **options: Any
 ) -> str:
-    """The prompt and what the model writes after it. options: those of `generate`,
+    """The prompt and what the model writes after it, up to the end of the document, which is shown
+    as <|endoftext|>. An empty prompt is the start of a document. options: those of `generate`,
     max_new_tokens among them.
     """
     prompt = prompt.encode("utf-8", "surrogateescape").decode(errors="replace")  # as typed
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_token]
-    out = generate(
-        model, torch.tensor([ids]), device=device, vocab_size=tokenizer.vocab_size, **options
-    )
-    return tokenizer.decode(out[0].tolist())
+    limits = {"vocab_size": tokenizer.vocab_size, "end_token": tokenizer.end_token}
+    out = generate(model, torch.tensor([ids]), device=device, **limits, **options)[0].tolist()
+    ended = out[-1] == tokenizer.end_token and len(out) > len(ids)
+    return tokenizer.decode(out) + (_END if ended else "")
+
+
+def fitting_prompt(data: TokenDataset) -> str:
+    """A few words of the data, to try its model with: of the first document that starts in it, or
+    else of its first whole line. "" where there are none, or no tokenizer.
+    """
+    tokenizer = data.tokenizer
+    if tokenizer is None:
+        return ""
+    ids = data.source.read(data.start, min(4000, data.num_tokens))
+    begun, *documents = np.split(ids, np.flatnonzero(ids == tokenizer.end_token) + 1)
+    lines = [x for d in documents for x in tokenizer.decode(d.tolist()).splitlines()]
+    for line in lines + tokenizer.decode(begun.tolist()).splitlines()[1:]:
+        words = line.split()
+        if len(words) > 1 and line.isprintable() and "\ufffd" not in line:
+            return " ".join(words[: min(3, len(words) - 1)])[:40]
+    return ""
 
 
 def sample(
@@ -102,12 +135,15 @@ def main(args: SampleSettings) -> None:
             "say which with --tokenizer-name (gpt2 for FineWeb-Edu shards)"
         )
     for i in range(args.num_samples):
-        options = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed + i}
-        print(
-            continue_text(
-                model, tokenizer, args.prompt, device, max_new_tokens=args.max_new_tokens, **options
-            )
-        )
+        if args.num_samples > 1:
+            say(f"--- sample {i + 1} of {args.num_samples}, seed {args.seed + i} ---")
+        options: dict[str, Any] = {
+            "max_new_tokens": args.max_new_tokens,
+            "temperature": args.temperature,
+            "top_k": args.top_k,
+            "seed": args.seed + i,
+        }
+        say(continue_text(model, tokenizer, args.prompt, device, **options))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The check that validation files hold no piece of the training data."""
+"""The check that validation data stands nowhere in the training data, however it was split off."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from config import UserError
-from shards import mix
+from shards import SourceFile, mix
 
 if TYPE_CHECKING:
     from dataset import TokenDataset
@@ -23,20 +23,26 @@ _DOUBLINGS_OF_BYTES = 7  # or 2**7 where tokens are bytes or the like: about as 
 _SMALL_VOCABULARY = 1024
 _MOST_TOKENS = 1_000_000_000  # of the training data are read
 _BLOCK = 1 << 16  # tokens hashed at once: they stay in the cache of a core
-_REFUSED_SHARE = 0.2  # boilerplate repeats here and there; a copied part repeats all over
+_VAL_BLOCK = 1 << 12  # pieces are drawn from PROBES blocks of so many tokens of the validation data
+REFUSED_SHARE = 0.2  # boilerplate repeats here and there; a copied part repeats all over
+_LEAST_PIECES = 16  # a copy has at least the text of so many pieces; a license header has less
+_LEAST_NAMED = 1000  # bytes or tokens of a copied file that is worth a line in the log
+_VERSION = 2  # of this search, for its cache
 
 
-def refuse_leak(train: TokenDataset, val: TokenDataset, cache_dir: Path) -> float:
-    """The share of probes of `val` that stand somewhere in `train`; more than a fifth is refused.
+def refuse_leak(
+    train: TokenDataset, val: TokenDataset, cache_dir: Path, allow: bool = False, hint: str = ""
+) -> float:
+    """The share of the text of `val` that also stands in `train`; more than a fifth is refused.
 
-    Files of their own may still be copies. 256 pieces of 32 tokens (128 where tokens are bytes),
-    spread evenly over the validation data, are searched at every position of the training data;
-    beyond a billion tokens, in blocks spread evenly over it. The result is kept in the cache.
-    Raises UserError.
+    256 pieces of 32 tokens (128 where tokens are bytes), spread evenly over what is different text
+    in the validation data, are searched at every position of the training data; beyond a billion
+    tokens, in blocks spread evenly over it. Text that recurs within the validation data, such as a
+    license in each file, counts once, and less than the text of 16 pieces is never called a copy.
+    The result is kept in the cache. allow: don't refuse. hint: what may be the cause, for the
+    message. Raises UserError.
     """
-    about = repr(
-        (train.describe(), val.describe(), PROBES, _DOUBLINGS, _DOUBLINGS_OF_BYTES, _MOST_TOKENS)
-    )
+    about = repr((train.describe(), val.describe(), PROBES, _MOST_TOKENS, _VERSION))
     key = hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
     path = cache_dir / f"leak-{key}.json"
     try:
@@ -45,51 +51,134 @@ def refuse_leak(train: TokenDataset, val: TokenDataset, cache_dir: Path) -> floa
             fcntl.flock(lock, fcntl.LOCK_EX)  # ranks that start together search once
             if not path.exists():
                 temporary = path.with_suffix(f".{os.getpid()}.tmp")
-                temporary.write_text(json.dumps(leaked_share(train, val)))
+                found = {"share": leaked_share(train, val), "runs": len(_distinct_runs(val))}
+                temporary.write_text(json.dumps(found))
                 os.replace(temporary, path)
-            share = float(json.loads(path.read_text()))
+            found = json.loads(path.read_text())
     except OSError as reason:
         raise UserError(
             f"cannot write {path}: {reason.strerror}; name another folder with --cache-dir"
         ) from reason
-    if share > _REFUSED_SHARE:
-        raise UserError(
-            f"{share:.0%} of {PROBES} pieces of the validation data ({val.source.name}) also stand "
-            f"in the training data ({train.source.name}); validate on other data, or give no "
-            "validation files and let --val-ratio hold out a part"
-        )
+    share, enough = float(found["share"]), _LEAST_PIECES << _longest(val)
+    if not allow and share > REFUSED_SHARE and share * found["runs"] >= enough:
+        if val.source is train.source:
+            where = f"what is held out of {val.source.name} also stand in the rest of it, which "
+            where += "holds that text more than once"
+        else:
+            where = f"the validation data ({val.source.name}) also stand in the training data "
+            where += f"({train.source.name})"
+        raise UserError(f"{share:.0%} of {PROBES} pieces of {where}{hint}; {_WAYS_OUT}")
     return share
 
 
-def leaked_share(train: TokenDataset, val: TokenDataset) -> float:
-    """Of the probes of `val`, the share that stands in `train`, 0 to 1; estimated where only a part
-    of `train` was read.
+_WAYS_OUT = (
+    "give each text once, or validate on other text; --allow-leak trains nevertheless, and the "
+    "validation loss then measures memory"
+)
+
+
+def refuse_copies(train: TokenDataset, val: TokenDataset, allow: bool = False) -> list[str]:
+    """Which files of some size of `val` are copies of files of `train`, in words ("b.txt is a copy
+    of a.txt"); if copies are more than a fifth of `val`, they are refused. Raises UserError.
     """
-    small = val.source.vocab_size < _SMALL_VOCABULARY
-    doublings = min(_DOUBLINGS_OF_BYTES if small else _DOUBLINGS, val.num_tokens.bit_length() - 1)
-    length = 1 << doublings
-    places = np.unique(np.linspace(val.start, val.stop - length, PROBES).astype(np.int64))
-    probes = [run_hashes(val.source.read(p, length), doublings)[0] for p in places.tolist()]
-    wanted = np.unique(np.array(probes, np.uint64))
+    trained: dict[str, list[tuple[SourceFile, int, int]]] = {}
+    for entry in train.files():
+        trained.setdefault(entry[0].content, []).append(entry)
+    shared, names, large = 0, [], []
+    for file, low, high in val.files():
+        for other, first, after in trained.get(file.content, []):
+            tokens = min(high, after) - max(low, first)  # of the same place in both
+            if tokens > 0 and other is not file:
+                shared += tokens
+                names.append(_same(file, other))
+                large += names[-1:] if tokens >= _LEAST_NAMED else []
+                break
+    if not allow and shared > REFUSED_SHARE * val.num_tokens:
+        raise UserError(
+            f"{shared / val.num_tokens:.0%} of the validation data also stand in the training "
+            f"data: {some(names)}; {_WAYS_OUT}"
+        )
+    return large
+
+
+def repeated_files(data: TokenDataset) -> list[str]:
+    """Which files of some size the data holds more than once, in words."""
+    first: dict[str, SourceFile] = {}
+    names = []
+    for file, _, _ in data.files():
+        earlier = first.setdefault(file.content, file)
+        if earlier is not file and file.stop - file.start >= _LEAST_NAMED:
+            names.append(_same(file, earlier))
+    return names
+
+
+def _same(file: SourceFile, other: SourceFile) -> str:
+    try:
+        if os.path.samefile(file.path, other.path):
+            same_name = os.path.abspath(file.path) == os.path.abspath(other.path)
+            return f"{file.path} is given twice" if same_name else f"{file.path} is {other.path}"
+    except OSError:  # deleted meanwhile
+        pass
+    return f"{file.path} is a copy of {other.path}"
+
+
+def some(names: list[str]) -> str:
+    """The first three of them, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def leaked_share(train: TokenDataset, val: TokenDataset) -> float:
+    """Of the different pieces of `val`, the share that stands in `train`, 0 to 1; estimated where
+    only a part of `train` was read.
+    """
+    doublings = _doublings(val)
+    runs = _distinct_runs(val)
+    wanted = np.unique(runs[np.unique(np.linspace(0, len(runs) - 1, PROBES).astype(np.int64))])
     table = np.zeros(1 << 16, bool)  # a cheap first look: the top 16 bits
     table[wanted >> np.uint64(48)] = True
     found = np.zeros(len(wanted), bool)
-    starts, share_read = _blocks(train)
+    starts, share_read = _blocks(train, _BLOCK, _MOST_TOKENS // _BLOCK)
     for start in starts:
-        count = min(_BLOCK + length - 1, train.stop - start)
-        if count >= length:
-            hashes = run_hashes(train.source.read(start, count), doublings)
-            maybe = hashes[table[hashes >> np.uint64(48)]]
-            place = np.minimum(np.searchsorted(wanted, maybe), len(wanted) - 1)
-            found[place[wanted[place] == maybe]] = True
+        hashes = _hashes(train, start, _BLOCK, doublings)
+        maybe = hashes[table[hashes >> np.uint64(48)]]
+        place = np.minimum(np.searchsorted(wanted, maybe), len(wanted) - 1)
+        found[place[wanted[place] == maybe]] = True
     return min(1.0, float(found.mean()) / share_read)
 
 
-def _blocks(train: TokenDataset) -> tuple[list[int], float]:
+def _longest(val: TokenDataset) -> int:
+    """Doublings to the length of a piece, by what the ids are, not by how many there might be."""
+    largest = val.source.read(val.start, min(_VAL_BLOCK, val.num_tokens)).max()
+    return _DOUBLINGS_OF_BYTES if largest < _SMALL_VOCABULARY else _DOUBLINGS
+
+
+def _doublings(val: TokenDataset) -> int:
+    return min(_longest(val), val.num_tokens.bit_length() - 1)
+
+
+def _distinct_runs(val: TokenDataset) -> np.ndarray:
+    """Hashes of the different runs of 2**_doublings(val) tokens of the validation data, or of
+    blocks spread evenly over it, in the order in which they appear there.
+    """
+    starts, _ = _blocks(val, _VAL_BLOCK, PROBES)
+    hashes = np.concatenate([_hashes(val, s, _VAL_BLOCK, _doublings(val)) for s in starts])
+    different, first = np.unique(hashes, return_index=True)
+    return different[np.argsort(first)]
+
+
+def _hashes(data: TokenDataset, start: int, block: int, doublings: int) -> np.ndarray:
+    """Hashes of the runs of 2**doublings tokens that start in a block of the data."""
+    count = min(block + (1 << doublings) - 1, data.stop - start)
+    if count < 1 << doublings:
+        return np.empty(0, np.uint64)
+    return run_hashes(data.source.read(start, count), doublings)
+
+
+def _blocks(data: TokenDataset, block: int, most: int) -> tuple[list[int], float]:
     """Where the blocks start that are read, and the share of the data that they are."""
-    count, most = -(-train.num_tokens // _BLOCK), _MOST_TOKENS // _BLOCK
+    count = -(-data.num_tokens // block)
     chosen = range(count) if count <= most else (i * count // most for i in range(most))
-    return [train.start + i * _BLOCK for i in chosen], min(1.0, most / count)
+    return [data.start + i * block for i in chosen], min(1.0, most / count)
 
 
 def run_hashes(ids: np.ndarray, doublings: int) -> np.ndarray:

@@ -23,9 +23,11 @@ import torch
 from tqdm import tqdm
 
 from config import Settings, UserError, default_checkpoint, flat
+from console import say, visible
 from dataset import TokenDataset
 from device import Device, environment
 from eval import EvalResult
+from generate import fitting_prompt
 from memory import estimate, free_memory_of
 from model import GPTModel
 from report import draw_losses, read_records
@@ -58,6 +60,9 @@ class RunLog:
         world: int = 1,
     ) -> None:
         self.script, self.args, self.device, self.world = script, args, device, world
+        self.prompt = "TEXT --tokenizer-name NAME"  # where only the user knows them
+        if rank == 0 and val.tokenizer:
+            self.prompt = shlex.quote(fitting_prompt(val))
         self.on, self.epoch_windows = rank == 0, len(train)
         if not self.on:
             return
@@ -145,6 +150,8 @@ class RunLog:
             "train on, "
             f"{val.num_tokens:,} held out for validation"
         )
+        for note in train.notes:
+            self.line(f"data: {note}")
         self.line(
             f"model: {config.arch}, {config.n_layers} layers, {config.n_heads} heads, "
             f"{config.d_model} channels, "
@@ -167,7 +174,7 @@ class RunLog:
         """One line for people, on the terminal and in the text log."""
         if not self.on:
             return
-        stamped = time.strftime("[%Y-%m-%d %H:%M:%S] ") + text
+        stamped = time.strftime("[%Y-%m-%d %H:%M:%S] ") + visible(text)
         self._safely("the terminal", lambda: tqdm.write(stamped) or sys.stdout.flush())
         self._safely("the text log", lambda: print(stamped, file=self.text, flush=True))
 
@@ -339,8 +346,8 @@ class RunLog:
         self.line(f"evaluate: python eval.py --checkpoint-path {shlex.quote(path)}")
         self.line(f"continue: {launch} {self.script}.py --resume{more}{where}")
         self.line(
-            f"sample:   python generate.py --checkpoint-path {shlex.quote(path)} --prompt 'Every "
-            "effort moves you'"
+            f"sample:   python generate.py --checkpoint-path {shlex.quote(path)} --prompt "
+            f"{self.prompt}"
         )
         if self.wandb:
             self.wandb.finish()
@@ -379,10 +386,48 @@ def _start_profiler(base: Path, device: Device) -> Any:
     return profiler
 
 
-def report_evaluations(log_dir: str, paths: Sequence[str], results: Sequence[EvalResult]) -> None:
+def report_evaluations(
+    log_dir: str,
+    paths: Sequence[str],
+    results: Sequence[EvalResult],
+    data_of: Sequence[dict[str, Any]] = (),
+    by_source: Sequence[dict[str, EvalResult]] = (),
+) -> None:
     """Prints the results of eval.py, as lines for one checkpoint, as a table for several;
     appends them to its logs.
+
+    data_of: what each was evaluated on, as `TokenDataset.describe` says it. by_source: the results
+    of single sources of it.
     """
+    lines = _evaluation_lines(paths, results, data_of, by_source)
+    say("\n".join(lines))
+    folder = Path(log_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "eval.log", "a", encoding="utf-8") as text:
+            text.writelines(time.strftime("[%Y-%m-%d %H:%M:%S] ") + line + "\n" for line in lines)
+        with open(folder / "eval.jsonl", "a", encoding="utf-8") as jsonl:
+            for i, (path, r) in enumerate(zip(paths, results, strict=True)):
+                record = {"event": "eval", "checkpoint": path, **dataclasses.asdict(r)}
+                if data_of:
+                    record["data"] = data_of[i]
+                if by_source and by_source[i]:
+                    parts = {k: dataclasses.asdict(v) for k, v in by_source[i].items()}
+                    record["sources"] = {k: json.loads(to_json(v)) for k, v in parts.items()}
+                jsonl.write(to_json(record) + "\n")
+    except OSError as reason:
+        raise UserError(
+            f"cannot write {reason.filename}: {reason.strerror}; try --log-dir"
+        ) from reason
+
+
+def _evaluation_lines(
+    paths: Sequence[str],
+    results: Sequence[EvalResult],
+    data_of: Sequence[dict[str, Any]],
+    by_source: Sequence[dict[str, EvalResult]],
+) -> list[str]:
+    labels = _data_labels(data_of)
     rows = [
         {
             "checkpoint": path,
@@ -394,6 +439,8 @@ def report_evaluations(log_dir: str, paths: Sequence[str], results: Sequence[Eva
         }
         for path, r in zip(paths, results, strict=True)
     ]
+    if len(set(labels)) > 1:
+        rows = [{**row, "data": label} for row, label in zip(rows, labels, strict=True)]
     if len(rows) == 1:
         lines = [f"{name}: {value}" for name, value in rows[0].items()]
     else:
@@ -402,18 +449,29 @@ def report_evaluations(log_dir: str, paths: Sequence[str], results: Sequence[Eva
         lines = [
             "  ".join(row[k].ljust(widths[k]) for k in widths).rstrip() for row in (header, *rows)
         ]
-    print("\n".join(lines), flush=True)
-    folder = Path(log_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "eval.log", "a", encoding="utf-8") as text:
-            text.writelines(time.strftime("[%Y-%m-%d %H:%M:%S] ") + line + "\n" for line in lines)
-        with open(folder / "eval.jsonl", "a", encoding="utf-8") as jsonl:
-            for path, r in zip(paths, results, strict=True):
-                jsonl.write(
-                    to_json({"event": "eval", "checkpoint": path, **dataclasses.asdict(r)}) + "\n"
-                )
-    except OSError as reason:
-        raise UserError(
-            f"cannot write {reason.filename}: {reason.strerror}; try --log-dir"
-        ) from reason
+    for path, sources in zip(paths, by_source, strict=False):
+        lines += [
+            f"{path} on {name}: avg_loss {r.loss:.6f}, ppl {r.ppl:.4f}, tokens {r.tokens}"
+            for name, r in sources.items()
+        ]
+    return lines + _data_lines(data_of, labels)
+
+
+def _data_labels(data_of: Sequence[dict[str, Any]]) -> list[str]:
+    """A number for each: the same one where the same tokens were scored, wherever they lie."""
+    names: dict[str, str] = {}
+    keys = [repr([v for k, v in sorted(d.items()) if k != "source"]) for d in data_of]
+    return [names.setdefault(key, str(len(names) + 1)) for key in keys]
+
+
+def _data_lines(data_of: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
+    """What the data are that the labels stand for, and whether rows can be compared."""
+    about = {
+        label: f"{d['source']}, tokens {d['start']}..{d['stop'] - 1}"
+        for label, d in reversed(list(zip(labels, data_of, strict=True)))
+    }
+    if len(about) < 2:
+        return [f"data: {text}" for text in about.values()]
+    lines = [f"data {label}: {about[label]}" for label in sorted(about, key=int)]
+    return [*lines, "rows of different data can't be compared; --val-data or --val-npy gives all "
+            "checkpoints the same"]  # fmt: skip

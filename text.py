@@ -10,15 +10,29 @@ import io
 import json
 import os
 import re
+import shlex
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from config import UserError
+from shards import OTHER_FORMATS
 
 _KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 _PACKED = (".gz", ".zst")
+_NO_TEXT = {  # endings of what would be learned as characters, or not read at all: what to do
+    ".json": 'write one object with a "text" on each line of a .jsonl file, as with jq -c',
+    ".csv": 'write the texts into a .txt, or as {"text": ...} on each line of a .jsonl file',
+    ".tsv": 'write the texts into a .txt, or as {"text": ...} on each line of a .jsonl file',
+    ".npy": "token shards are given with --train-npy or --val-npy",
+    ".bin": "token shards are given with --train-npy or --val-npy",
+    ".tar": "unpack it and give the folder",
+    ".tgz": "unpack it and give the folder",
+    ".zip": "unpack it and give the folder",
+}
+USUAL_SEPARATOR = "<|endoftext|>"  # between documents in one file, as GPT-2's end token is written
 BLOCK_BYTES = 1 << 20  # text is read, and handed to a worker, in pieces of about this size
 _STDLIB_LEAST_BYTES = 1_000_000
 _FORCED_CUT_BLOCKS = 16  # after that many without a safe place, text is cut where it is
@@ -41,22 +55,94 @@ def find_sources(paths: Iterable[str | Path]) -> list[Path]:
 
     In folders only files with a known ending count, and empty ones don't. Raises UserError.
     """
+    return find_texts(paths)[0]
+
+
+def find_texts(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
+    """As `find_sources`, and for each folder or glob how many files are read, how many are left
+    out, and why.
+    """
     found: list[Path] = []
+    notes = []
     for path in map(str, paths):
         if os.path.isdir(path):
-            inside = sorted(p for p in Path(path).rglob("*") if p.is_file() and kind_of(p)[0])
-            some = [p for p in inside if p.stat().st_size]
+            matches = sorted(Path(path).rglob("*"))
         elif glob.has_magic(path) and not os.path.exists(path):
             matches = [Path(p) for p in sorted(glob.glob(path, recursive=True))]
-            some = [p for p in matches if p.is_file() and p.stat().st_size]
         else:
-            some = [Path(path)]
+            _refuse_no_text(Path(path))
+            found.append(Path(path))
+            continue
+        reasons = [_why_left_out(p, any_kind=not os.path.isdir(path)) for p in matches]
+        some = [p for p, reason in zip(matches, reasons, strict=True) if reason is None]
+        left_out = Counter(reason for reason in reasons if reason)
+        why = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common(6))
+        why += ", ..." if len(left_out) > 6 else ""
+        notes.append(
+            f"{path}: {len(some)} files read, {left_out.total()} left out"
+            + (f" ({why})" if why else "")
+        )
         if not some:
             raise UserError(
                 f"{path}: no text in it; known endings are {' '.join(_KINDS)}, also packed"
+                + (f"; found were {why}" if why else "")
             )
+        for file in some:
+            _refuse_no_text(file)
         found += some
-    return found
+    return found, notes
+
+
+def _why_left_out(path: Path, any_kind: bool) -> str | None:
+    """Why a file of a folder or glob is not read; None if it is, "" for a folder on the way."""
+    if path.is_dir():
+        return "link to a folder" if path.is_symlink() else ""
+    if not path.exists():
+        return "broken link"
+    if not path.is_file():
+        return "pipe or device"
+    if not any_kind and not kind_of(path)[0]:
+        return f"*{path.suffix.lower()}" if path.suffix else "without ending"
+    return None if path.stat().st_size else "empty"
+
+
+def _refuse_no_text(path: Path) -> None:
+    """Raises UserError for what would be trained on as characters, though it is something else."""
+    kind, packed = kind_of(path)
+    ending = Path(path.stem if packed else path).suffix.lower()
+    if ending in _NO_TEXT:
+        raise UserError(
+            f"{path}: {ending} files are not read as text; {_NO_TEXT[ending]} (to train on it as "
+            "it is, name it .txt)"
+        )
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(
+            f"{path}: is a pipe or a device, and text is read twice; write it to a file first"
+        )
+    if packed or kind == ".parquet" or not path.is_file():
+        return
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+    except OSError as reason:
+        raise UserError(f"{path}: cannot be read: {reason.strerror}") from reason
+    for encoding in ("UTF-32", "UTF-16"):  # the mark of one starts as that of the other
+        marks = [
+            getattr(codecs, f"BOM_{encoding.replace('-', '')}_{order}") for order in ("LE", "BE")
+        ]
+        if start.startswith(tuple(marks)):
+            raise UserError(f"{path}: is {encoding}; {_convert(path, encoding)}")
+    for magic, name in {**OTHER_FORMATS, b"\x93NUMPY": "a token shard (--train-npy)"}.items():
+        if start.startswith(magic):
+            raise UserError(
+                f"{path}: is {name}, not text; unpack or convert it, or give it its usual ending "
+                f"(read packed are {' '.join(_PACKED)})"
+            )
+
+
+def _convert(path: Path, encoding: str) -> str:
+    good = shlex.quote(str(path.with_suffix(".utf8.txt")))
+    return f"convert it first: iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {good}"
 
 
 def stdlib_files() -> list[Path]:
@@ -83,9 +169,9 @@ def stdlib_files() -> list[Path]:
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """(".jsonl", ".gz") of a.jsonl.gz; "" for what is not known."""
-    packed = path.suffix if path.suffix in _PACKED else ""
-    kind = Path(path.stem).suffix if packed else path.suffix
+    """(".jsonl", ".gz") of a.jsonl.gz or A.JSONL.GZ; "" for what is not known."""
+    packed = path.suffix.lower() if path.suffix.lower() in _PACKED else ""
+    kind = (Path(path.stem).suffix if packed else path.suffix).lower()
     return (kind if kind in _KINDS else ""), packed
 
 
@@ -102,15 +188,23 @@ def _open(path: Path) -> IO[bytes]:
     return open(path, "rb")
 
 
-def read_texts(path: Path) -> Iterator[Text]:
-    """The documents of one file, in constant memory. Raises UserError with file and position."""
+def read_texts(path: Path, separator: str = "") -> Iterator[Text]:
+    """The documents of one file, in constant memory. Raises UserError with file and position.
+
+    separator: what parts the documents of a plain text; "" = it is one document.
+    """
     kind, packed = kind_of(path)
     try:
         if kind == ".parquet":
             yield from _parquet(path)
         else:
             with _open(path) as file:
-                yield from (_json_lines if kind == ".jsonl" else _plain)(path, file)
+                if kind == ".jsonl":
+                    yield from _json_lines(path, file)
+                elif separator:
+                    yield from _documents(_plain(path, file), separator)
+                else:
+                    yield from _plain(path, file)
     except (OSError, EOFError) as reason:
         said = " ".join((getattr(reason, "strerror", None) or str(reason)).split())[:200]
         raise UserError(f"{path}: cannot be read: {said}") from reason
@@ -124,7 +218,7 @@ def _plain(path: Path, file: IO[bytes]) -> Iterator[Text]:
     decoder, kept, read, given = codecs.getincrementaldecoder("utf-8")(), "", 0, 0
     while block := file.read(BLOCK_BYTES):
         if (nul := block.find(0)) >= 0:
-            raise UserError(f"{path}: byte {read + nul} is NUL; is this a text file?")
+            raise UserError(f"{path}: byte {read + nul} is NUL; {_without_nul(path, block)}")
         kept += _decoded(path, decoder, block, read)
         read += len(block)
         if len(block) < BLOCK_BYTES:
@@ -139,6 +233,47 @@ def _plain(path: Path, file: IO[bytes]) -> Iterator[Text]:
     if not read:
         raise UserError(f"{path} is empty; give a file with text")
     yield Text(kept, read - given, True)
+
+
+def _documents(pieces: Iterator[Text], separator: str) -> Iterator[Text]:
+    """The documents of one text that a separator parts, without it, the line break after it, and
+    documents of nothing but white space.
+    """
+    parting = re.compile(re.escape(separator) + r"\r?\n?")
+    kept, begun = "", False  # begun: a part of the document is given already
+    for piece in pieces:
+        *whole, rest = parting.split(kept + piece.text)
+        if not whole and not piece.ends_document and len(piece.text) >= len(separator):
+            # No separator reaches from what is kept into this piece, so what is kept can go.
+            if kept:
+                yield Text(kept, len(kept.encode()), False)
+                begun = True
+            kept = piece.text
+            continue
+        for document in whole:
+            if begun or document.strip():
+                yield Text(document, len(document.encode()), True)
+            begun = False
+        kept = rest if rest or not whole else separator  # the line break may be yet to come
+    kept = parting.sub("", kept)
+    if begun or kept.strip():
+        yield Text(kept, len(kept.encode()), True)
+
+
+def _without_nul(path: Path, block: bytes) -> str:
+    """What to do about a file of which a block holds NUL bytes."""
+    share = block.count(0) / len(block)
+    if 0.3 < share < 0.7 and block[:1] and 0 in block[:2]:
+        order = "BE" if block[0] == 0 else "LE"
+        return f"it looks like UTF-16; {_convert(path, 'UTF-16' + order)}"
+    if share > 0.1 and block.count(0) > 8:
+        return "this is no text file; leave it out"
+    unpack = {".gz": "zcat", ".zst": "zstdcat"}.get(kind_of(path)[1], "cat")
+    clean = shlex.quote(str(path.with_name(f"{path.name.split('.')[0]}.clean.txt")))
+    return (
+        "text has none; to train on the rest, make it another file: "
+        f"{unpack} {shlex.quote(str(path))} | tr -d '\\000' > {clean}"
+    )
 
 
 def _last_cut(text: str, new: int) -> int:
@@ -194,12 +329,12 @@ def _parquet(path: Path) -> Iterator[Text]:
         ) from reason
 
 
-def read_pieces(sources: Sequence[Path]) -> Iterator[list[Text]]:
+def read_pieces(sources: Sequence[Path], separator: str = "") -> Iterator[list[Text]]:
     """All texts in order, small ones together, so that a worker gets enough to do."""
     piece: list[Text] = []
     size = 0
     for path in sources:
-        for text in read_texts(path):
+        for text in read_texts(path, separator):
             piece.append(text)
             size += text.n_bytes
             if size >= BLOCK_BYTES // 4:

@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError
-from text import BLOCK_BYTES, Text, kind_of, read_pieces
+from text import BLOCK_BYTES, USUAL_SEPARATOR, Text, kind_of, read_pieces
 from tokenizer import Tokenizer
 
 MANIFEST, TOKENIZER_FILE, _PROGRESS = "tokens.json", "tokenizer.json", "progress.json"
@@ -108,13 +108,8 @@ class _ShardFile:
         self.temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
         self.file = open(self.temporary, "wb")  # noqa: SIM115
         self._header(10**18)  # room for any count
-        self.start, self.tokens, self.bytes, self.documents, self.pieces = (
-            self.file.tell(),
-            0,
-            0,
-            0,
-            0,
-        )
+        self.start = self.file.tell()
+        self.tokens = self.bytes = self.documents = self.pieces = self.separators = 0
 
     def _header(self, count: int) -> None:
         about = {"descr": self.dtype.str, "fortran_order": False, "shape": (count,)}
@@ -125,6 +120,7 @@ class _ShardFile:
         self.tokens += len(ids) // self.dtype.itemsize
         self.bytes += sum(t.n_bytes for t in piece)
         self.documents += sum(t.ends_document for t in piece)
+        self.separators += sum(t.text.count(USUAL_SEPARATOR) for t in piece)
         self.pieces += 1
 
     def finish(self) -> dict[str, Any]:
@@ -135,8 +131,8 @@ class _ShardFile:
         os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self.temporary, self.path)
-        counts = {k: getattr(self, k) for k in ("tokens", "bytes", "documents", "pieces")}
-        return {"file": self.path.name, **counts}
+        names = ("tokens", "bytes", "documents", "pieces", "separators")
+        return {"file": self.path.name, **{k: getattr(self, k) for k in names}}
 
     def drop(self) -> None:
         self.file.close()
@@ -155,7 +151,11 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _describe_job(
-    sources: Sequence[Path], tokenizer: Tokenizer, shard_tokens: int, workers: int
+    sources: Sequence[Path],
+    tokenizer: Tokenizer,
+    shard_tokens: int,
+    workers: int,
+    separator: str,
 ) -> dict[str, Any]:
     """What decides every byte of the output, and `key`, a hash of it. Paths are not part of
     that.
@@ -165,6 +165,8 @@ def _describe_job(
     kinds = [kind_of(p)[0] for p in sources]
     decides = [_FORMAT, tokenizer.fingerprint, shard_tokens, BLOCK_BYTES, kinds]
     decides += [d["sha256"] for d in digests]
+    if separator:
+        decides.append(["separator", separator])
     return {
         "format": _FORMAT,
         "key": hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest(),
@@ -182,16 +184,18 @@ def prepare(
     folder: Path,
     shard_tokens: int = SHARD_TOKENS,
     workers: int = 0,
+    separator: str = "",
 ) -> dict[str, Any]:
     """Writes the ids of the sources, each document ended by the end token, as shards into folder.
 
     A shard is closed by the first piece that fills it to shard_tokens. Killed at any moment and
     started again, it keeps the finished shards and ends with the same bytes. workers: 0 = one per
-    core. Returns the manifest, also written as tokens.json. Raises UserError.
+    core. separator: what parts the documents of a plain text. Returns the manifest, also written as
+    tokens.json. Raises UserError.
     """
     workers = workers or os.cpu_count() or 1
-    job = _describe_job(sources, tokenizer, shard_tokens, workers)
-    return _write_shards(sources, tokenizer, folder, job, shard_tokens, workers)
+    job = _describe_job(sources, tokenizer, shard_tokens, workers, separator)
+    return _write_shards(sources, tokenizer, folder, job, shard_tokens, workers, separator)
 
 
 def _write_shards(
@@ -201,6 +205,7 @@ def _write_shards(
     job: dict[str, Any],
     shard_tokens: int,
     workers: int,
+    separator: str,
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     shards = _finished(folder, job)
@@ -209,7 +214,7 @@ def _write_shards(
     dtype = np.dtype("<u2" if job["dtype"] == "uint16" else "<u4")
     for rest in folder.glob(f"*.{os.uname().nodename}.*.tmp"):
         rest.unlink()
-    pieces = islice(read_pieces(sources), sum(s["pieces"] for s in shards), None)
+    pieces = islice(read_pieces(sources, separator), sum(s["pieces"] for s in shards), None)
     total = (
         sum(s["bytes"] for s in job["sources"]) if not any(kind_of(p)[1] for p in sources) else None
     )
@@ -239,7 +244,8 @@ def _write_shards(
             shard.drop()
     if not shards:
         raise UserError(f"{', '.join(map(str, sources[:3]))}: no text in it")
-    counts = {k: sum(s[k] for s in shards) for k in ("tokens", "bytes", "documents")}
+    names = ("tokens", "bytes", "documents", "separators")
+    counts = {k: sum(s.get(k, 0) for s in shards) for k in names}
     manifest = {**job, **counts, "shards": shards}
     _write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
     (folder / _PROGRESS).unlink(missing_ok=True)
@@ -271,26 +277,44 @@ def _write_whole(path: Path, content: str) -> None:
     os.replace(temporary, path)
 
 
+def note_on_documents(manifest: dict[str, Any], separator: str) -> list[str]:
+    """A line where the usual separator stands in the text and is not taken as one, or one that was
+    asked for is not there.
+    """
+    kinds = {kind_of(Path(t["path"]))[0] for t in manifest["sources"]}
+    if separator and manifest["documents"] <= len(manifest["sources"]):
+        return [f"--document-separator {separator!r} parts no text"]
+    if not separator and manifest.get("separators") and not kinds <= {".jsonl", ".parquet"}:
+        return [
+            f"{USUAL_SEPARATOR} stands {manifest['separators']:,} times in the text and is read as "
+            f"characters; --document-separator '{USUAL_SEPARATOR}' takes it as the end of a "
+            "document"
+        ]
+    return []
+
+
 def tokenize_files(
-    files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path
-) -> tuple[list[Path], str]:
-    """(shards of the files' token ids, made now or found in the cache; hash of all that decides
-    them).
+    files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path, separator: str = ""
+) -> tuple[list[Path], dict[str, Any]]:
+    """(shards of the files' token ids, made now or found in the cache; their manifest, whose `key`
+    is a hash of all that decides them and whose `sources` are the files as given).
 
     Keyed by content and tokenizer. Processes that start together share the work: the first one does
     it under a file lock, the others wait. Raises UserError.
     """
     workers = os.cpu_count() or 1
-    job = _describe_job(files, tokenizer, SHARD_TOKENS, workers)
+    job = _describe_job(files, tokenizer, SHARD_TOKENS, workers, separator)
     folder = cache_dir / f"{Path(tokenizer.name).name}-{job['key']}"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with open(cache_dir / f"{folder.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            manifest = _write_shards(files, tokenizer, folder, job, SHARD_TOKENS, workers)
+            manifest = _write_shards(
+                files, tokenizer, folder, job, SHARD_TOKENS, workers, separator
+            )
     except OSError as reason:
         raise UserError(
             f"cannot write the token cache {folder}: {reason.strerror}; name another folder with "
             "--cache-dir"
         ) from reason
-    return [folder / s["file"] for s in manifest["shards"]], job["key"]
+    return [folder / s["file"] for s in manifest["shards"]], {**manifest, **job}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import regex
 
 from config import UserError
 
@@ -90,7 +91,12 @@ class BPETokenizer:
         ).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        return self._bpe.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self._bpe.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # about a million white-space characters are too many for its engine
+            pieces = (m.group() for m in regex.finditer(self._pattern, text))
+            ids = [i for piece in pieces for i in self._bpe._encode_single_piece(piece)]
+            return np.array(ids, np.uint32)
 
     def decode(self, ids: list[int]) -> str:
         return b"".join(self._texts.get(i, b"") for i in ids).decode(errors="replace")
@@ -108,6 +114,13 @@ def tokenizer_from_json(text: str, where: str) -> Tokenizer:
     """The inverse of `to_json`. where: the file that the text is from. Raises UserError."""
     try:
         record = json.loads(text)
+        if isinstance(record, dict) and isinstance(record.get("model"), dict):
+            raise UserError(
+                f"{where} is a tokenizer of Hugging Face, which is not read here; for GPT-2's give "
+                "--tokenizer-name gpt2; with another one, tokenize the text with its own library "
+                "into 1-D .npy files of ids for --train-npy, with --vocab-size; or train one here "
+                "with data/train_tokenizer.py"
+            )
         if not isinstance(record, dict) or record.get("format") != _FILE_FORMAT:
             raise ValueError("it does not say so")
         if record["name"] == "bytes":
@@ -122,6 +135,8 @@ def tokenizer_from_json(text: str, where: str) -> Tokenizer:
         return BPETokenizer(
             str(record["name"]), record["pattern"], ranks, record["end_token"], len(tokens)
         )
+    except UserError:
+        raise
     except Exception as reason:  # whatever a damaged file makes of json, base64 or tiktoken
         raise UserError(
             f"{where}: not a tokenizer file ({type(reason).__name__}: {str(reason)[:100]}); "
@@ -150,7 +165,10 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
         try:
             return tokenizer_from_json(path.read_text(encoding="utf-8"), name_or_path)
         except (OSError, UnicodeDecodeError) as reason:
-            raise UserError(f"{name_or_path}: not a tokenizer file ({reason})") from reason
+            raise UserError(
+                f"{name_or_path}: not a tokenizer file ({reason}); data/train_tokenizer.py makes "
+                "them"
+            ) from reason
     raise UserError(
         f"tokenizer_name={name_or_path!r:.80} is neither a file nor one of bytes, "
         f"{', '.join(sorted(tiktoken.list_encoding_names()))}"

@@ -11,6 +11,7 @@ import numpy as np
 
 from cli import parse_flags, run_script
 from config import UserError, check_fields, flag
+from console import say
 from shards import TokenShards
 from text import find_sources, kind_of, read_texts
 from token_files import MANIFEST, TOKENIZER_FILE
@@ -26,6 +27,8 @@ class DescribeSettings:
 
     paths: tuple[str, ...] = flag((), "token shards, folders of them, texts", positional=True)
     tokenizer_name: str = flag("", "tokenizer of the shards; none = the one stored beside them")
+    bin_dtype: str = flag("auto", "ids of .bin files without header; auto = told from the data",
+                          "auto", "uint8", "uint16", "uint32")  # fmt: skip
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -33,9 +36,11 @@ class DescribeSettings:
             raise UserError("give something to describe: describe.py PATH...")
 
 
-def describe_tokens(path: str, tokenizer: Tokenizer | None) -> dict[str, object]:
+def describe_tokens(
+    path: str, tokenizer: Tokenizer | None, bin_dtype: str = "auto"
+) -> dict[str, object]:
     """Counts and range of the ids of shards; with a tokenizer, bytes, documents and first text."""
-    source = TokenShards([path], _ANY_ID)
+    source = TokenShards([path], _ANY_ID, bin_dtype=bin_dtype)
     counts = np.zeros(1 << 16, np.int64)
     for start in range(0, source.num_tokens, _BLOCK):
         ids = source.read(start, min(_BLOCK, source.num_tokens - start))
@@ -80,17 +85,17 @@ def describe_text(path: str) -> dict[str, object]:
     return {"documents": documents, "bytes": n_bytes, "first text": first}
 
 
-def describe(path: str, tokenizer_name: str) -> dict[str, object]:
+def describe(path: str, tokenizer_name: str, bin_dtype: str = "auto") -> dict[str, object]:
     """What there is to say of a path; a problem that stops the reading is said too."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     files = Path(path).iterdir() if Path(path).is_dir() else [Path(path)]
-    is_tokens = any(file.suffix in (".npy", ".bin") for file in files)
+    is_tokens = any(file.suffix.lower() in (".npy", ".bin") for file in files)
     try:
         if not is_tokens:
             return {"kind": f"text {kind_of(Path(path))[0]}".strip(), **describe_text(path)}
         beside = folder / TOKENIZER_FILE
         name = tokenizer_name or (str(beside) if beside.exists() else "")
-        about = describe_tokens(path, build_tokenizer(name) if name else None)
+        about = describe_tokens(path, build_tokenizer(name) if name else None, bin_dtype)
         if Path(path).is_dir() and (folder / MANIFEST).exists():
             promised = json.loads((folder / MANIFEST).read_text())["tokens"]
             if promised != about["tokens"]:
@@ -104,10 +109,10 @@ def main(args: DescribeSettings) -> None:
     """Prints what each path is. Raises UserError where one has a problem."""
     problems = 0
     for path in args.paths:
-        print(path)
-        for name, value in describe(path, args.tokenizer_name).items():
+        say(path)
+        for name, value in describe(path, args.tokenizer_name, args.bin_dtype).items():
             problems += name == "problem"
-            print(f"  {name}: {value!r}" if name == "first text" else f"  {name}: {value}")
+            say(f"  {name}: {value!r}" if name == "first text" else f"  {name}: {value}")
     if problems:
         raise UserError(f"{problems} of {len(args.paths)} with a problem")
 

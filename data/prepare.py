@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import parse_flags, run_script
 from config import UserError, check_fields, flag
-from text import find_sources
-from token_files import SHARD_TOKENS, prepare
+from console import say
+from text import find_texts
+from token_files import SHARD_TOKENS, note_on_documents, prepare
 from tokenizer import build_tokenizer
 
 
@@ -25,6 +26,8 @@ class PrepareSettings:
     out: str = flag("", "folder to write the shards to")
     tokenizer_name: str = flag("gpt2", "bytes, a tiktoken encoding, or a trained tokenizer's file")
     shard_tokens: int = flag(SHARD_TOKENS, "tokens after which a new shard begins", at_least=1)
+    document_separator: str = flag("", "what parts the documents of a plain text file, such as "
+                                   "<|endoftext|>; none = each file is one document")  # fmt: skip
     workers: int = flag(0, "processes; 0 = one per core; the output is the same", at_least=0)
 
     def __post_init__(self) -> None:
@@ -36,15 +39,22 @@ class PrepareSettings:
 def main(args: PrepareSettings) -> None:
     """Writes the shards and says how to train on them."""
     tokenizer, folder = build_tokenizer(args.tokenizer_name), Path(args.out)
+    sources, notes = find_texts(args.paths)
+    for note in notes:
+        say(note)
     try:
-        made = prepare(find_sources(args.paths), tokenizer, folder, args.shard_tokens, args.workers)
+        made = prepare(
+            sources, tokenizer, folder, args.shard_tokens, args.workers, args.document_separator
+        )
     except OSError as reason:
         raise UserError(f"cannot write to {folder}: {reason.strerror}") from reason
-    print(
+    for note in note_on_documents(made, args.document_separator):
+        say(note)
+    say(
         f"{folder}: {made['tokens']:,} tokens of {made['bytes']:,} bytes in {made['documents']:,} "
         f"documents, {len(made['shards'])} shards"
     )
-    print(f"train: python train_minimal.py --train-npy {folder}")
+    say(f"train: python train_minimal.py --train-npy {folder}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import parse_flags, run_script
 from config import UserError, check_fields, flag
+from console import say
 from text import find_sources, read_texts, stdlib_files
 from tokenizer import BPETokenizer
 
@@ -73,7 +74,7 @@ def main(args: TrainTokenizerSettings) -> None:
         raise UserError(f"cannot write {args.out}: {reason.strerror}") from reason
     sample = "".join(next(read_texts(path)).text[:20_000] for path in sources[:200])
     rate = len(sample.encode()) / len(tokenizer.encode(sample))
-    print(
+    say(
         f"{args.out}: {tokenizer.vocab_size} ids in {time.perf_counter() - start:.1f} s; about "
         f"{rate:.2f} bytes per token; use it with --tokenizer-name {args.out}"
     )

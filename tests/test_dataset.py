@@ -7,7 +7,7 @@ import torch
 from conftest import CPU, toy_settings
 
 from cli import parse_settings
-from config import UserError
+from config import UserError, flat
 from dataset import (
     FineWebNPYDataset,
     Mixture,
@@ -19,6 +19,7 @@ from dataset import (
     open_data,
     open_validation,
     permute,
+    share_out,
     weighted,
 )
 
@@ -265,6 +266,61 @@ def test_a_mixture_of_shards_trains_and_holds_out_a_part_of_each(tmp_path):
     assert val.num_tokens == 1000 and train.describe()["weights"] == ["3/4", "1/4"]
     ids = val.source.read(0, 1000)
     assert (ids[:500] == 10).all() and (ids[500:] == 11).all()
+
+
+def test_a_vocabulary_far_above_the_ids_is_said_with_one_that_fits(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 61, 3000)
+    (tmp_path / "char.bin").write_bytes(ids.astype("<u2").tobytes())
+    flags = ["--train-npy", f"{tmp_path}/char.bin", "--seq-len", "16"]
+    (note,) = open_data(text_flags(tmp_path, *flags))[0].notes
+    assert "largest id seen" in note and "is 60," in note and "--vocab-size 61" in note
+    assert open_data(text_flags(tmp_path, *flags, "--vocab-size", "61"))[0].notes == []
+
+
+def test_data_of_a_resumed_run_that_are_gone_are_said_to_be_named_by_its_checkpoint(tmp_path):
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    saved = flat(text_flags(tmp_path, "--train-data", f"{tmp_path}/a.txt"))
+    (tmp_path / "a.txt").unlink()
+    resumed = parse_settings("train_minimal", ["--resume"], saved=lambda path: saved)
+    with pytest.raises(UserError, match=r"a\.txt: no such file.* come from the checkpoint"):
+        open_data(resumed)
+
+
+def test_what_a_limit_leaves_of_a_mixture_is_shared_by_weight():
+    halves = [Fraction(1, 2), Fraction(1, 2)]
+    assert share_out(100, [900, 900], halves) == [50, 50]
+    assert share_out(101, [900, 900], [Fraction(3), Fraction(1)]) == [76, 25]  # of 75.75, 25.25
+    assert share_out(100, [10, 900], halves) == [10, 90]  # the first has no more
+    assert share_out(100, [10, 20], halves) == [10, 20]
+
+
+def test_a_limited_validation_of_a_mixture_has_each_source(tmp_path):
+    flags = mixture_flags(tmp_path, ("0.75", "0.25"))
+    val = open_data(text_flags(tmp_path, *flags, "--val-max-tokens", "100"))[1]
+    assert val.num_tokens == 100 and [p.num_tokens for p in val.parts] == [75, 25]
+    ids = val.source.read(0, 100)
+    assert (ids[:75] // 1000 == 0).all() and (ids[75:] // 1000 == 1).all()
+    assert val.limited(40).source.read(0, 40).tolist() == [*ids[:30], *ids[75:85]]
+
+
+def test_a_run_from_before_keeps_the_validation_range_that_it_recorded(tmp_path):
+    flags = [*mixture_flags(tmp_path, ("0.75", "0.25")), "--val-max-tokens", "80"]
+    saved = flat(text_flags(tmp_path, *flags))
+    del saved["val_by_weight"]
+    resumed = parse_settings(
+        "train_minimal", ["--resume"], saved=lambda path: saved | {"checkpoint_path": path}
+    )
+    ids = open_data(resumed)[1].source.read(0, 80)
+    assert (ids // 1000 == 0).all()  # all of the first source, as it was
+
+
+def mixture_flags(tmp_path, weights):
+    """Two sources of 900 ids, 0 and up, 1000 and up."""
+    for i, name in enumerate("ab"):
+        ids = 1000 * i + np.random.default_rng(i).permutation(900)
+        np.save(tmp_path / f"{name}.npy", ids.astype(np.uint16))
+    named = [f"{tmp_path}/{name}.npy:{w}" for name, w in zip("ab", weights, strict=True)]
+    return ["--train-npy", *named, "--seq-len", "16", "--max-position-embeddings", "16"]
 
 
 def test_prefetched_batches_are_the_same_ones_in_any_order():

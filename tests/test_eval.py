@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -118,3 +119,21 @@ def test_several_checkpoints_make_a_table(tmp_path, capsys):
     assert "inf" in rows[2] and "n/a" in rows[2]
     assert (tmp_path / "eval.log").read_text().count("\n") == 3
     assert len((tmp_path / "eval.jsonl").read_text().splitlines()) == 2
+
+
+def test_data_are_named_and_rows_of_different_data_are_marked(tmp_path, capsys):
+    one = {"source": "a.txt", "fingerprint": "f", "start": 5, "stop": 105, "tokenizer": ""}
+    moved, other = {**one, "source": "b/a.txt"}, {**one, "start": 55}
+    results = [EvalResult(2.5, 0.1, 12.18, 3.6, 99)] * 3
+    report_evaluations(str(tmp_path), ["x.pt"], results[:1], [one])
+    assert capsys.readouterr().out.splitlines()[-1] == "data: a.txt, tokens 5..104"
+    report_evaluations(str(tmp_path), ["x.pt", "y.pt"], results[:2], [one, moved])
+    same = capsys.readouterr().out.splitlines()
+    assert len(same) == 4 and "data" not in same[0]
+    report_evaluations(str(tmp_path), ["x.pt", "y.pt", "z.pt"], results, [one, other, moved])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[-1] for row in (head, *rows[:3])] == ["data", "1", "2", "1"]
+    assert rows[3:5] == ["data 1: a.txt, tokens 5..104", "data 2: a.txt, tokens 55..104"]
+    assert "can't be compared" in rows[5]
+    records = [json.loads(x) for x in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert records[-2]["data"] == other

@@ -73,7 +73,7 @@ def test_no_argument_run_and_the_commands_that_it_prints(program):
         "resumed checkpoints/minigpt_single.pt at step 20" in results[1]
         and "step 40 / 40" in results[1]
     )
-    assert results[2].startswith("Every effort moves you")
+    assert results[2].startswith(commands[2][-1]) and commands[2][-2] == "--prompt"
 
 
 def test_toy_data_stays_at_ln_of_the_vocabulary(script):
@@ -562,3 +562,61 @@ def test_the_page_of_the_trainers_fits_a_screen():
         tree = ast.parse((ROOT / name).read_text())
         (main,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
         assert main.end_lineno - main.lineno + 1 <= 42
+
+
+def test_eval_shows_the_loss_of_each_source_of_a_mixture(script):
+    for i, name in enumerate("ab"):
+        ids = np.random.default_rng(i).integers(0, 97, 2000)
+        np.save(f"{name}.npy", ids.astype(np.uint16))
+    train(
+        script, "--train-npy", "a.npy:3", "b.npy:1", "--vocab-size", "97", "--val-max-tokens", "80"
+    )
+    paths = ["--checkpoint-path", "checkpoints/minigpt_single.pt"]
+    code, out, err = script("eval.py", *paths, "--by-source")
+    assert code == 0 and "a.npy: avg_loss" in out and "b.npy: avg_loss" in out, err
+    (record,) = read_records_of("eval")
+    a, b = (record["sources"][name] for name in ("a.npy", "b.npy"))
+    assert (a["tokens"], b["tokens"], record["tokens"]) == (59, 19, 79)  # each but its first
+    assert min(a["loss"], b["loss"]) < record["loss"] < max(a["loss"], b["loss"])
+    code, _, err = script("eval.py", *paths, "--seq-len", "64")
+    assert code == 2 and "16 positions" in err and "--max-position-embeddings" not in err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
+def test_a_terminal_of_another_encoding_gets_escapes(program, encoding):
+    (program.folder / "a.txt").write_text("世界 文 🌹\n" * 300)
+    flags = ["--train-data", "a.txt", "--sample-prompt", "世", "--sample-tokens", "5"]
+    out = program("train_minimal.py", *SMALL.split(), *flags, PYTHONIOENCODING=encoding)
+    assert "sample: \\u4e16" in out and "step 6 / 6" in out and "continue: python" in out
+    assert "sample: 世" in (program.folder / "logs/train_minimal.log").read_text(encoding="utf-8")
+    flags = ["--prompt", "界", "--max-new-tokens", "5", "--device", "cpu"]
+    assert program("generate.py", *flags, PYTHONIOENCODING=encoding).startswith("\\u754c")
+
+
+def test_control_characters_of_a_model_are_written_out(script, text):
+    train(script, "--train-data", text)
+    code, out, err = script(
+        "generate.py", "--temperature", "1e9", "--top-k", "0", "--num-samples", "9"
+    )
+    assert code == 0, err
+    assert not [c for c in out if c not in "\n\t" and (c < " " or "\x7f" <= c < "\xa0")]
+    assert "\\x" in out
+
+
+def test_several_samples_are_told_apart(script, text):
+    train(script, "--train-data", text)
+    code, out, err = script("generate.py", "--num-samples", "3", "--max-new-tokens", "4")
+    assert code == 0, err
+    heads = [line for line in out.splitlines() if line.startswith("--- sample ")]
+    assert heads[1] == "--- sample 2 of 3, seed 1338 ---" and len(heads) == 3
+
+
+def test_a_checkpoint_whose_data_are_elsewhere_says_who_named_them(script, text, tmp_path):
+    train(script, "--train-data", text)
+    (tmp_path / "my text.txt").rename(tmp_path / "moved.txt")
+    flags = ["--checkpoint-path", "checkpoints/minigpt_single.pt"]
+    code, _, err = script("eval.py", *flags)
+    assert code == 2 and "no such file" in err and err.count("\n") == 1
+    assert "this name is from checkpoints/minigpt_single.pt" in err and "--val-data" in err
+    code, out, err = script("eval.py", *flags, "--val-data", "moved.txt")
+    assert code == 0 and "data: moved.txt" in out, err

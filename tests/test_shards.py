@@ -1,5 +1,7 @@
 import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -40,6 +42,72 @@ def test_npy_ids_come_back(tmp_path, dtype):
 def test_llmc_ids_come_back(tmp_path, magic, version, dtype):
     source = TokenShards([llmc(tmp_path / "a.bin", range(50), magic, version, dtype)], 100)
     assert source.read(0, 50).tolist() == list(range(50))
+
+
+def plain(path, ids, dtype):
+    path.write_bytes(np.asarray(ids).astype(dtype).tobytes())
+    return path
+
+
+DRAW = np.random.default_rng(5)
+WORDS = (50_000 * DRAW.random(3000) ** 3).astype(int)  # frequent ids are low, as in real text
+STREAMS = {  # ids of tokenizers of many sizes
+    "gpt2": WORDS,
+    "200,000 ids": 4 * WORDS,
+    "65,536 ids": WORDS * 65_535 // 50_000,
+    "evenly drawn": DRAW.integers(0, 50257, 3000),
+    "characters": WORDS % 61,
+    "bytes, and an end token": np.append(WORDS % 256, 256),
+    "counting": np.arange(3000),
+}
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+@pytest.mark.parametrize("name", STREAMS)
+def test_width_of_ids_without_header_is_told_from_the_data(tmp_path, name, dtype):
+    ids = STREAMS[name]
+    if ids.max() >= 65_536 and dtype == "<u2":
+        return
+    for count in (100, 101, 1000, len(ids)):
+        source = TokenShards([plain(tmp_path / "a.bin", ids[:count], dtype)], 200_000)
+        assert source.read(0, source.num_tokens).tolist() == ids[:count].tolist()
+        assert len(source.notes) == (dtype == "<u4")  # the unusual one is said
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_small_files_of_uint16_need_no_flag(tmp_path, name):
+    for count in (1, 2, 3, 5, 31):
+        ids = STREAMS[name][7 : 7 + count] % 65_536
+        source = TokenShards([plain(tmp_path / "a.bin", ids, "<u2")], 65_536)
+        assert source.read(0, count).tolist() == ids.tolist()
+
+
+def test_ids_of_other_widths_are_refused_with_the_flag_that_says_it(tmp_path):
+    refused(plain(tmp_path / "few.bin", WORDS[:9], "<u4"), "too few to tell", "--bin-dtype")
+    refused(plain(tmp_path / "u8.bin", WORDS % 61, "u1"), "as in uint8 ids", "--bin-dtype")
+    refused(plain(tmp_path / "odd.bin", WORDS[:2999] % 61, "u1"), "as in uint8 ids")
+    refused(plain(tmp_path / "i64.bin", WORDS, "<u8"), "as in int64 ids", "convert")
+    cyrillic = "".join(chr(0x430 + i % 32) for i in WORDS)
+    (tmp_path / "cyrillic.bin").write_text(cyrillic, encoding="utf-8")
+    refused(tmp_path / "cyrillic.bin", "text; use --train-data")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
+def test_the_width_that_is_given_is_taken(tmp_path, dtype):
+    for count in (1, 9, 3000):
+        path = plain(tmp_path / "a.bin", WORDS[:count] % 61, np.dtype(dtype).newbyteorder("<"))
+        source = TokenShards([path], 100, bin_dtype=dtype)
+        assert source.read(0, count).tolist() == (WORDS[:count] % 61).tolist()
+    path.write_bytes(bytes(3))
+    if dtype != "uint8":
+        with pytest.raises(UserError, match=f"odd size .3 bytes.*{dtype} ids take"):
+            TokenShards([path], 100, bin_dtype=dtype)
+
+
+def test_first_ids_that_look_like_the_start_of_another_format_are_ids(tmp_path):
+    for first in (0x0280, 0x0480, 0x0580, 0x8B1F):  # pickles, gzip: " time" is id 640 of GPT-2
+        ids = [first, *WORDS[:99].tolist()]
+        assert TokenShards([plain(tmp_path / "a.bin", ids, "<u2")], 50257).read(0, 1) == [first]
 
 
 def test_bin_without_header_is_uint16(tmp_path):
@@ -152,3 +220,22 @@ def test_mix_is_splitmix64():
 
 def test_hash_of_tells_numbers_apart():
     assert len({hash_of(1, 23), hash_of(12, 3), hash_of(1, 2, 3), hash_of(123)}) == 4
+
+
+def test_an_npy_of_other_integers_is_refused_with_a_command_that_converts_it(tmp_path):
+    path = npy(tmp_path / "my a.npy", np.arange(40).reshape(2, 20), "<i8")
+    with pytest.raises(UserError, match=r"holds int64 of shape .*; convert it: ") as caught:
+        TokenShards([path], 100)
+    command = str(caught.value).split("convert it: python")[1]
+    subprocess.run(["sh", "-c", sys.executable + command], check=True)
+    source = TokenShards([tmp_path / "my a.uint32.npy"], 100)
+    assert source.read(0, 40).tolist() == list(range(40))
+
+
+def test_the_largest_id_is_seen_anywhere_in_a_small_stream(tmp_path):
+    for place in (0, 999, 1000, 2999):
+        ids = np.arange(3000) % 60
+        ids[place] = 97
+        files = [npy(tmp_path / f"{i}.npy", ids[1000 * i : 1000 * i + 1000]) for i in range(3)]
+        assert TokenShards(files, 50257).largest_id_seen() == 97
+    assert TokenShards([npy(tmp_path / "none.npy", [])], 10).largest_id_seen() == -1

@@ -1,5 +1,8 @@
+import json
 import multiprocessing
+import os
 import random
+import subprocess
 
 import numpy as np
 import pytest
@@ -135,3 +138,120 @@ def test_python_without_its_source_names_the_way_out(tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         stdlib_files()
     assert "--train-data" in str(caught.value) and "--use-toy-data" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.Jsonl"])
+def test_kinds_are_told_without_regard_to_case(tmp_path, name):
+    file = write(tmp_path / name, json.dumps({"text": "one"}) + "\n")
+    assert np.load(only([file], BYTES, tmp_path / "cache")).tolist() == [*b"one", 256]
+    assert text.kind_of(tmp_path / "A.TXT.GZ") == (".txt", ".gz")
+    assert text.find_sources([tmp_path]) == [file]
+
+
+def test_files_left_out_of_a_folder_are_counted_with_the_reason(tmp_path):
+    folder = tmp_path / "corpus"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.txt", "sub/B.MD", "c.pdf", "d.pdf", "e.csv", "LICENSE"):
+        write(folder / name, "words")
+    write(folder / "empty.txt", "")
+    (folder / "gone.txt").symlink_to("nowhere")
+    (folder / "again").symlink_to(folder / "sub")
+    os.mkfifo(folder / "pipe.txt")
+    files, (note,) = text.find_texts([folder])
+    assert files == [folder / "a.txt", folder / "sub/B.MD"]
+    assert note.startswith(f"{folder}: 2 files read, 8 left out (2 *.pdf, ")
+    for reason in ("1 *.csv", "1 without ending", "1 empty", "1 broken link", "1 link to a folder"):
+        assert reason in note or ", ..." in note
+    (tmp_path / "only.txt").write_text("words")
+    assert text.find_texts([tmp_path / "only.txt"]) == ([tmp_path / "only.txt"], [])
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.json", b'[{"text": "x"}]', ".jsonl"),
+        ("a.CSV", b"a,b", ".jsonl"),
+        ("a.zip", b"PK\x03\x04", "unpack it"),
+        ("a.tar.gz", b"\x1f\x8b", "unpack it"),
+        ("a.npy", b"\x93NUMPY", "--train-npy"),
+        ("a.bin", b"\1\0", "--train-npy"),
+        ("a.txt", b"\x93NUMPY\1\0", "--train-npy"),
+        ("a.txt", b"\x1f\x8b\x08\0", "gzip data"),
+        ("a.txt", b"PK\x03\x04", "zip archive"),
+        ("a.txt", "words".encode("utf-32"), "is UTF-32; convert it first: iconv -f UTF-32 -t"),
+        ("a.txt", "words".encode("utf-16"), "is UTF-16; convert it first: iconv -f UTF-16 -t"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_what_to_do(tmp_path, name, content, said):
+    file = write(tmp_path / name, content)
+    with pytest.raises(UserError) as caught:
+        text.find_sources([file])
+    assert said in str(caught.value) and str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"is a pipe or a device.*write it to a file first"):
+        text.find_sources([tmp_path / "pipe"])
+
+
+def test_a_nul_byte_is_named_with_a_command_that_goes_on(tmp_path):
+    file = write(tmp_path / "my a.txt", "words " * 500 + "\0" + "more " * 500)
+    with pytest.raises(
+        UserError, match=r"byte 3000 is NUL; .* to train on the rest, make it another file: "
+    ) as caught:
+        list(text.read_texts(file))
+    subprocess.run(
+        ["sh", "-c", str(caught.value).split("to train on the rest, make it another file: ")[1]],
+        check=True,
+    )
+    (clean,) = text.read_texts(tmp_path / "my a.clean.txt")
+    assert clean.text == "words " * 500 + "more " * 500
+
+
+@pytest.mark.parametrize("order", ["le", "be"])
+def test_utf_16_without_a_mark_is_named_with_a_command_that_converts_it(tmp_path, order):
+    file = write(tmp_path / "a.txt", ("words é " * 500).encode(f"utf-16-{order}"))
+    with pytest.raises(UserError, match="UTF-16; convert it first: ") as caught:
+        list(text.read_texts(file))
+    subprocess.run(["sh", "-c", str(caught.value).split("convert it first: ")[1]], check=True)
+    assert next(text.read_texts(tmp_path / "a.utf8.txt")).text == "words é " * 500
+
+
+MARK = "<|endoftext|>"
+
+
+@pytest.mark.parametrize("block", [8, 64, 1 << 20])
+def test_a_separator_parts_the_documents_of_a_text(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(text, "BLOCK_BYTES", block)
+    draw = random.Random(block)
+    documents = [
+        "".join(draw.choice(["word ", "two\n", "é", "<|end", "|>", "END"]) for _ in range(n))
+        for n in (3, 50, 1, 400, 2, 2)
+    ]
+    documents = [f"x{d}y" for d in documents]
+    for between in (MARK, MARK + "\n", MARK + "\r\n", f"{MARK}\n \n{MARK}\n"):
+        file = write(tmp_path / "a.txt", between.join(documents) + MARK + "\n")
+        found, parts = [], []
+        for part in text.read_texts(file, MARK):
+            assert part.n_bytes == len(part.text.encode())
+            parts.append(part.text)
+            if part.ends_document:
+                found.append("".join(parts))
+                parts = []
+        assert found == documents and not parts
+
+
+def test_the_usual_separator_is_noticed_and_taken_when_asked_for(tmp_path):
+    file = write(tmp_path / "a.txt", f"one\n{MARK}\ntwo\n")
+    plain, made = tokenize_files([file], BYTES, tmp_path / "cache")
+    (note,) = token_files.note_on_documents(made, "")
+    assert "stands 1 times" in note and f"--document-separator '{MARK}'" in note
+    parted, made = tokenize_files([file], BYTES, tmp_path / "cache", MARK)
+    assert np.load(parted[0]).tolist() == [*b"one\n", 256, *b"two\n", 256]
+    assert (
+        len(np.load(plain[0])) == 4 + 14 + 4 + 1 and token_files.note_on_documents(made, MARK) == []
+    )
+    _, made = tokenize_files([file], BYTES, tmp_path / "cache", "=====")
+    assert "parts no text" in token_files.note_on_documents(made, "=====")[0]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from config import UserError
-from tokenizer import build_tokenizer, stored_tokenizer
+from tokenizer import BPETokenizer, build_tokenizer, stored_tokenizer
 
 TEXTS = ["", "plain", "Grüße, 世界 🌹\n\ttabs", "<|endoftext|> is text here", "a" * 1000]
 
@@ -32,6 +32,53 @@ def test_gpt2_gives_the_ids_of_tiktoken(text, gpt2_files):
     assert tokenizer.decode(ids.tolist()) == text
     assert np.asarray(tokenizer.token_bytes)[ids].sum() == len(text.encode())
     assert tokenizer.token_bytes[tokenizer.end_token] == 0
+
+
+@pytest.fixture
+def pairs():
+    """GPT-2's way of splitting, and merges of two and of four equal characters."""
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    tokens = [bytes([i]) for i in range(256)]
+    tokens += [c * n for n in (2, 4) for c in (b" ", b"\n", b"a", b"7", b"!")]
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return BPETokenizer("pairs", r50k_pat_str, ranks, len(ranks), len(ranks) + 1)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", " \n", "\u3000"])
+def test_a_million_white_space_characters_before_a_word_are_encoded(pairs, space):
+    # A run that tiktoken can do gives the pattern: all but the last character make one piece.
+    run, few = space * (2_000_000 // len(space)), space * 2000
+    ids, short = pairs.encode(run + "word").tolist(), pairs.encode(few + "word").tolist()
+    assert pairs.decode(ids) == run + "word"
+    assert ids[-12:] == short[-12:]
+    assert len(ids) - len(pairs.encode(run)) == len(short) - len(pairs.encode(few))
+
+
+@pytest.mark.parametrize("run", ["a", "7", "!", "ab", "9 "])
+def test_other_long_runs_are_encoded(pairs, run):
+    text = run * (1_000_000 // len(run)) + " x"
+    assert pairs.decode(pairs.encode(text).tolist()) == text
+
+
+def test_long_runs_have_the_ids_of_tiktoken(pairs, monkeypatch):
+    text = "say:" + " " * 5000 + "word\n\n \t it's 1234567 Grüße, 世界 🌹\r\n" + "\n" * 5000 + "x "
+    wanted = pairs.encode(text).tolist()
+
+    def too_long(*_, **__):
+        raise ValueError("Max stack size exceeded")
+
+    known = pairs._bpe
+    monkeypatch.setattr(type(known), "encode_to_numpy", too_long)
+    assert pairs.encode(text).tolist() == wanted
+
+
+def test_a_tokenizer_of_hugging_face_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "t.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {}}}')
+    with pytest.raises(UserError) as caught:
+        build_tokenizer(str(tmp_path / "t.json"))
+    said = str(caught.value)
+    assert "Hugging Face" in said and "--train-npy" in said and "--tokenizer-name gpt2" in said
 
 
 def test_missing_gpt2_files_are_named_with_the_way_out(tmp_path, monkeypatch):
