@@ -31,6 +31,7 @@ from checkpoint import (
 from checkpoint_file import tensor_bytes
 from config import Settings, UserError
 from device import Device, environment, free_memory
+from hang import may_take_long
 from model import GPTModel
 from step import RunState
 
@@ -79,7 +80,8 @@ class Saver:
         another run.
         """
         state, steps = self.state, self.args.num_steps
-        _, file, self.wrong = newest_whole(self.path, self._load)
+        with may_take_long():
+            _, file, self.wrong = newest_whole(self.path, self._load)
         state.notes.append(f"resumed {file} at step {state.step}")
         if self.wrong:
             state.notes.append(f"not the latest, since {'; '.join(self.wrong)}")
@@ -131,7 +133,8 @@ class Saver:
                 self._gather,
             )  # fmt: skip
             if self.rank == 0:
-                self._save(content)
+                with may_take_long():
+                    self._save(content)
         seconds = time.perf_counter() - start
         self.ranks.meet()
         return seconds
@@ -186,7 +189,8 @@ class Saver:
         `state.unsaved`.
         """
         if self.writing is not None:
-            self.writing.join()
+            with may_take_long():
+                self.writing.join()
             self.writing = None
         self.ranks.meet()
 
