@@ -32,7 +32,16 @@ from checkpoint_file import (
     write_sealed,
 )
 from cli import parse_flags, run_script
-from config import Settings, UserError, check_fields, choose, flag, flat, settings_from
+from config import (
+    NothingSaved,
+    Settings,
+    UserError,
+    check_fields,
+    choose,
+    flag,
+    flat,
+    settings_from,
+)
 from model import GPTModel
 from optim import state_shapes
 from step import RunState
@@ -120,12 +129,16 @@ def sibling(path: str | Path, label: str) -> Path:
     return Path(path).with_name(f"{Path(path).stem}.{label}{Path(path).suffix}")
 
 
-def write_checkpoint(path: str | Path, content: dict[str, Any], *labels: str) -> None:
+def write_checkpoint(
+    path: str | Path, content: dict[str, Any], *labels: str, keep_previous: bool = False
+) -> None:
     """Puts content at `path`, as its latest state, and under the labels as second names of the same
-    file. Raises UserError; the file at `path` is then as before.
+    file. The latest before becomes the previous one, unless keep_previous leaves that as it is.
+    Raises UserError; the file at `path` is then as before.
     """
     target = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    previous = sibling(target, "previous")
     on_cpu = _on_cpu(content)
     broken = [name for name, t in _tensors(on_cpu) if not _is_finite(t)]
     if broken:
@@ -138,11 +151,18 @@ def write_checkpoint(path: str | Path, content: dict[str, Any], *labels: str) ->
             write_sealed(temporary, on_cpu)
             with open_checkpoint(temporary):  # is it as it was written, and can it be loaded?
                 pass
-            for label in labels:  # first, or a kill in between would leave them out for good
+            # A kill may come between any two of these: what can be resumed must be there before
+            # the labels, and they before the rename, or they would be left out for good.
+            first = bool(labels) and not target.exists() and not previous.exists()
+            if target.exists() and not keep_previous:
+                _second_name(target, previous)
+            elif first:
+                _second_name(temporary, previous)
+            for label in labels:
                 _second_name(temporary, sibling(target, label))
-            if target.exists():
-                _second_name(target, sibling(target, "previous"))
             os.replace(temporary, target)
+            if first:
+                previous.unlink()
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
@@ -307,7 +327,7 @@ def newest_whole(
     ]
     more = f"; there are also {', '.join(others)}" if others else ""
     if not os.path.lexists(path) and not os.path.lexists(file):
-        raise UserError(f"{wrong[0]} to resume; start without --resume{more}")
+        raise NothingSaved(f"{wrong[0]} to resume; start without --resume{more}")
     raise UserError(f"no whole checkpoint: {'; '.join(wrong)}{more}")
 
 

@@ -27,6 +27,10 @@ class UserError(Exception):
         self.of_all = of_all
 
 
+class NothingSaved(UserError):
+    """There is no checkpoint to resume at a path, not even a damaged one."""
+
+
 def flag(
     default: Any,
     help: str,
@@ -35,13 +39,15 @@ def flag(
     at_most: float = 2**62,
     fixed: bool = False,
     positional: bool = False,
+    word: str = "",
 ) -> Any:
     """One setting: default, help of its flag with the unit, and the values that it may take.
 
-    fixed: another value makes another run, so --resume takes it only with --allow-change.
+    fixed: another value makes another run, so --resume takes it only with --allow-change. word:
+    what a flag that is on when given alone also takes, as in --resume auto.
     """
     limits = {"choices": choices, "at_least": at_least, "at_most": at_most}
-    metadata = {"help": help, "fixed": fixed, "positional": positional, **limits}
+    metadata = {"help": help, "fixed": fixed, "positional": positional, "word": word, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -154,7 +160,8 @@ class Settings:
     checkpoint_async: str = flag("auto", "save in the background, from a copy in memory; auto = "
                                  "where that fits", "auto", "on", "off")
     checkpoint_path: str = flag("", "checkpoint file; none = in checkpoints/")
-    resume: bool = flag(False, "continue the checkpoint, with its settings where none is typed")
+    resume: bool = flag(False, "continue the checkpoint, with its settings where none is typed; "
+                        "auto = if there is one, else start", word="auto")
     allow_change: tuple[str, ...] = flag((), "settings that may differ from those of the run to "
                                          "resume though they make it another run")
     log_dir: str = flag("logs", "folder of the text log, the metrics and the loss picture")

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from cli import parse_flags, parse_settings, run_script
-from config import PRESETS, GPTConfig, Settings, UserError, flat, settings_from
+from config import PRESETS, GPTConfig, NothingSaved, Settings, UserError, flat, settings_from
 
 DESIGN_FLAGS = [
     "--vocab-size",
@@ -232,12 +232,48 @@ def test_a_run_that_torchrun_starts_again_continues_what_it_saved(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     saved = flat(parse_settings("train_ddp", ["--num-steps", "7", "--device", "cpu"]))
     typed = ["--preset", "toy", "--checkpoint-path", "c.pt"]
-    again = parse_settings("train_ddp", typed, saved=lambda path: saved, restarted=True)
-    assert not again.resume and again.num_steps == 50  # nothing was saved yet
-    (tmp_path / "c.pt").touch()
+
+    def nothing(path):
+        raise NothingSaved("no such checkpoint")
+
+    again = parse_settings("train_ddp", typed, saved=nothing, restarted=True)
+    assert not again.resume and again.num_steps == 50
     again = parse_settings("train_ddp", typed, saved=lambda path: saved, restarted=True)
     assert again.resume and again.num_steps == 7
     assert not parse_settings("train_ddp", typed, saved=lambda path: saved).resume
+    with pytest.raises(NothingSaved):  # which was asked for
+        parse_settings("train_ddp", ["--resume"], saved=nothing, restarted=True)
+
+
+def test_resume_auto_continues_what_is_there_or_starts():
+    saved = flat(parse("--preset", "toy", "--num-steps", "70", "--grad-accum-steps", "2"))
+    # The flags of the first start, which a requeued job repeats.
+    typed = (
+        "--preset toy --num-steps 90 --resume auto --grad-accum-steps 2 --allow-change lr".split()
+    )
+
+    def nothing(path):
+        raise NothingSaved("no such checkpoint")
+
+    started = parse(*typed, saved=nothing)
+    assert started.resume is False and started.num_steps == 90
+    continued = parse(*typed, saved=lambda path: {**saved, "lr": 0.5}, world=2)
+    assert continued.resume is True and continued.num_steps == 90 and continued.lr == 0.5
+    assert continued.global_batch_size == saved["global_batch_size"]  # of one process
+    with pytest.raises(NothingSaved):
+        parse("--resume", saved=nothing)
+
+    def damaged(path):
+        raise UserError("no whole checkpoint")
+
+    with pytest.raises(UserError, match="no whole checkpoint"):  # never started anew
+        parse(*typed, saved=damaged)
+
+
+def test_resume_is_alone_or_auto():
+    assert parse("--resume", saved=lambda path: flat(parse())).resume is True
+    assert parse("--no-resume").resume is False
+    assert "invalid choice: 'x.pt' (choose from 'auto')" in message("--resume", "x.pt")
 
 
 def test_allow_change_is_for_resumed_runs():
