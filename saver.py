@@ -25,10 +25,11 @@ from checkpoint import (
     content_of,
     load_checkpoint,
     newest_whole,
+    open_checkpoint,
     sibling,
     write_checkpoint,
 )
-from checkpoint_file import tensor_bytes
+from checkpoint_file import Unreadable, tensor_bytes
 from config import Settings, UserError
 from device import Device, environment, free_memory
 from hang import may_take_long
@@ -65,6 +66,7 @@ class Saver:
         self.saved_at = time.monotonic()
         self.writing: threading.Thread | None = None
         self.wrong: list[str] = []  # with the files that are newer than the one resumed
+        self.latest = -1  # step of the file at the path, as far as this run knows it
         self.copies: dict[str, Any] = {}  # of all tensors, used again by each save
         if self.rank == 0:
             self.lock = claim(self.path)
@@ -82,6 +84,7 @@ class Saver:
         state, steps = self.state, self.args.num_steps
         with may_take_long():
             _, file, self.wrong = newest_whole(self.path, self._load)
+        self.latest = -1 if self.wrong else state.step
         state.notes.append(f"resumed {file} at step {state.step}")
         if self.wrong:
             state.notes.append(f"not the latest, since {'; '.join(self.wrong)}")
@@ -174,15 +177,44 @@ class Saver:
         return bool(self.copies) or 2 * n_bytes < free_memory()
 
     def _write(self, content: dict[str, Any], step: int, labels: list[str]) -> None:
+        # As long as updates are skipped, the weights stay those of one step. The previous file is
+        # of an earlier one, and stays too: nobody knows yet whether these are good for anything.
+        again = self.latest >= step - content["bad_in_row"]
         try:
-            write_checkpoint(self.path, content, *labels)
+            write_checkpoint(self.path, content, *labels, keep_previous=again)
         except Exception as reason:  # in a thread of its own it would else be lost
             self.state.unsaved = True
             self.state.notes.append(f"step {step} was not saved: {reason}; the run goes on")
         else:
-            self.state.unsaved = False
+            self.state.unsaved, self.latest = False, step
             also = "".join(f" and {sibling(target_of(self.path), label).name}" for label in labels)
             self.state.notes.append(f"saved {self.path}{also} at step {step}")
+
+    def way_back(self, step: int) -> str:
+        """What to do, for an error message, where the weights of this step are no good. If there is
+        an earlier checkpoint, --resume continues it from now on: later ones get another name.
+        """
+        self.finish()
+        (earlier,) = self.ranks.agree(0 if self.rank else 1 + self._go_back(step))
+        exact = "" if self.device.precision == "fp32" else ", or with --precision fp32"
+        if not earlier:
+            return f"no checkpoint has earlier ones; start anew with a lower --lr{exact}"
+        return f"--resume continues step {earlier - 1} of {self.path}; give it a lower --lr{exact}"
+
+    def _go_back(self, step: int) -> int:
+        """The step of the latest checkpoint before this one, or -1."""
+        target = target_of(self.path)
+        for file in (target, sibling(target, "previous")):
+            try:
+                with open_checkpoint(file) as contents:
+                    found: int = contents.tree["step"]
+            except Unreadable:
+                continue
+            if found < step:
+                if file != target:
+                    set_aside([target])
+                return found
+        return -1
 
     def finish(self) -> None:
         """Has all ranks wait until the last save is safe on disk, or has failed: see

@@ -43,7 +43,7 @@ def main(args: Settings, watch: Watch) -> int:
         now = due(state, args, save)
         if now.log:
             log.train(state, stats)
-            check_finite(state, args)
+            check_finite(state, args, saver.way_back)
         if now.eval:
             log.eval(state, evaluate(model, val, args.batch_size, device))
         if now.sample:

@@ -779,7 +779,7 @@ step._backward = poisoned
     place = rig.place()
     code = place.run(*flags, ranks=2, script=patched(place, body.format(steps="range(30, 99)")))
     out = place.printed()
-    good = code not in (0, -99) and "steps 30 to 34, samples 360 to 419" in out and _whole(place)
+    good = code not in (0, -99) and "steps 31 to 35, samples 360 to 419" in out and _whole(place)
     rig.count("NaN in five updates in a row", "survived" if good else "silent", place)
 
 

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 import os
 import shutil
 import threading
@@ -230,9 +231,9 @@ def gated(monkeypatch):
     """Lets write_checkpoint wait for the event."""
     go, original = threading.Event(), saver_module.write_checkpoint
 
-    def write(*args):
+    def write(*args, **more):
         assert go.wait(20)
-        original(*args)
+        original(*args, **more)
 
     monkeypatch.setattr(saver_module, "write_checkpoint", write)
     return go
@@ -262,10 +263,10 @@ def test_a_background_save_holds_the_state_of_its_moment(tmp_path, run, saver, m
 def test_a_save_waits_for_the_one_before(tmp_path, run, saver, monkeypatch):
     active, most, original = [], [], saver_module.write_checkpoint
 
-    def write(*args):
+    def write(*args, **more):
         active.append(1)
         most.append(len(active))
-        original(*args)
+        original(*args, **more)
         active.pop()
 
     monkeypatch.setattr(saver_module, "write_checkpoint", write)
@@ -362,11 +363,11 @@ def test_milestones_and_the_best_are_kept(tmp_path, run, saver):
 def failing_once(monkeypatch, error, calls=1):
     original, left = saver_module.write_checkpoint, [calls]
 
-    def write(*args):
+    def write(*args, **more):
         left[0] -= 1
         if left[0] >= 0:
             raise error
-        original(*args)
+        original(*args, **more)
 
     monkeypatch.setattr(saver_module, "write_checkpoint", write)
 
@@ -431,6 +432,71 @@ def test_a_save_is_overdue_by_the_minutes_since_the_last(tmp_path, saver, monkey
         s = saver(path=tmp_path / "d.pt", **quiet)
         now[0] += 1e9
         assert not s.overdue
+
+
+def skipped(run):
+    """As after an update that was skipped."""
+    run.state.step += 1
+    run.state.bad_in_row = 1 + (run.state.bad_in_row or torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_saves_of_skipped_updates_leave_the_checkpoint_from_before_them(tmp_path, run, saver, mode):
+    def held():
+        s.finish()
+        return [step_of(tmp_path / name) for name in ("c.previous.pt", "c.pt")]
+
+    s = saver(checkpoint_async=mode)
+    s.save()
+    run.step()
+    s.save()
+    for step in (3, 4, 5):
+        skipped(run)
+        s.save()
+        assert held() == [1, step]  # step 2 has the weights of 3, 4 and 5
+    s = saver(checkpoint_async=mode, resume=True)  # the next process
+    s.load()
+    skipped(run)
+    s.save()
+    assert held() == [1, 6]
+    run.step()
+    s.save()
+    assert run.state.bad_in_row == 0 and held() == [6, 7]
+
+
+@pytest.mark.parametrize(
+    "saved, bad_from, resumes",
+    [
+        ([1, 2, 3, 4], 2, 1),  # with --save-steps 1: 2 to 4 have the weights that fail
+        ([1, 2], 3, 2),  # saved before
+        ([1], 1, None),
+        ([], 1, None),
+    ],
+)
+def test_after_bad_updates_the_way_back_works(tmp_path, run, saver, saved, bad_from, resumes):
+    s = saver()
+    for step in range(1, 5):
+        if step in saved:
+            s.save()
+        skipped(run) if step >= bad_from else run.step()
+    said = s.way_back(bad_from)
+    if resumes is None:
+        assert said == "no checkpoint has earlier ones; start anew with a lower --lr"
+        return
+    path = tmp_path / "c.pt"
+    assert said == f"--resume continues step {resumes} of {path}; give it a lower --lr"
+    fresh = Run()
+    s = saver(run=fresh, resume=True, lr=1e-4)
+    s.load()
+    assert fresh.state.step == resumes and math.isfinite(fresh.steps(2)[-1])
+    s.save()
+    assert step_of(path) == resumes + 2
+
+
+def test_the_way_back_names_another_precision_only_where_there_is_one(saver, run):
+    s = saver()
+    s.device = dataclasses.replace(CPU, precision="bf16")
+    assert s.way_back(1).endswith("lower --lr, or with --precision fp32")
 
 
 # Loading
