@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -369,6 +371,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 def default_checkpoint(script: str) -> str:
     """Where a trainer saves unless told otherwise."""
     return f"checkpoints/minigpt_{'ddp' if script == 'train_ddp' else 'single'}.pt"
+
+
+def log_base(args: Settings) -> Path:
+    """What the logs of a run are called, without their endings: in log_dir, as its checkpoint is,
+    or for a trainer's default checkpoint as the trainer.
+    """
+    name = Path(args.checkpoint_path).stem
+    for script in ("train_minimal", "train_ddp"):
+        if os.path.abspath(args.checkpoint_path) == os.path.abspath(default_checkpoint(script)):
+            name = script
+    return Path(args.log_dir) / name
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:

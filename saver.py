@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import os
 import re
 import threading
@@ -30,7 +31,7 @@ from checkpoint import (
     write_checkpoint,
 )
 from checkpoint_file import Unreadable, tensor_bytes
-from config import Settings, UserError
+from config import Settings, UserError, log_base
 from device import Device, environment, free_memory
 from hang import may_take_long
 from model import GPTModel
@@ -70,6 +71,7 @@ class Saver:
         self.copies: dict[str, Any] = {}  # of all tensors, used again by each save
         if self.rank == 0:
             self.lock = claim(self.path)
+            self.number = free_number(self.path, log_base(args))  # for files of earlier runs
             try:
                 check_space(target_of(self.path).parent, 12 * model.num_parameters())
             except OSError as reason:
@@ -90,7 +92,7 @@ class Saver:
             state.notes.append(f"not the latest, since {'; '.join(self.wrong)}")
         if state.step > steps:
             raise UserError(f"{file} is at step {state.step} already, beyond --num-steps {steps}")
-        if target_of(state.home) != target_of(self.path) and os.path.exists(state.home):
+        if target_of(state.home) != target_of(self.path) and _has_run(state.home, state.run_id):
             # A copy, whose original may go on: as the same run they would share their metrics.
             state.notes.append(f"a branch of run {state.run_id}, whose checkpoint is {state.home}")
             known = f"{state.run_id} {target_of(self.path)}"  # so that all ranks have the same
@@ -103,9 +105,9 @@ class Saver:
         names.
         """
         if self.rank == 0 and not self.args.resume:
-            self.state.notes += set_aside(run_files(self.path))
+            self.state.notes += set_aside(run_files(self.path), self.number)
         elif self.rank == 0 and self.wrong:  # or the next save would make it the previous one
-            self.state.notes += set_aside([target_of(self.path)])
+            self.state.notes += set_aside([target_of(self.path)], self.number)
         self.ranks.meet()
 
     def _load(self, file: Path) -> None:
@@ -212,7 +214,7 @@ class Saver:
                 continue
             if found < step:
                 if file != target:
-                    set_aside([target])
+                    set_aside([target], free_number(target, log_base(self.args)))
                 return found
         return -1
 
@@ -261,18 +263,7 @@ def claim(path: Path) -> IO[str]:
         raise UserError(f"{path} is not a plain file; give a file name as --checkpoint-path")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(target.with_name(target.name + ".lock"), "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"{path} is in use by another run ({lock.read().strip()}); stop it, or give "
-                "another --checkpoint-path"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        lock.flush()
+        lock = hold(target.with_name(target.name + ".lock"), str(path), "--checkpoint-path")
         stem = re.escape(target.stem)
         for rest in target.parent.iterdir():
             label = rf"(\.({_LABELS}))?"
@@ -285,6 +276,36 @@ def claim(path: Path) -> IO[str]:
     return lock
 
 
+def hold(lock: Path, what: str, flag: str) -> IO[str]:
+    """Takes the lock file that stands for `what`, until the result is closed or the process ends.
+    Raises OSError, or UserError that says who has it and which flag to give.
+    """
+    file = open(lock, "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"{what} is in use by another run ({file.read().strip()}); stop it, or give another "
+            f"{flag}"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    return file
+
+
+def _has_run(path: str, run_id: str) -> bool:
+    """Whether the run of this id is at a path; a file that can't be read may be it."""
+    if not os.path.exists(path):
+        return False
+    try:
+        with open_checkpoint(path) as contents:
+            return bool(contents.tree["run_id"] == run_id)
+    except Unreadable:
+        return True
+
+
 def run_files(path: Path) -> list[Path]:
     """All checkpoints of the run at `path`."""
     target = target_of(path)
@@ -295,14 +316,27 @@ def run_files(path: Path) -> list[Path]:
     return sorted(p for p in target.parent.iterdir() if re.fullmatch(name, p.name))
 
 
-def set_aside(files: list[Path]) -> list[str]:
-    """Gives files of an earlier run a number in their names, the same for all of them; returns a
-    line that says so, or nothing.
+def free_number(path: Path, logs: Path) -> int:
+    """The first number that nothing has been set aside with, neither checkpoints of runs at `path`
+    nor their metrics, which are at `logs`.jsonl: what belongs together gets the same one.
+    """
+    target, taken = target_of(path), set[str]()
+    stem, suffix = re.escape(target.stem), re.escape(target.suffix)
+    numbered = {
+        target.parent: rf"{stem}\.(\d+)(\.({_LABELS}))?{suffix}",
+        logs.parent: rf"{re.escape(logs.name)}\.(\d+)\.jsonl",
+    }
+    for folder, pattern in numbered.items():
+        if folder.is_dir():
+            taken |= {m[1] for p in folder.iterdir() if (m := re.fullmatch(pattern, p.name))}
+    return next(n for n in itertools.count(1) if str(n) not in taken)
+
+
+def set_aside(files: list[Path], number: int) -> list[str]:
+    """Gives files of an earlier run this number in their names; returns a line that says so, or
+    nothing. Raises UserError.
     """
     files = [f for f in files if os.path.lexists(f)]
-    number = 1
-    while any(os.path.lexists(_numbered(f, number)) for f in files):
-        number += 1
     try:
         for f in files:
             os.rename(f, _numbered(f, number))

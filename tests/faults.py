@@ -141,7 +141,7 @@ class Place:
     @property
     def jsonl(self) -> Path:
         """Its metrics."""
-        paths = [self.folder / f"logs/{s}.jsonl" for s in ("train_minimal", "train_ddp")]
+        paths = [self.folder / f"logs/{s}.jsonl" for s in ("train_minimal", "train_ddp", "c")]
         return next(path for path in paths if path.exists())
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import saver as saver_module
 from checkpoint import read_checkpoint
 from config import UserError
 from ranks import Ranks
-from saver import Saver, claim, copied, run_files, set_aside
+from saver import Saver, claim, copied, free_number, run_files, set_aside
 
 DATA = {"train": {"fingerprint": "a"}, "val": {"fingerprint": "b"}, "tokenizer": ""}
 
@@ -188,8 +188,23 @@ def test_numbers_stand_before_the_label(tmp_path, name, files, wanted):
     for file in files:
         (tmp_path / file).touch()
     assert [p.name for p in run_files(tmp_path / name)] == sorted(files)
-    set_aside(run_files(tmp_path / name))
+    set_aside(run_files(tmp_path / name), 1)
     assert names(tmp_path) == sorted(wanted)
+
+
+def test_a_run_and_its_metrics_are_set_aside_with_the_same_number(tmp_path, saver):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "c.3.jsonl").touch()  # of a run that never saved
+    (logs / "other.1.jsonl").touch()
+    (tmp_path / "c.1.pt").touch()  # of one whose metrics are gone
+    assert free_number(tmp_path / "c.pt", logs / "c") == 2
+    (tmp_path / "c.2.step000005.pt").touch()
+    assert free_number(tmp_path / "c.pt", logs / "c") == 4
+    (tmp_path / "c.pt").touch()
+    saver(log_dir=str(logs))
+    assert (tmp_path / "c.4.pt").exists() and not (tmp_path / "c.pt").exists()
+    assert free_number(tmp_path / "no/such/folder/c.pt", tmp_path / "none/c") == 1
 
 
 def test_a_symbolic_link_stays_one_when_its_target_is_renamed(tmp_path, saver):
@@ -203,7 +218,7 @@ def test_a_symbolic_link_stays_one_when_its_target_is_renamed(tmp_path, saver):
 
 def test_nothing_to_rename_is_nothing_to_say(tmp_path, run, saver):
     saver()
-    assert set_aside([tmp_path / "none.pt"]) == [] == run.state.notes
+    assert set_aside([tmp_path / "none.pt"], 1) == [] == run.state.notes
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -645,6 +660,18 @@ def test_a_copy_becomes_a_run_of_its_own_and_a_moved_file_does_not(tmp_path, sav
     moved = Run()
     saver(run=moved, resume=True, path=tmp_path / "moved.pt").load()
     assert moved.state.run_id == saved.state.run_id
+
+
+def test_a_run_that_was_set_aside_is_itself_and_no_copy(tmp_path, saved, saver):
+    saver(run=Run()).save()  # another run at the same path
+    assert step_of(tmp_path / "c.1.pt") == 2
+    old = Run()
+    saver(run=old, resume=True, path=tmp_path / "c.1.pt").load()
+    assert old.state.run_id == saved.state.run_id
+    damage(tmp_path / "c.pt")  # whose file that was can't be told
+    old = Run()
+    saver(run=old, resume=True, path=tmp_path / "c.1.pt").load()
+    assert old.state.run_id != saved.state.run_id
 
 
 @pytest.mark.parametrize("name", ["c.best.pt", "c.previous.pt", "c.step000500.pt"])
