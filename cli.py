@@ -68,6 +68,7 @@ def parse_settings(
         raise UserError("--allow-change is about a run to continue; give --resume too")
     if found:
         base = found
+        _move_logs(base, path)
         if script != "train_ddp":  # how the run was spread is no part of what it is
             for name in _SPREAD:
                 base.pop(name, None)
@@ -104,6 +105,17 @@ def parse_settings(
     args = _settle_batch(args, typed, data_world, kept)
     _refuse_changes(base, args)
     return args
+
+
+def _move_logs(saved: dict[str, Any], path: str) -> None:
+    """Logs that lay below the folder of the checkpoint have gone where that is now, unless they
+    are still there.
+    """
+    old, logs = os.path.dirname(saved.get("checkpoint_path", "")), saved.get("log_dir", "logs")
+    below = os.path.relpath(logs, old or ".")
+    new = os.path.normpath(os.path.join(os.path.dirname(path), below))
+    if not below.startswith("..") and (os.path.isdir(new) or not os.path.isdir(logs)):
+        saved["log_dir"] = new
 
 
 def _settle_spread(script: str, args: Settings, world: int) -> int:

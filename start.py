@@ -59,6 +59,16 @@ def meet() -> Start:
         return Start(dist.PrefixStore(name, store), name, rank, world, local, here, True, again)
 
 
+def must_be_alone() -> None:
+    """Raises UserError where several processes were started of a script that trains in one."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and world != "1":
+        raise UserError(
+            f"this is one of {world} processes, and train_minimal.py trains in one; start "
+            f"train_ddp.py instead: torchrun --nproc-per-node={world} train_ddp.py"
+        )
+
+
 def by_torchrun() -> bool:
     """Whether torchrun has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ

@@ -12,6 +12,7 @@ from model import GPTModel
 from optim import make_optimizer
 from run_log import RunLog
 from saver import Saver
+from start import first_to_say, must_be_alone
 from step import RunState, check_finite, due, rehearse, train_step
 from watch import Watch
 
@@ -56,10 +57,11 @@ def main(args: Settings, watch: Watch) -> int:
 
 
 def launch(argv: list[str]) -> int:
+    must_be_alone()
     args = parse_settings("train_minimal", argv, saved=resumable_settings)
     with Watch() as watch:
         return main(args, watch)
 
 
 if __name__ == "__main__":
-    run_script(launch)
+    run_script(launch, first_to_say)

@@ -270,6 +270,37 @@ def test_resume_auto_continues_what_is_there_or_starts():
         parse(*typed, saved=damaged)
 
 
+@pytest.mark.parametrize(
+    "stored, logs, there, path, expected",
+    [
+        ("runs/a/c.pt", "runs/a/logs", ["runs/b/logs"], "runs/b/c.pt", "runs/b/logs"),  # moved
+        ("runs/a/c.pt", "runs/a", ["runs/b"], "runs/b/c.pt", "runs/b"),
+        (
+            "runs/a/c.pt",
+            "runs/a/logs",
+            ["runs/b"],
+            "runs/b/c.pt",
+            "runs/b/logs",
+        ),  # logs thrown away
+        ("runs/a/c.pt", "runs/a/l", ["runs/a/l", "runs/b/l"], "runs/b/c.pt", "runs/b/l"),  # copied
+        ("c.pt", "logs", ["logs", "old"], "old/c.pt", "logs"),  # the checkpoint alone was moved
+        ("c.pt", "logs", ["project/logs"], "project/c.pt", "project/logs"),  # from another folder
+        ("checkpoints/c.pt", "logs", ["new"], "new/c.pt", "logs"),  # beside it, not below
+        ("runs/a/c.pt", "runs/a/logs", ["runs/a/logs"], "runs/a/c.pt", "runs/a/logs"),
+    ],
+)
+def test_logs_move_with_the_folder_of_their_checkpoint(
+    tmp_path, monkeypatch, stored, logs, there, path, expected
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in there:
+        (tmp_path / folder).mkdir(parents=True)
+    saved = flat(parse("--checkpoint-path", stored, "--log-dir", logs))
+    flags = ["--resume", "--checkpoint-path", path]
+    assert parse(*flags, saved=lambda p: saved).log_dir == expected
+    assert parse(*flags, "--log-dir", "mine", saved=lambda p: saved).log_dir == "mine"
+
+
 def test_resume_is_alone_or_auto():
     assert parse("--resume", saved=lambda path: flat(parse())).resume is True
     assert parse("--no-resume").resume is False

@@ -120,6 +120,15 @@ def test_a_mistake_of_all_ranks_is_said_once(program):
     assert "n_heads=3 does not divide" in out[out.index("Root Cause") :]  # torchrun's last words
 
 
+def test_torchrun_with_the_script_for_one_process_names_the_other(program):
+    out = program("train_minimal.py", *TINY.split(), ok=False, ranks=2)
+    said = (
+        "error: this is one of 2 processes, and train_minimal.py trains in one; start train_ddp.py"
+    )
+    assert out.count(said) == 1 and "in use" not in out
+    program("train_minimal.py", *TINY.split(), "--num-steps", "2", ranks=1)
+
+
 def test_data_that_one_rank_lacks_is_an_error_of_all(tmp_path, program):
     # Two processes in different folders, as on two machines; no torchrun.
     with socket.create_server(("127.0.0.1", 0)) as free:
