@@ -182,7 +182,8 @@ class Settings:
     threads: int = flag(0, "CPU threads of each process; 0 = cores / processes of this machine",
                         at_least=0)
     deterministic: bool = flag(False, "GPUs: only kernels that give the same bits each time")
-    timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1)
+    timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1,
+                                at_most=604_800)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -304,7 +305,8 @@ class EvalSettings:
     log_dir: str = flag("logs", "folder of eval.log and eval.jsonl")
     threads: int = flag(0, "CPU threads of each process; 0 = cores / processes of this machine",
                         at_least=0)
-    timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1)
+    timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1,
+                                at_most=604_800)
 
     def __post_init__(self) -> None:
         check_fields(self)

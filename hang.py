@@ -84,8 +84,9 @@ class Report:
 
 
 class HangGuard:
-    """Watches the ranks from a thread of each, from the first to the last time they wait for each
-    other. Slow steps are no hang, however long they take.
+    """Watches the ranks from a thread of each, from before the first time they wait for each other
+    until the `with` block of the guard is left, however that is. Slow steps are no hang, however
+    long they take.
     """
 
     def __init__(
@@ -102,19 +103,34 @@ class HangGuard:
         self.store, self.rank, self.world, self.timeout = store, rank, world, timeout_seconds
         self.gpu_is_busy = gpu_is_busy
         self.pause = min(1.0, timeout_seconds / 40)
-        self.silence = min(_SILENT_SECONDS, timeout_seconds / 4)
+        self.silence = min(_SILENT_SECONDS, max(2.0, timeout_seconds / 4))
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def end(self) -> None:
-        """The ranks part: from now on none is missed."""
-        self.ended.set()
+    def __enter__(self) -> HangGuard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()  # from now on no rank is missed
+
+    def gone(self) -> list[int]:
+        """Which ranks have ended: those whose guards report nothing for a while. Where their store
+        has ended, it was with rank 0.
+        """
+        try:
+            before = self._reports()
+            time.sleep(3 * self.pause + 0.5)
+            now = self._reports()
+        except Exception:  # torch raises many kinds
+            return [0] if self.rank else []
+        return [r for r in range(self.world) if r not in now or now[r] == before.get(r)]
 
     def _run(self) -> None:
         number, moved, before = 0, time.monotonic(), replace(_progress)
         calls: list[Call] = []
         heard: dict[int, tuple[int, float]] = {}  # rank: its last report, and when it came
+        nothing = Report(0, 0.0, False, False, [])
         while not self.ended.wait(self.pause):
             number, now = number + 1, time.monotonic()
             stacks = {} if before != _progress else stacks_of_threads()
@@ -133,7 +149,8 @@ class HangGuard:
                 if mine.waiting and mine.still > self.timeout:
                     self._end_run(f"rank {self.rank}: the launcher is gone, and no rank gets on")
                 continue
-            for rank, report in reports.items():
+            for rank in range(self.world):
+                report = reports.setdefault(rank, nothing)
                 if rank not in heard or heard[rank][0] != report.number:
                     heard[rank] = (report.number, now)
             silent = [r for r in reports if now - heard[r][1] >= self.silence]
@@ -213,11 +230,13 @@ def judge(reports: dict[int, Report], silent: list[int], timeout: float) -> str 
         for r, report in reports.items()
         if r not in silent and report.waiting and report.still >= _WAITED * timeout
     ]
-    limits = {False: _STUCK * timeout, True: _WAITED * PATIENT_SECONDS}
+    patience = _WAITED * max(PATIENT_SECONDS, timeout)
     stuck = [
         r
         for r, report in reports.items()
-        if r not in silent and not report.waiting and report.still >= limits[report.patient]
+        if r not in silent
+        and not report.waiting
+        and report.still >= (patience if report.patient else _STUCK * timeout)
     ]
     if not waited or not (silent or stuck):
         return None

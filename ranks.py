@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -138,7 +138,8 @@ def process_group(
     device = pick_device(args.device, local_rank=ranks.local_rank).torch
     cuda = device.type == "cuda"
     use_threads(args.threads, ranks.local_world)
-    with lost_ranks_are_one_line():
+    guard = _guard(start, args.timeout_seconds, device) if ranks.world > 1 else None
+    with guard or nullcontext(), lost_ranks_are_one_line(guard.gone if guard else list):
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             timeout=datetime.timedelta(seconds=args.timeout_seconds),
@@ -149,20 +150,18 @@ def process_group(
         )
         on_cpu, patient = (
             dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=seconds))
-            for seconds in (args.timeout_seconds, PATIENT_SECONDS)
+            for seconds in (args.timeout_seconds, max(PATIENT_SECONDS, args.timeout_seconds))
         )
-        guard = _guard(start, args.timeout_seconds, device) if ranks.world > 1 else None
         host = socket.gethostname()
-        try:
-            yield dataclasses.replace(ranks, on_cpu=on_cpu, patient=patient, host=host)
-        finally:
-            if guard is not None:
-                guard.end()
+        yield dataclasses.replace(ranks, on_cpu=on_cpu, patient=patient, host=host)
     dist.destroy_process_group()
 
 
 def _guard(start: Start, timeout_seconds: int, device: torch.device) -> HangGuard:
-    mine = dist.PrefixStore(f"guard {start.name}", store_of_launcher())  # its thread's alone
+    with lost_ranks_are_one_line():
+        mine = dist.PrefixStore(
+            f"guard {start.name}", store_of_launcher()
+        )  # a connection of its own
     return HangGuard(mine, start.rank, start.world, timeout_seconds, queue_of(device))
 
 

@@ -191,6 +191,7 @@ def test_resume_takes_typed_flags_over_saved_ones():
         (["--use-toy-data", "--train-data", "x.txt"], "give one of"),
         (["--train-data", "x.txt", "--val-npy", "y.npy"], "text goes with text"),
         (["--preset", "toy", "--resume"], "--preset with --resume"),
+        (["--timeout-seconds", "10000000000000"], "must be at most 604800"),
         (["--arch", "gpt2", "--ngram-rows", "100"], "ngram_rows=100 is for --arch modern"),
         (["--muon-momentum", "1"], "muon_momentum=1.0 must be at least 0 and below 1"),
         (["--micro-batch", "auto", "--batch-size", "4"], "--micro-batch auto chooses batch_size"),

@@ -113,7 +113,7 @@ def guarded():
 
     yield make
     for guard in made:
-        guard.end()
+        guard.ended.set()
 
 
 ELSEWHERE = ("/x/data.py", "read")
@@ -121,7 +121,7 @@ EXCHANGE = ("/x/torch/distributed/c10d.py", "all_reduce")
 
 
 def silent_rank(where="data.py:5 in read"):
-    return Store(rank1=json.dumps(asdict(report(where=where))).encode())
+    return Store(rank1=json.dumps(asdict(report(where=where, still=0.0))).encode())
 
 
 def test_a_guard_ends_a_run_that_waits_for_a_silent_rank(ended, guarded):
@@ -130,6 +130,26 @@ def test_a_guard_ends_a_run_that_waits_for_a_silent_rank(ended, guarded):
     assert ended.while_at(*EXCHANGE, 8)
     assert "rank 1 does not answer" in ended.said[0] and "data.py:5" in ended.said[0]
     assert 1.5 < time.monotonic() - start < 4
+
+
+def test_a_rank_that_ended_before_its_first_word_is_named(ended, guarded):
+    guarded(Store(), rank=0, world=2, timeout_seconds=0.4)
+    assert ended.while_at(*EXCHANGE, 8)
+    assert "error: rank 1 does not answer" in ended.said[0] and "rank 0" not in ended.said[0]
+
+
+def test_ranks_that_ended_are_told_from_those_that_answer(guarded):
+    store = silent_rank()
+    guard = guarded(store, rank=0, world=4, timeout_seconds=0.4)
+    guarded(store, rank=2, world=4, timeout_seconds=0.4)
+    time.sleep(0.2)
+    assert guard.gone() == [1, 3]  # one that was there, one that never was
+
+    class Lost(Store):
+        def check(self, keys):
+            raise ConnectionError
+
+    assert guarded(Lost(), 1, 2, 0.4).gone() == [0]  # which had the store
 
 
 def test_a_rank_that_waits_for_its_gpu_waits_for_the_others(ended, guarded):
@@ -163,9 +183,8 @@ def test_a_lost_store_ends_only_those_that_wait(ended, guarded):
 
 
 def test_a_guard_ends_with_its_run(guarded):
-    guard = guarded(Store(), 0, 2, timeout_seconds=0.4)
-    assert guard.thread.is_alive()
-    guard.end()
+    with guarded(Store(), 0, 2, timeout_seconds=0.4) as guard:
+        assert guard.thread.is_alive()
     guard.thread.join(5)
     assert not guard.thread.is_alive()
 
@@ -298,7 +317,7 @@ while time.monotonic() < end:
     for a in functions:
         for b in functions:
             a(12, a, b)
-print("survived" if Clock.looks > 100 else "did not look", flush=True)
+print("survived" if Clock.looks > 10 else "did not look", flush=True)
 hang.os._exit(0)
 """
 

@@ -94,6 +94,63 @@ def test_identity_tells_one_changed_weight():
     assert identity(args, {**data, "val": {}}, model)["data"] != before["data"]
 
 
+class Two:
+    """Two ranks without torchrun, started by hand."""
+
+    def __init__(self, program, *flags):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "train_ddp.py"), *TINY.split(), *flags],
+                cwd=program.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env={**program.env, **env, "RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2"},
+            )
+            for r in (0, 1)
+        ]  # fmt: skip
+
+    def said(self):
+        """What each printed on stderr."""
+        return [process.communicate(timeout=90)[1] for process in self.processes]
+
+
+def test_without_torchrun_a_mistake_of_all_ranks_is_said_once_too(program):
+    ranks = Two(program, "--n-heads", "3")
+    said = "".join(ranks.said())
+    assert [p.returncode for p in ranks.processes] == [2, 2]
+    assert said.count("\n") == 1 and "error: n_heads=3 does not divide" in said
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_without_torchrun_a_rank_that_is_killed_is_named_by_the_others(program, killed):
+    ranks = Two(program, "--num-steps", "100000")
+    ranks.processes[0].stdout.readline()  # both are connected
+    ranks.processes[killed].kill()
+    error = ranks.said()[1 - killed].splitlines()[-1]
+    assert f"error: no connection to the other ranks: rank {killed} ended" in error
+
+
+def test_marks_of_launchers_that_are_gone_do_not_pile_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(start_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    user, ended = os.getuid(), subprocess.Popen(["true"])
+    ended.wait()
+    mine = f"rosetrainer-{user}-{os.getpid()}-{start_module._began(os.getpid())}"
+    kept = {
+        mine,
+        f"rosetrainer-{user + 1}-{ended.pid}-5",
+        "rosetrainer-x",
+        f"rosetrainer-{user}-x-5",
+    }
+    reused = f"rosetrainer-{user}-{os.getpid()}-5"  # the number of a process is used again
+    for name in (*kept, f"rosetrainer-{user}-{ended.pid}-5", reused):
+        (tmp_path / name).touch()
+    start_module.begun()
+    begun = start_module._mark().name
+    assert {p.name for p in tmp_path.iterdir()} == kept | {begun}
+
+
 def test_missing_ranks_are_named(monkeypatch):
     monkeypatch.setattr(start_module, "_START_SECONDS", 0.3)
     store = dist.HashStore()
