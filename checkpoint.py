@@ -40,6 +40,7 @@ from config import (
     UserError,
     check_fields,
     choose,
+    expanded,
     flag,
     flat,
     settings_from,
@@ -351,8 +352,8 @@ def _settings_with_tokenizer(path: Path) -> dict[str, Any]:
     try:
         build_tokenizer(name)
     except UserError:
-        folder = Path(settings_from(settings).cache_dir).expanduser() / "tokenizers"
-        copy = folder / f"{hashlib.sha256(stored.encode()).hexdigest()[:16]}.json"
+        cache = expanded(settings_from(settings).cache_dir, "--cache-dir")
+        copy = cache / f"tokenizers/{hashlib.sha256(stored.encode()).hexdigest()[:16]}.json"
         _write_tokenizer(stored, path, copy)
         settings["tokenizer_name"] = str(copy)
     return settings

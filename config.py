@@ -375,6 +375,18 @@ def default_checkpoint(script: str) -> str:
     return f"checkpoints/minigpt_{'ddp' if script == 'train_ddp' else 'single'}.pt"
 
 
+def expanded(path: str | Path, flag: str) -> Path:
+    """A path in which ~ may stand for the home directory. Raises UserError where the user has none:
+    HOME is not set, and the number of the user stands for no account, as in some containers.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path}: this user has no home directory; set HOME, or name another folder with {flag}"
+        ) from None
+
+
 def log_base(args: Settings) -> Path:
     """What the logs of a run are called, without their endings: in log_dir, as its checkpoint is,
     or for a trainer's default checkpoint as the trainer.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from alone import ALONE, Alone
-from config import Settings, UserError, with_vocab
+from config import Settings, UserError, expanded, with_vocab
 from device import Device
 from leak import refuse_leak
 from shards import JoinedTokens, Source, TokenShards, ToyTokens, find_shards, hash_of, mix
@@ -254,7 +254,7 @@ class TextDatasetForCausalLM(TokenDataset):
         cache_dir: str | Path = "~/.cache/rosetrainer",
     ) -> None:
         files = find_sources(paths) if paths else stdlib_files()
-        shards, key = tokenize_files(files, tokenizer, Path(cache_dir).expanduser())
+        shards, key = tokenize_files(files, tokenizer, expanded(cache_dir, "--cache-dir"))
         name = f"source of the Python standard library ({len(files)} files)"
         name = ", ".join(map(str, paths)) or name
         source = TokenShards(shards, tokenizer.vocab_size, name, fingerprint=key)
@@ -389,7 +389,7 @@ def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
     if not len(train):
         raise UserError(f"max_tokens={args.max_tokens} is less than one window of {args.seq_len}")
     if args.has_val_files:
-        refuse_leak(train, val, Path(args.cache_dir).expanduser())
+        refuse_leak(train, val, expanded(args.cache_dir, "--cache-dir"))
     if args.sample_prompt and not tokenizer:
         raise UserError(
             "--sample-prompt needs a tokenizer, and this data names none; try --tokenizer-name gpt2"

@@ -7,7 +7,6 @@ They are names of the same files where they hold the same step, and take no spac
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import os
@@ -34,6 +33,7 @@ from checkpoint_file import Unreadable, tensor_bytes
 from config import Settings, UserError, log_base
 from device import Device, environment, free_memory
 from hang import may_take_long
+from locks import lock
 from model import GPTModel
 from step import RunState
 
@@ -263,7 +263,7 @@ def claim(path: Path) -> IO[str]:
         raise UserError(f"{path} is not a plain file; give a file name as --checkpoint-path")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = hold(target.with_name(target.name + ".lock"), str(path), "--checkpoint-path")
+        held = hold(target.with_name(target.name + ".lock"), str(path), "--checkpoint-path")
         stem = re.escape(target.stem)
         for rest in target.parent.iterdir():
             label = rf"(\.({_LABELS}))?"
@@ -273,22 +273,20 @@ def claim(path: Path) -> IO[str]:
         raise UserError(
             f"cannot save to {path}: {reason.strerror}; change --checkpoint-path"
         ) from reason
-    return lock
+    return held
 
 
-def hold(lock: Path, what: str, flag: str) -> IO[str]:
+def hold(path: Path, what: str, flag: str) -> IO[str]:
     """Takes the lock file that stands for `what`, until the result is closed or the process ends.
     Raises OSError, or UserError that says who has it and which flag to give.
     """
-    file = open(lock, "a+")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    file = open(path, "a+")  # noqa: SIM115
+    if not lock(file, wait=False):
         file.seek(0)
         raise UserError(
             f"{what} is in use by another run ({file.read().strip()}); stop it, or give another "
             f"{flag}"
-        ) from None
+        )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}")
     file.flush()

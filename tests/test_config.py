@@ -1,9 +1,19 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from cli import parse_flags, parse_settings, run_script
-from config import PRESETS, GPTConfig, NothingSaved, Settings, UserError, flat, settings_from
+from config import (
+    PRESETS,
+    GPTConfig,
+    NothingSaved,
+    Settings,
+    UserError,
+    expanded,
+    flat,
+    settings_from,
+)
 
 DESIGN_FLAGS = [
     "--vocab-size",
@@ -300,6 +310,14 @@ def test_logs_move_with_the_folder_of_their_checkpoint(
     flags = ["--resume", "--checkpoint-path", path]
     assert parse(*flags, saved=lambda p: saved).log_dir == expected
     assert parse(*flags, "--log-dir", "mine", saved=lambda p: saved).log_dir == "mine"
+
+
+def test_a_user_without_a_home_is_told_what_to_give(monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where pwd knows no such user
+    said = "~/x: this user has no home directory; set HOME, or name another folder with --cache-dir"
+    with pytest.raises(UserError) as caught:
+        expanded("~/x", "--cache-dir")
+    assert str(caught.value) == said and expanded("/x", "--cache-dir") == Path("/x")
 
 
 def test_resume_is_alone_or_auto():
