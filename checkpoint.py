@@ -138,11 +138,10 @@ def write_checkpoint(
 ) -> None:
     """Puts content at `path`, as its latest state, and under the labels as second names of the same
     file. The latest before becomes the previous one, unless keep_previous leaves that as it is.
-    Raises UserError; the file at `path` is then as before.
+    Raises UserError; the file at `path` is then as before, or whole and new.
     """
     target = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    previous = sibling(target, "previous")
     on_cpu = _on_cpu(content)
     broken = [name for name, t in _tensors(on_cpu) if not _is_finite(t)]
     if broken:
@@ -155,21 +154,21 @@ def write_checkpoint(
             write_sealed(temporary, on_cpu)
             with open_checkpoint(temporary):  # is it as it was written, and can it be loaded?
                 pass
-            # A kill may come between any two of these: what can be resumed must be there before
-            # the labels, and they before the rename, or they would be left out for good.
-            first = bool(labels) and not target.exists() and not previous.exists()
             if target.exists() and not keep_previous:
-                _second_name(target, previous)
-            elif first:
-                _second_name(temporary, previous)
-            for label in labels:
-                _second_name(temporary, sibling(target, label))
-            os.replace(temporary, target)
-            if first:
-                previous.unlink()
+                _second_name(target, sibling(target, "previous"))
+            os.replace(temporary, target)  # before the labels, so that what is there is resumed
+            add_names(target, *labels)
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
+
+
+def add_names(path: Path, *labels: str) -> None:
+    """Has the file also under these labels, where it is not yet. Raises UserError."""
+    with _says_why(path):
+        for name in (sibling(path, label) for label in labels):
+            if not (name.exists() and name.samefile(path)):
+                _second_name(path, name)
 
 
 def _on_cpu(tree: Any) -> Any:

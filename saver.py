@@ -21,6 +21,7 @@ from torch import Tensor
 
 from alone import ALONE, Alone
 from checkpoint import (
+    add_names,
     check_space,
     content_of,
     load_checkpoint,
@@ -108,6 +109,8 @@ class Saver:
             self.state.notes += set_aside(run_files(self.path), self.number)
         elif self.rank == 0 and self.wrong:  # or the next save would make it the previous one
             self.state.notes += set_aside([target_of(self.path)], self.number)
+        elif self.rank == 0 and self.state.step:  # a kill may have come before its other names
+            add_names(target_of(self.path), *self._labels())
         self.ranks.meet()
 
     def _load(self, file: Path) -> None:
@@ -145,9 +148,7 @@ class Saver:
         return seconds
 
     def _save(self, content: dict[str, Any]) -> None:
-        step, keep = self.state.step, self.args.keep_every
-        labels = ["best"] if self.state.at_best else []
-        labels += [f"step{step:06d}"] if keep and step % keep == 0 else []
+        step, labels = self.state.step, self._labels()
         if self._in_background(tensor_bytes(content)):
             try:
                 content = content if self.parts else self._snapshot(content)
@@ -158,6 +159,12 @@ class Saver:
                 self.copies = {}
                 self.state.notes.append(f"no memory to save in the background ({reason})")
         self._write(content, step, labels)
+
+    def _labels(self) -> list[str]:
+        """Under which other names the current step is kept."""
+        step, keep = self.state.step, self.args.keep_every
+        labels = ["best"] if self.state.at_best else []
+        return labels + ([f"step{step:06d}"] if keep and step % keep == 0 else [])
 
     def _gather(self, name: str, tensor: Tensor) -> Tensor:
         """All of it. Where ranks have parts, a copy on the CPU of rank 0; others keep nothing."""

@@ -375,6 +375,23 @@ def test_milestones_and_the_best_are_kept(tmp_path, run, saver):
     assert os.path.samefile(tmp_path / "c.previous.pt", tmp_path / "c.step000004.pt")
 
 
+def test_names_that_a_kill_left_out_are_made_up_for(tmp_path, run, saver):
+    run.state.best_step = 1
+    s = saver(keep_every=1)
+    s.save()
+    run.step()
+    run.state.best_step = 2
+    s.save()
+    os.remove(tmp_path / "c.step000002.pt")  # as if killed before the second names of step 2
+    os.replace(tmp_path / "c.previous.pt", tmp_path / "c.best.pt")
+    fresh = Run()
+    s = saver(run=fresh, resume=True, keep_every=1)
+    s.load()
+    s.begin()
+    assert {step_of(tmp_path / f"c.{name}.pt") for name in ("best", "step000002")} == {2}
+    assert names(tmp_path) == ["c.best.pt", "c.pt", "c.step000001.pt", "c.step000002.pt"]
+
+
 def failing_once(monkeypatch, error, calls=1):
     original, left = saver_module.write_checkpoint, [calls]
 
