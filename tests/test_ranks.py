@@ -13,6 +13,7 @@ import torch.distributed as dist
 from conftest import ROOT, toy_settings
 from test_distributed import TINY
 
+import hang
 import start as start_module
 from benchmarks.common import on_ranks
 from config import UserError
@@ -79,6 +80,13 @@ def test_what_is_wrong_on_one_rank_stops_all_with_its_name():
     assert zero[1] == "a.txt: no such file"
     assert zero[2].startswith("the ranks differ in torch: 2.0 on rank 0 (host0), 2.1 on rank 1 (ho")
     assert zero[3:] == [None, 3]
+
+
+def test_a_rank_may_take_long_for_what_each_does_alone(group):
+    assert Ranks().each(lambda: hang._progress.long_work) == 1
+    before = hang._progress.exchanges
+    Ranks().agree(1), sum_ranks(torch.ones(1))
+    assert hang._progress.exchanges == before + 2 and hang._progress.long_work == 0
 
 
 def test_identity_tells_one_changed_weight():

@@ -12,6 +12,7 @@ from conftest import CPU
 from test_checkpoint_file import equal
 from test_step import Run
 
+import hang
 import saver as saver_module
 from checkpoint import read_checkpoint
 from config import UserError
@@ -273,6 +274,33 @@ def test_a_background_save_holds_the_state_of_its_moment(tmp_path, run, saver, m
         assert content["step"] == step and equal(content["model"], weights)
         assert equal(content["optimizer"]["wte.weight"], moments)
     assert step_of(tmp_path / "c.previous.pt") == 1
+
+
+def test_a_rank_that_saves_or_loads_may_take_long(tmp_path, run, saver, monkeypatch):
+    seen, writing, go = [], threading.Event(), threading.Event()
+
+    def noted(function):
+        def call(*args, **more):
+            seen.append((function.__name__, hang._progress.long_work))
+            writing.set()
+            assert go.wait(20)
+            return function(*args, **more)
+
+        return call
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", noted(saver_module.write_checkpoint))
+    monkeypatch.setattr(saver_module, "load_checkpoint", noted(saver_module.load_checkpoint))
+    go.set()
+    saver().save()
+    saver(run=Run(), resume=True).load()
+    assert seen == [("write_checkpoint", 1), ("load_checkpoint", 1)]
+    go.clear(), writing.clear()
+    s = saver(checkpoint_async="on")
+    s.save()  # in another thread: this one goes on, and nothing excuses it
+    assert writing.wait(20) and hang._progress.long_work == 0
+    threading.Timer(0.2, lambda: (seen.append(hang._progress.long_work), go.set())).start()
+    s.finish()
+    assert seen[-1] == 1 and hang._progress.long_work == 0
 
 
 def test_a_save_waits_for_the_one_before(tmp_path, run, saver, monkeypatch):
