@@ -24,6 +24,10 @@ class Alone:
     def must_agree(self, mine: Mapping[str, object]) -> None:
         """Raises UserError on all ranks unless they have the same under each name."""
 
+    def agree(self, *wishes: int) -> list[int]:
+        """The largest of each wish over the ranks."""
+        return list(wishes)
+
     def no_sync(self) -> AbstractContextManager[object]:
         """In it, a backward pass keeps its gradients to itself; outside of it, it averages them
         over the ranks that see other data.

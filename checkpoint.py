@@ -1,12 +1,14 @@
 """What a checkpoint holds: a whole run, by names, the same for every parallel layout.
 
-`python checkpoint.py verify|show|compare FILE...` looks at checkpoints from the command line. Which
-files a run keeps, and when it writes them, is in saver.py.
+`python checkpoint.py verify|show|compare FILE...` looks at checkpoints from the command line, and
+`checkpoint.py tokenizer FILE OUT.json` takes the tokenizer out of one. Which files a run keeps, and
+when it writes them, is in saver.py.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import re
@@ -32,10 +34,21 @@ from checkpoint_file import (
     write_sealed,
 )
 from cli import parse_flags, run_script
-from config import Settings, UserError, check_fields, choose, flag, flat, settings_from
+from config import (
+    NothingSaved,
+    Settings,
+    UserError,
+    check_fields,
+    choose,
+    expanded,
+    flag,
+    flat,
+    settings_from,
+)
 from model import GPTModel
 from optim import state_shapes
 from step import RunState
+from tokenizer import build_tokenizer, tokenizer_from_json
 
 FORMAT = 2
 _PLAIN_STATE = ("step", "tokens", "best_val_loss", "best_step", "run_id", "wandb_run_id")
@@ -120,9 +133,12 @@ def sibling(path: str | Path, label: str) -> Path:
     return Path(path).with_name(f"{Path(path).stem}.{label}{Path(path).suffix}")
 
 
-def write_checkpoint(path: str | Path, content: dict[str, Any], *labels: str) -> None:
+def write_checkpoint(
+    path: str | Path, content: dict[str, Any], *labels: str, keep_previous: bool = False
+) -> None:
     """Puts content at `path`, as its latest state, and under the labels as second names of the same
-    file. Raises UserError; the file at `path` is then as before.
+    file. The latest before becomes the previous one, unless keep_previous leaves that as it is.
+    Raises UserError; the file at `path` is then as before, or whole and new.
     """
     target = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
@@ -138,14 +154,21 @@ def write_checkpoint(path: str | Path, content: dict[str, Any], *labels: str) ->
             write_sealed(temporary, on_cpu)
             with open_checkpoint(temporary):  # is it as it was written, and can it be loaded?
                 pass
-            for label in labels:  # first, or a kill in between would leave them out for good
-                _second_name(temporary, sibling(target, label))
-            if target.exists():
+            if target.exists() and not keep_previous:
                 _second_name(target, sibling(target, "previous"))
-            os.replace(temporary, target)
+            os.replace(temporary, target)  # before the labels, so that what is there is resumed
+            add_names(target, *labels)
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
+
+
+def add_names(path: Path, *labels: str) -> None:
+    """Has the file also under these labels, where it is not yet. Raises UserError."""
+    with _says_why(path):
+        for name in (sibling(path, label) for label in labels):
+            if not (name.exists() and name.samefile(path)):
+                _second_name(path, name)
 
 
 def _on_cpu(tree: Any) -> Any:
@@ -307,13 +330,45 @@ def newest_whole(
     ]
     more = f"; there are also {', '.join(others)}" if others else ""
     if not os.path.lexists(path) and not os.path.lexists(file):
-        raise UserError(f"{wrong[0]} to resume; start without --resume{more}")
+        raise NothingSaved(f"{wrong[0]} to resume; start without --resume{more}")
     raise UserError(f"no whole checkpoint: {'; '.join(wrong)}{more}")
 
 
 def resumable_settings(path: str | Path) -> dict[str, Any]:
-    """The flat settings of the checkpoint that --resume continues. Raises UserError."""
-    return newest_whole(path, saved_settings)[0]
+    """The flat settings of the checkpoint that --resume continues. Where their tokenizer can't be
+    had any more, they name a copy of the one in the checkpoint, made now in cache_dir. Raises
+    UserError.
+    """
+    return newest_whole(path, _settings_with_tokenizer)[0]
+
+
+def _settings_with_tokenizer(path: Path) -> dict[str, Any]:
+    with open_checkpoint(path) as contents:
+        settings, stored = contents.tree["settings"], contents.tree["data"].get("tokenizer", "")
+    name = settings.get("tokenizer_name", "")
+    if not (name and stored) or os.path.isfile(name):
+        return settings
+    try:
+        build_tokenizer(name)
+    except UserError:
+        cache = expanded(settings_from(settings).cache_dir, "--cache-dir")
+        copy = cache / f"tokenizers/{hashlib.sha256(stored.encode()).hexdigest()[:16]}.json"
+        _write_tokenizer(stored, path, copy)
+        settings["tokenizer_name"] = str(copy)
+    return settings
+
+
+def _write_tokenizer(stored: str, path: str | Path, to: Path) -> None:
+    tokenizer_from_json(stored, f"the tokenizer in {path}")  # or a file would be made of anything
+    temporary = to.with_name(f"{to.name}.{os.getpid()}.tmp")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(stored, encoding="utf-8")
+        os.replace(temporary, to)
+    except OSError as reason:
+        raise UserError(
+            f"cannot write the tokenizer of {path} to {to}: {reason.strerror}"
+        ) from None
 
 
 def load_checkpoint(
@@ -452,7 +507,9 @@ def load_model(path: str | Path) -> tuple[GPTModel, Settings, dict[str, Any]]:
 class CheckpointSettings:
     """Settings of checkpoint.py."""
 
-    verb: tuple[str, ...] = flag((), "verify, show or compare, then FILES", positional=True)
+    verb: tuple[str, ...] = flag(
+        (), "verify, show, compare or tokenizer, then FILES", positional=True
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -536,7 +593,22 @@ def differences(one: str | Path, other: str | Path) -> tuple[list[str], list[str
     return about, state
 
 
-VERBS = {"verify": verify, "show": show, "compare": compare}
+def write_tokenizer(paths: tuple[str, ...]) -> None:
+    """Writes the tokenizer that a checkpoint holds to a file for --tokenizer-name."""
+    if len(paths) != 2:
+        raise UserError(f"tokenizer takes a checkpoint and a file to write, not {len(paths)} files")
+    path, to = paths
+    if os.path.lexists(to):
+        raise UserError(f"{to} is there already; give another name")
+    with open_checkpoint(path) as contents:
+        stored = contents.tree["data"].get("tokenizer", "")
+    if not stored:
+        raise UserError(f"{path} holds no tokenizer: its run was given token ids")
+    _write_tokenizer(stored, path, Path(to))
+    print(f"wrote {to}")
+
+
+VERBS = {"verify": verify, "show": show, "compare": compare, "tokenizer": write_tokenizer}
 
 
 def main(args: CheckpointSettings) -> None:

@@ -15,6 +15,7 @@ from config import (
     BEFORE,
     PRESETS,
     GPTConfig,
+    NothingSaved,
     Settings,
     UserError,
     choose,
@@ -39,28 +40,37 @@ def parse_settings(
 
     script: "train_minimal" or "train_ddp", for the default paths. world: number of processes, for
     the global batch. saved(path): the flat settings stored in a checkpoint, asked for with
-    --resume. restarted: by a launcher that repeats the command; a checkpoint that is there is then
-    of this very run, which continues.
+    --resume. restarted: by a launcher that repeats the command. Then, and with --resume auto, a
+    checkpoint that is there is of this very run, which continues.
     """
     typed = parse_flags(Settings, f"{script}.py", argv)
     path = typed.get("checkpoint_path") or default_checkpoint(script)
-    if restarted and os.path.lexists(path):
-        typed["resume"] = True
+    repeated = restarted or typed.get("resume") == "auto"
+    if "preset" in typed and typed.get("resume") and not repeated:
+        raise UserError(
+            "--preset with --resume: the run keeps its own settings; give single flags to "
+            "change them, or --resume auto to start or continue with the same command"
+        )
+    found: dict[str, Any] = {}
+    if saved is not None and (repeated or typed.get("resume")):
+        try:
+            found = dict(saved(path))
+        except NothingSaved:
+            if typed.get("resume") is True:
+                raise
+        typed["resume"] = bool(found)
+    if repeated and found:
         typed.pop("micro_batch", None)  # settled when the run began
     if typed.get("micro_batch") == "auto" and {"batch_size", "grad_accum_steps"} & typed.keys():
         raise UserError(
             "--micro-batch auto chooses batch_size and grad_accum_steps; give neither, or leave it "
             "out (--global-batch-size says how much a step sees)"
         )
-    if typed.get("allow_change") and not typed.get("resume"):
+    if typed.get("allow_change") and not (typed.get("resume") or repeated):
         raise UserError("--allow-change is about a run to continue; give --resume too")
-    if typed.get("resume") and saved is not None:
-        if "preset" in typed and not restarted:
-            raise UserError(
-                "--preset with --resume: the run keeps its own settings; give single flags to "
-                "change them"
-            )
-        base = BEFORE | dict(saved(path))
+    if found:
+        base = BEFORE | found
+        _move_logs(base, path)
         if script != "train_ddp":  # how the run was spread is no part of what it is
             for name in _SPREAD:
                 base.pop(name, None)
@@ -91,12 +101,23 @@ def parse_settings(
     data_world = _settle_spread(script, args, world)
     if not args.resume:
         return _settle_batch(args, typed, data_world, 0)
-    if restarted:  # perhaps on fewer ranks, which then take more steps for the same batch
+    if repeated:  # perhaps on fewer ranks, which then take more steps for the same batch
         typed.pop("grad_accum_steps", None)
     kept = 0 if "global_batch_size" in args.allow_change else base.get("global_batch_size", 0)
     args = _settle_batch(args, typed, data_world, kept)
     _refuse_changes(base, args)
     return args
+
+
+def _move_logs(saved: dict[str, Any], path: str) -> None:
+    """Logs that lay below the folder of the checkpoint have gone where that is now, unless they
+    are still there.
+    """
+    old, logs = os.path.dirname(saved.get("checkpoint_path", "")), saved.get("log_dir", "logs")
+    below = os.path.relpath(logs, old or ".")
+    new = os.path.normpath(os.path.join(os.path.dirname(path), below))
+    if not below.startswith("..") and (os.path.isdir(new) or not os.path.isdir(logs)):
+        saved["log_dir"] = new
 
 
 def _settle_spread(script: str, args: Settings, world: int) -> int:
@@ -205,6 +226,15 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], ki
     text = (field.metadata["help"] + choices + default).replace("%", "%%")
     if field.metadata["positional"]:
         parser.add_argument(field.name, nargs="*", metavar="PATH", help=text)
+    elif word := field.metadata["word"]:
+        parser.add_argument(name, nargs="?", const=True, choices=[word], metavar=word, help=text)
+        parser.add_argument(
+            f"--no-{field.name}",
+            dest=field.name,
+            action="store_const",
+            const=False,
+            help=argparse.SUPPRESS,
+        )
     elif kind is bool and not field.name.startswith("no_"):
         parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
     elif kind is bool:
@@ -246,10 +276,7 @@ def run_script(
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "interrupted; a training run continues from its last checkpoint with --resume",
-            file=sys.stderr,
-        )
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # who read the output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

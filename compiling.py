@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -51,7 +52,8 @@ def compile_model(
         silent = args.compile == "off" or device.torch.type != "cuda"
         return [] if silent else [f"not compiled: {reason}"]
     start, failure = time.perf_counter(), None
-    units = [unit for block in model.blocks for unit in _units(block, args)]
+    blocks = cast(list[Block], list(model.blocks))
+    units = [unit for block in blocks for unit in _units(block, args)]
     for unit in units:
         _compile(unit)
     model.fused_loss = True
@@ -77,7 +79,7 @@ def _units(block: Block, args: Settings) -> tuple[nn.Module, ...]:
 
 def _compile(unit: nn.Module) -> None:
     # Its forward, not the module: hooks, as those of FSDP, stay outside, and names as they are.
-    unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+    unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=True)
 
 
 def warm_up(args: Settings, device: Device) -> None:

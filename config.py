@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -27,6 +29,10 @@ class UserError(Exception):
         self.of_all = of_all
 
 
+class NothingSaved(UserError):
+    """There is no checkpoint to resume at a path, not even a damaged one."""
+
+
 def flag(
     default: Any,
     help: str,
@@ -35,13 +41,15 @@ def flag(
     at_most: float = 2**62,
     fixed: bool = False,
     positional: bool = False,
+    word: str = "",
 ) -> Any:
     """One setting: default, help of its flag with the unit, and the values that it may take.
 
-    fixed: another value makes another run, so --resume takes it only with --allow-change.
+    fixed: another value makes another run, so --resume takes it only with --allow-change. word:
+    what a flag that is on when given alone also takes, as in --resume auto.
     """
     limits = {"choices": choices, "at_least": at_least, "at_most": at_most}
-    metadata = {"help": help, "fixed": fixed, "positional": positional, **limits}
+    metadata = {"help": help, "fixed": fixed, "positional": positional, "word": word, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -160,7 +168,8 @@ class Settings:
     checkpoint_async: str = flag("auto", "save in the background, from a copy in memory; auto = "
                                  "where that fits", "auto", "on", "off")
     checkpoint_path: str = flag("", "checkpoint file; none = in checkpoints/")
-    resume: bool = flag(False, "continue the checkpoint, with its settings where none is typed")
+    resume: bool = flag(False, "continue the checkpoint, with its settings where none is typed; "
+                        "auto = if there is one, else start", word="auto")
     allow_change: tuple[str, ...] = flag((), "settings that may differ from those of the run to "
                                          "resume though they make it another run")
     log_dir: str = flag("logs", "folder of the text log, the metrics and the loss picture")
@@ -179,7 +188,8 @@ class Settings:
     threads: int = flag(0, "CPU threads of each process; 0 = cores / processes of this machine",
                         at_least=0)
     deterministic: bool = flag(False, "GPUs: only kernels that give the same bits each time")
-    timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1)
+    timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1,
+                                at_most=604_800)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -304,7 +314,8 @@ class EvalSettings:
     log_dir: str = flag("logs", "folder of eval.log and eval.jsonl")
     threads: int = flag(0, "CPU threads of each process; 0 = cores / processes of this machine",
                         at_least=0)
-    timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1)
+    timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1,
+                                at_most=604_800)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -375,6 +386,29 @@ def default_checkpoint(script: str) -> str:
 
 # What runs did before these settings existed: a checkpoint that lacks them means this.
 BEFORE: dict[str, Any] = {"val_by_weight": False, "allow_leak": True}
+
+
+def expanded(path: str | Path, flag: str) -> Path:
+    """A path in which ~ may stand for the home directory. Raises UserError where the user has none:
+    HOME is not set, and the number of the user stands for no account, as in some containers.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path}: this user has no home directory; set HOME, or name another folder with {flag}"
+        ) from None
+
+
+def log_base(args: Settings) -> Path:
+    """What the logs of a run are called, without their endings: in log_dir, as its checkpoint is,
+    or for a trainer's default checkpoint as the trainer.
+    """
+    name = Path(args.checkpoint_path).stem
+    for script in ("train_minimal", "train_ddp"):
+        if os.path.abspath(args.checkpoint_path) == os.path.abspath(default_checkpoint(script)):
+            name = script
+    return Path(args.log_dir) / name
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:

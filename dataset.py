@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from alone import ALONE, Alone
-from config import Settings, UserError, with_vocab
+from config import Settings, UserError, expanded, with_vocab
 from device import Device
 from leak import REFUSED_SHARE, refuse_copies, refuse_leak, repeated_files, some
 from shards import (
@@ -313,7 +313,7 @@ class TextDatasetForCausalLM(TokenDataset):
         document_separator: str = "",
     ) -> None:
         files, notes = find_texts(paths) if paths else (stdlib_files(), [])
-        cache = Path(cache_dir).expanduser()
+        cache = expanded(cache_dir, "--cache-dir")
         shards, made = tokenize_files(files, tokenizer, cache, document_separator)
         name = f"source of the Python standard library ({len(files)} files)"
         name = ", ".join(map(str, paths)) or name
@@ -500,7 +500,7 @@ def _check_apart(args: Settings, train: TokenDataset, val: TokenDataset) -> list
         notes.append(f"the training data holds some text twice: {some(twice)}")
     hint = f": {some(copies)}" if copies else ""
     for part in val.parts:
-        cache = Path(args.cache_dir).expanduser()
+        cache = expanded(args.cache_dir, "--cache-dir")
         share = refuse_leak(train, part, cache, allow, hint)
         if share > REFUSED_SHARE or copies:
             notes.append(

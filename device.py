@@ -17,6 +17,7 @@ import torch
 from config import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
+_Dtype = torch.dtype  # `torch` is a field below
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,7 +38,7 @@ class Device:
         return torch.autocast(self.torch.type, self.dtype, enabled=self.amp)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> _Dtype:
         """The type that matrix products run in."""
         return _DTYPES[self.precision]
 

@@ -158,8 +158,8 @@ def main(args: EvalSettings) -> None:
             precision = "fp32" if args.no_amp else settings.precision
             device = pick_device(args.device, precision, ranks.local_rank)
             tune(device)
-            model, _, data = load_model(path)
-            val = validation_of(args, settings, data, path)
+            model, _, data = ranks.each(load_model, path)
+            val = ranks.each(validation_of, args, settings, data, path)
             size = args.batch_size or settings.batch_size
             model.to(device.torch)
             results.append(evaluate(model, val, size, device, ranks))

@@ -1,26 +1,66 @@
 """A rank that hangs makes all others wait. Here each rank tells the others what it is doing, so
 that those that wait can name the one that they wait for, with its Python stack, and end the job.
+
+A guard must not be able to end a run that is sound. It reads what the main thread publishes about
+itself, and of a thread that stands still the stack, which faulthandler writes. It never touches a
+frame object: on CPython 3.10 and 3.11 making one (sys._current_frames, f_back) can collect garbage,
+which lets other threads run; the main thread then leaves the very frame that is being read.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
-import sys
+import re
+import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from watch import tell
 
-_WAITED = 0.8  # part of the timeout after which a rank that waits looks for the one to blame
+PATIENT_SECONDS = 7200  # that a save, or reading a new text, may take
+_WAITED = 0.8  # part of a limit after which a rank that waits looks for the one to blame
 _STUCK = 0.4  # part of the timeout in which a rank that works gets on to another line
 _SILENT_SECONDS = 10.0  # without a report: far longer than a busy rank needs for one
-_PATIENT = ("saver.py", "token_files.py", "leak.py")
 _HERE = str(Path(__file__).parent)
+_THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+) ")
+_CALL = re.compile(r'  File "(.*)", line (\d+) in (.*)')
+
+Call = tuple[str, int, str]  # file, line, function
+
+
+@dataclass
+class Progress:
+    """What the main thread of this process publishes about itself, for its guard to read."""
+
+    exchanges: int = 0  # with other ranks, finished
+    long_work: int = 0  # how many pieces of work that may take long it is in, one in another
+
+
+_progress = Progress()
+
+
+def exchange_finished() -> None:
+    """The main thread says here that it gets on: it has done what ranks do together."""
+    _progress.exchanges += 1
+
+
+@contextmanager
+def may_take_long() -> Iterator[None]:
+    """Marks work that may take this rank hours while the others wait for it, such as reading a new
+    text: it is blamed for nothing meanwhile, unless it does not even answer.
+    """
+    _progress.long_work += 1
+    try:
+        yield
+    finally:
+        _progress.long_work -= 1
 
 
 class Store(Protocol):
@@ -38,36 +78,67 @@ class Report:
     number: int
     still: float  # seconds for which its main thread has been at the same lines
     waiting: bool  # for other ranks
-    patient: bool  # may take its time: it is writing a checkpoint, or reading a new text
-    stack: list[str]  # of its main thread, then of those that work for it; innermost last
+    patient: bool  # may take its time: see may_take_long
+    stack: list[str]  # of its main thread, then of those that work for it; innermost last; empty
+    # while it gets on
 
 
 class HangGuard:
-    """Watches the ranks from a thread of each, from the first to the last time they wait for each
-    other. Slow steps are no hang, however long they take.
+    """Watches the ranks from a thread of each, from before the first time they wait for each other
+    until the `with` block of the guard is left, however that is. Slow steps are no hang, however
+    long they take.
     """
 
-    def __init__(self, store: Store, rank: int, world: int, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world: int,
+        timeout_seconds: float,
+        gpu_is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """gpu_is_busy(): whether work that this rank gave its GPU is not done yet. Collectives are
+        kernels there: the main thread waits for other ranks wherever it waits for the GPU.
+        """
         self.store, self.rank, self.world, self.timeout = store, rank, world, timeout_seconds
+        self.gpu_is_busy = gpu_is_busy
         self.pause = min(1.0, timeout_seconds / 40)
-        self.silence = min(_SILENT_SECONDS, timeout_seconds / 4)
+        self.silence = min(_SILENT_SECONDS, max(2.0, timeout_seconds / 4))
         self.ended = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
 
-    def end(self) -> None:
-        """The ranks part: from now on none is missed."""
-        self.ended.set()
+    def __enter__(self) -> HangGuard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()  # from now on no rank is missed
+
+    def gone(self) -> list[int]:
+        """Which ranks have ended: those whose guards report nothing for a while. Where their store
+        has ended, it was with rank 0.
+        """
+        try:
+            before = self._reports()
+            time.sleep(3 * self.pause + 0.5)
+            now = self._reports()
+        except Exception:  # torch raises many kinds
+            return [0] if self.rank else []
+        return [r for r in range(self.world) if r not in now or now[r] == before.get(r)]
 
     def _run(self) -> None:
-        number, calls, moved = 0, [("", 0, "")], time.monotonic()
+        number, moved, before = 0, time.monotonic(), replace(_progress)
+        calls: list[Call] = []
         heard: dict[int, tuple[int, float]] = {}  # rank: its last report, and when it came
+        nothing = Report(0, 0.0, False, False, [])
         while not self.ended.wait(self.pause):
             number, now = number + 1, time.monotonic()
-            if calls != (
-                calls := calls_of(sys._current_frames()[threading.main_thread().ident or 0])
-            ):
+            stacks = {} if before != _progress else stacks_of_threads()
+            main = stacks.get(threading.main_thread().ident or 0, [])
+            if not main or main != calls:
                 moved = now
-            mine = report_of(calls, number, now - moved)
+            before, calls = replace(_progress), main
+            mine = report_of(stacks, number, now - moved, self.gpu_is_busy)
             try:
                 self.store.set(f"rank{self.rank}", json.dumps(asdict(mine)))
                 if not mine.waiting or mine.still < _WAITED * self.timeout / 2:
@@ -76,19 +147,25 @@ class HangGuard:
                 reports = self._reports()
             except Exception:  # the launcher is gone, and its store with it
                 if mine.waiting and mine.still > self.timeout:
-                    tell(f"rank {self.rank}: the launcher is gone, and no rank gets on; ended")
-                    os._exit(1)
+                    self._end_run(f"rank {self.rank}: the launcher is gone, and no rank gets on")
                 continue
-            for rank, report in reports.items():
+            for rank in range(self.world):
+                report = reports.setdefault(rank, nothing)
                 if rank not in heard or heard[rank][0] != report.number:
                     heard[rank] = (report.number, now)
             silent = [r for r in reports if now - heard[r][1] >= self.silence]
             verdict = judge(reports, silent, self.timeout)
             if verdict:
-                if self.rank == min(r for r in reports if r not in silent):
-                    tell(verdict)
-                time.sleep(2 * self.pause)  # for the one that prints
-                os._exit(1)
+                first = self.rank == min(r for r in reports if r not in silent)
+                self._end_run(verdict if first else "")
+
+    def _end_run(self, verdict: str) -> None:
+        if self.ended.is_set():
+            return
+        if verdict:
+            tell(verdict)
+        time.sleep(2 * self.pause)  # for the one that prints
+        os._exit(1)
 
     def _reports(self) -> dict[int, Report]:
         keys = {rank: f"rank{rank}" for rank in range(self.world)}
@@ -96,31 +173,51 @@ class HangGuard:
         return {rank: Report(**json.loads(self.store.get(key))) for rank, key in there.items()}
 
 
-def calls_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
-    """(file, line, function) of each call on a stack, innermost last. Unlike the traceback module
-    it reads no source files.
+def stacks_of_threads() -> dict[int, list[Call]]:
+    """The calls on the stack of each thread, by its identity, innermost last; nothing where there
+    is no place for a temporary file. Written by C code that makes no object and lets no other
+    thread run meanwhile.
     """
-    calls = []
-    while frame is not None:
-        calls.append((frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_name))
-        frame = frame.f_back
-    return calls[::-1]
+    try:
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return {}
+    found: dict[int, list[Call]] = {}
+    calls: list[Call] = []
+    for line in lines:
+        if thread := _THREAD.match(line):
+            calls = found[int(thread[1], 16)] = []
+        elif call := _CALL.match(line):
+            calls.insert(0, (call[1], int(call[2]), call[3]))
+    return found
 
 
-def report_of(calls: list[tuple[str, int, str]], number: int, still: float) -> Report:
-    """What the stack of the main thread says, and those of the threads that work for it."""
-    file, _, function = calls[-1]
-    waiting = "torch/distributed" in file or function == "_engine_run_backward"
-    patient = any(Path(file).name in _PATIENT for file, _, _ in calls)
-    lines, frames = _lines(calls), sys._current_frames()
-    for thread in threading.enumerate():
-        main = thread is threading.main_thread()
-        if not main and not thread.daemon and thread.ident in frames:
-            lines += [f"thread {thread.name}:", *_lines(calls_of(frames[thread.ident]))]
-    return Report(number, still, waiting, patient, lines)
+def report_of(
+    stacks: dict[int, list[Call]], number: int, still: float, gpu_is_busy: Callable[[], bool]
+) -> Report:
+    """What the stacks say: that of the main thread, and those of the threads that work for it."""
+    main = threading.main_thread()
+    calls = stacks.get(main.ident or 0, [])
+    lines = _lines(calls)
+    for thread in threading.enumerate() if calls else ():
+        if thread is not main and not thread.daemon and thread.ident in stacks:
+            lines += [f"thread {thread.name}:", *_lines(stacks[thread.ident])]
+    waiting = bool(calls) and (_waits(calls[-1]) or gpu_is_busy())
+    return Report(number, still, waiting, _progress.long_work > 0, lines)
 
 
-def _lines(calls: list[tuple[str, int, str]]) -> list[str]:
+def _waits(call: Call) -> bool:
+    """Whether this is where a process without a GPU waits for others: DDP does in C++, in the
+    backward pass.
+    """
+    file, _, function = call
+    return "torch/distributed" in file or function == "_engine_run_backward"
+
+
+def _lines(calls: list[Call]) -> list[str]:
     return [f"{os.path.relpath(file, _HERE)}:{n} in {name}" for file, n, name in calls[-12:]]
 
 
@@ -133,21 +230,21 @@ def judge(reports: dict[int, Report], silent: list[int], timeout: float) -> str 
         for r, report in reports.items()
         if r not in silent and report.waiting and report.still >= _WAITED * timeout
     ]
+    patience = _WAITED * max(PATIENT_SECONDS, timeout)
     stuck = [
         r
         for r, report in reports.items()
         if r not in silent
-        and not (report.waiting or report.patient)
-        and report.still >= _STUCK * timeout
+        and not report.waiting
+        and report.still >= (patience if report.patient else _STUCK * timeout)
     ]
     if not waited or not (silent or stuck):
         return None
     lines = []
     for r in sorted((*silent, *stuck)):
         how = "does not answer (stopped, or its machine is gone)" if r in silent else "is stuck"
-        lines.append(
-            f"error: rank {r} {how}: others have waited {max(waited):.0f} s for it "
-            "(--timeout-seconds). Its Python stack, innermost last:"
-        )
-        lines += [f"  {line}" for line in reports[r].stack]
-    return "\n".join([*lines, "the run continues from its last checkpoint with --resume"])
+        said = f"error: rank {r} {how}: others have waited {max(waited):.0f} s for it"
+        stack = reports[r].stack
+        where = ". Its Python stack, innermost last:" if stack else ""
+        lines += [f"{said} (--timeout-seconds){where}", *(f"  {line}" for line in stack)]
+    return "\n".join([*lines, "where a checkpoint was saved, --resume continues the run from it"])

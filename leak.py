@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from config import UserError
+from locks import lock
 from shards import SourceFile, mix
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def refuse_leak(
     path = cache_dir / f"leak-{key}.json"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # ranks that start together search once
+        with open(path.with_suffix(".lock"), "w") as held:
+            lock(held)  # ranks that start together search once
             if not path.exists():
                 temporary = path.with_suffix(f".{os.getpid()}.tmp")
                 found = {"share": leaked_share(train, val), "runs": len(_distinct_runs(val))}

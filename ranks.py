@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from alone import Alone
 from config import EvalSettings, Settings, UserError, flat
 from device import pick_device, use_threads
-from hang import HangGuard
+from hang import PATIENT_SECONDS, HangGuard, exchange_finished, may_take_long
 from start import Start, by_torchrun, lost_ranks_are_one_line, meet, store_of_launcher
 from watch import end_with_parent
 
-_PATIENT_SECONDS = 7200  # that a save, or reading a new text, may take
 _Result = TypeVar("_Result")
 
 
@@ -57,6 +56,7 @@ class Ranks(Alone):
         most = torch.tensor(wishes)
         if self.on_cpu is not None:
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self.on_cpu)
+        exchange_finished()
         return most.tolist()
 
     def each(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
@@ -65,7 +65,8 @@ class Ranks(Alone):
         """
         result, mistake = None, ""
         try:
-            result = work(*arguments)
+            with may_take_long():
+                result = work(*arguments)
         except UserError as reason:
             mistake = str(reason)
         found = self._all((mistake, self.host))
@@ -137,7 +138,8 @@ def process_group(
     device = pick_device(args.device, local_rank=ranks.local_rank).torch
     cuda = device.type == "cuda"
     use_threads(args.threads, ranks.local_world)
-    with lost_ranks_are_one_line():
+    guard = _guard(start, args.timeout_seconds, device) if ranks.world > 1 else None
+    with guard or nullcontext(), lost_ranks_are_one_line(guard.gone if guard else list):
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             timeout=datetime.timedelta(seconds=args.timeout_seconds),
@@ -148,19 +150,34 @@ def process_group(
         )
         on_cpu, patient = (
             dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=seconds))
-            for seconds in (args.timeout_seconds, _PATIENT_SECONDS)
+            for seconds in (args.timeout_seconds, max(PATIENT_SECONDS, args.timeout_seconds))
         )
-        guard = _guard(start, args.timeout_seconds) if ranks.world > 1 else None
         host = socket.gethostname()
         yield dataclasses.replace(ranks, on_cpu=on_cpu, patient=patient, host=host)
-        if guard is not None:
-            guard.end()
     dist.destroy_process_group()
 
 
-def _guard(start: Start, timeout_seconds: int) -> HangGuard:
-    mine = dist.PrefixStore(f"guard {start.name}", store_of_launcher())  # its thread's alone
-    return HangGuard(mine, start.rank, start.world, timeout_seconds)
+def _guard(start: Start, timeout_seconds: int, device: torch.device) -> HangGuard:
+    with lost_ranks_are_one_line():
+        mine = dist.PrefixStore(
+            f"guard {start.name}", store_of_launcher()
+        )  # a connection of its own
+    return HangGuard(mine, start.rank, start.world, timeout_seconds, queue_of(device))
+
+
+def queue_of(device: torch.device) -> Callable[[], bool]:
+    """Tells whether a GPU still has work to do that this thread gave it; any thread may ask."""
+    if device.type != "cuda":
+        return lambda: False
+    stream = torch.cuda.current_stream(device)
+
+    def busy() -> bool:
+        try:
+            return not stream.query()
+        except RuntimeError:  # a kernel failed; the main thread finds out at its next call
+            return False
+
+    return busy
 
 
 def sum_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -172,4 +189,5 @@ def sum_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     there = "cuda" if dist.get_backend(group) == "nccl" else values.device  # NCCL adds on GPUs only
     total = values.to(there, copy=True)
     dist.all_reduce(total, group=group)
+    exchange_finished()
     return total.to(values.device)

@@ -22,6 +22,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def run_of(path: Path) -> str:
+    """The id of the run that a metrics file is of; "" if its first line does not say."""
+    with open(path, "rb") as file:
+        try:
+            first = json.loads(file.readline())
+        except ValueError:
+            return ""
+    return str(first.get("run_id", "")) if isinstance(first, dict) else ""
+
+
 def comparable(path: Path) -> list[dict[str, Any]]:
     """The records without what may differ between two runs that are the same: timings, names of
     files and of the run itself.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from config import Settings, UserError, default_checkpoint, flat
+from config import Settings, UserError, default_checkpoint, flat, log_base
 from console import say, visible
 from dataset import TokenDataset
 from device import Device, environment
@@ -30,8 +30,8 @@ from eval import EvalResult
 from generate import fitting_prompt
 from memory import estimate, free_memory_of
 from model import GPTModel
-from report import draw_losses, read_records
-from saver import set_aside
+from report import draw_losses, read_records, run_of
+from saver import free_number, hold, set_aside
 from step import RunState, StepStats
 from wandb_log import WandB
 
@@ -66,17 +66,24 @@ class RunLog:
         self.on, self.epoch_windows = rank == 0, len(train)
         if not self.on:
             return
-        base = Path(args.log_dir) / script
-        self.text_path, self.jsonl_path = base.with_suffix(".log"), base.with_suffix(".jsonl")
+        base = log_base(args)
+        if base.name == "eval":
+            raise UserError(
+                f"{args.checkpoint_path}: the logs of this run would be those of eval.py; give "
+                "another --checkpoint-path"
+            )
+        self.text_path, self.jsonl_path = Path(f"{base}.log"), Path(f"{base}.jsonl")
         self.record: dict[str, Any] = {}  # of the last update reported
         self.steps_reported, self.skips_reported = state.step, 0
         self.line_time, self.broken = time.perf_counter(), set[str]()
         self.losses = deque[float](maxlen=_SPIKE_RECORDS)
         try:
             base.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = hold(Path(f"{self.jsonl_path}.lock"), str(self.jsonl_path), "--log-dir")
+            self.number = free_number(Path(args.checkpoint_path), base)  # that of its Saver
             continued = args.resume and self._continue(state)
             if not continued:
-                state.notes += set_aside([self.jsonl_path])
+                state.notes += set_aside([self.jsonl_path], self.number)
             self.text = open(self.text_path, "a", encoding="utf-8")  # noqa: SIM115
             self.jsonl = open(self.jsonl_path, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as reason:
@@ -111,14 +118,13 @@ class RunLog:
         again, and keeps them in a file of their own. False if there are none.
         """
         path = self.jsonl_path
-        for file in (path, *sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))):
-            records = read_records(file) if file.is_file() else []
-            if records and records[0].get("run_id") == state.run_id:
-                break
-        else:
+        names = (path, *sorted(path.parent.glob("*.jsonl")))
+        file = next((f for f in names if f.is_file() and run_of(f) == state.run_id), None)
+        if file is None:
             return False
-        if file != path:  # another run was here meanwhile
-            state.notes += set_aside([path])
+        records = read_records(file)
+        if file != path:  # it had another name, or another run was here meanwhile
+            state.notes += set_aside([path], self.number)
         kept = [r for r in records if r.get("step", 0) <= state.step]
         lines = {to_json(r) for r in kept}
         dropped = [
@@ -355,7 +361,7 @@ class RunLog:
             self.profiler.stop()
             if not Path(f"{self.jsonl_path.with_suffix('')}_trace.json").exists():
                 self.line(f"no profile: it takes {_PROFILED} steps")
-        for file in (self.text, self.jsonl):
+        for file in (self.text, self.jsonl, self.lock):
             self._safely("a log file", file.close)
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ They are names of the same files where they hold the same step, and take no spac
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import itertools
 import os
 import re
 import threading
@@ -21,16 +21,20 @@ from torch import Tensor
 
 from alone import ALONE, Alone
 from checkpoint import (
+    add_names,
     check_space,
     content_of,
     load_checkpoint,
     newest_whole,
+    open_checkpoint,
     sibling,
     write_checkpoint,
 )
-from checkpoint_file import tensor_bytes
-from config import Settings, UserError
+from checkpoint_file import Unreadable, tensor_bytes
+from config import Settings, UserError, log_base
 from device import Device, environment, free_memory
+from hang import may_take_long
+from locks import lock
 from model import GPTModel
 from step import RunState
 
@@ -64,9 +68,11 @@ class Saver:
         self.saved_at = time.monotonic()
         self.writing: threading.Thread | None = None
         self.wrong: list[str] = []  # with the files that are newer than the one resumed
+        self.latest = -1  # step of the file at the path, as far as this run knows it
         self.copies: dict[str, Any] = {}  # of all tensors, used again by each save
         if self.rank == 0:
             self.lock = claim(self.path)
+            self.number = free_number(self.path, log_base(args))  # for files of earlier runs
             try:
                 check_space(target_of(self.path).parent, 12 * model.num_parameters())
             except OSError as reason:
@@ -79,13 +85,15 @@ class Saver:
         another run.
         """
         state, steps = self.state, self.args.num_steps
-        _, file, self.wrong = newest_whole(self.path, self._load)
+        with may_take_long():
+            _, file, self.wrong = newest_whole(self.path, self._load)
+        self.latest = -1 if self.wrong else state.step
         state.notes.append(f"resumed {file} at step {state.step}")
         if self.wrong:
             state.notes.append(f"not the latest, since {'; '.join(self.wrong)}")
         if state.step > steps:
             raise UserError(f"{file} is at step {state.step} already, beyond --num-steps {steps}")
-        if target_of(state.home) != target_of(self.path) and os.path.exists(state.home):
+        if target_of(state.home) != target_of(self.path) and _has_run(state.home, state.run_id):
             # A copy, whose original may go on: as the same run they would share their metrics.
             state.notes.append(f"a branch of run {state.run_id}, whose checkpoint is {state.home}")
             known = f"{state.run_id} {target_of(self.path)}"  # so that all ranks have the same
@@ -98,9 +106,11 @@ class Saver:
         names.
         """
         if self.rank == 0 and not self.args.resume:
-            self.state.notes += set_aside(run_files(self.path))
+            self.state.notes += set_aside(run_files(self.path), self.number)
         elif self.rank == 0 and self.wrong:  # or the next save would make it the previous one
-            self.state.notes += set_aside([target_of(self.path)])
+            self.state.notes += set_aside([target_of(self.path)], self.number)
+        elif self.rank == 0 and self.state.step:  # a kill may have come before its other names
+            add_names(target_of(self.path), *self._labels())
         self.ranks.meet()
 
     def _load(self, file: Path) -> None:
@@ -131,15 +141,14 @@ class Saver:
                 self._gather,
             )  # fmt: skip
             if self.rank == 0:
-                self._save(content)
+                with may_take_long():
+                    self._save(content)
         seconds = time.perf_counter() - start
         self.ranks.meet()
         return seconds
 
     def _save(self, content: dict[str, Any]) -> None:
-        step, keep = self.state.step, self.args.keep_every
-        labels = ["best"] if self.state.at_best else []
-        labels += [f"step{step:06d}"] if keep and step % keep == 0 else []
+        step, labels = self.state.step, self._labels()
         if self._in_background(tensor_bytes(content)):
             try:
                 content = content if self.parts else self._snapshot(content)
@@ -150,6 +159,12 @@ class Saver:
                 self.copies = {}
                 self.state.notes.append(f"no memory to save in the background ({reason})")
         self._write(content, step, labels)
+
+    def _labels(self) -> list[str]:
+        """Under which other names the current step is kept."""
+        step, keep = self.state.step, self.args.keep_every
+        labels = ["best"] if self.state.at_best else []
+        return labels + ([f"step{step:06d}"] if keep and step % keep == 0 else [])
 
     def _gather(self, name: str, tensor: Tensor) -> Tensor:
         """All of it. Where ranks have parts, a copy on the CPU of rank 0; others keep nothing."""
@@ -171,22 +186,52 @@ class Saver:
         return bool(self.copies) or 2 * n_bytes < free_memory()
 
     def _write(self, content: dict[str, Any], step: int, labels: list[str]) -> None:
+        # As long as updates are skipped, the weights stay those of one step. The previous file is
+        # of an earlier one, and stays too: nobody knows yet whether these are good for anything.
+        again = self.latest >= step - content["bad_in_row"]
         try:
-            write_checkpoint(self.path, content, *labels)
+            write_checkpoint(self.path, content, *labels, keep_previous=again)
         except Exception as reason:  # in a thread of its own it would else be lost
             self.state.unsaved = True
             self.state.notes.append(f"step {step} was not saved: {reason}; the run goes on")
         else:
-            self.state.unsaved = False
+            self.state.unsaved, self.latest = False, step
             also = "".join(f" and {sibling(target_of(self.path), label).name}" for label in labels)
             self.state.notes.append(f"saved {self.path}{also} at step {step}")
+
+    def way_back(self, step: int) -> str:
+        """What to do, for an error message, where the weights of this step are no good. If there is
+        an earlier checkpoint, --resume continues it from now on: later ones get another name.
+        """
+        self.finish()
+        (earlier,) = self.ranks.agree(0 if self.rank else 1 + self._go_back(step))
+        exact = "" if self.device.precision == "fp32" else ", or with --precision fp32"
+        if not earlier:
+            return f"no checkpoint has earlier ones; start anew with a lower --lr{exact}"
+        return f"--resume continues step {earlier - 1} of {self.path}; give it a lower --lr{exact}"
+
+    def _go_back(self, step: int) -> int:
+        """The step of the latest checkpoint before this one, or -1."""
+        target = target_of(self.path)
+        for file in (target, sibling(target, "previous")):
+            try:
+                with open_checkpoint(file) as contents:
+                    found: int = contents.tree["step"]
+            except Unreadable:
+                continue
+            if found < step:
+                if file != target:
+                    set_aside([target], free_number(target, log_base(self.args)))
+                return found
+        return -1
 
     def finish(self) -> None:
         """Has all ranks wait until the last save is safe on disk, or has failed: see
         `state.unsaved`.
         """
         if self.writing is not None:
-            self.writing.join()
+            with may_take_long():
+                self.writing.join()
             self.writing = None
         self.ranks.meet()
 
@@ -225,18 +270,7 @@ def claim(path: Path) -> IO[str]:
         raise UserError(f"{path} is not a plain file; give a file name as --checkpoint-path")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(target.with_name(target.name + ".lock"), "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"{path} is in use by another run ({lock.read().strip()}); stop it, or give "
-                "another --checkpoint-path"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        lock.flush()
+        held = hold(target.with_name(target.name + ".lock"), str(path), "--checkpoint-path")
         stem = re.escape(target.stem)
         for rest in target.parent.iterdir():
             label = rf"(\.({_LABELS}))?"
@@ -246,7 +280,35 @@ def claim(path: Path) -> IO[str]:
         raise UserError(
             f"cannot save to {path}: {reason.strerror}; change --checkpoint-path"
         ) from reason
-    return lock
+    return held
+
+
+def hold(path: Path, what: str, flag: str) -> IO[str]:
+    """Takes the lock file that stands for `what`, until the result is closed or the process ends.
+    Raises OSError, or UserError that says who has it and which flag to give.
+    """
+    file = open(path, "a+")  # noqa: SIM115
+    if not lock(file, wait=False):
+        file.seek(0)
+        raise UserError(
+            f"{what} is in use by another run ({file.read().strip()}); stop it, or give another "
+            f"{flag}"
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    return file
+
+
+def _has_run(path: str, run_id: str) -> bool:
+    """Whether the run of this id is at a path; a file that can't be read may be it."""
+    if not os.path.exists(path):
+        return False
+    try:
+        with open_checkpoint(path) as contents:
+            return bool(contents.tree["run_id"] == run_id)
+    except Unreadable:
+        return True
 
 
 def run_files(path: Path) -> list[Path]:
@@ -259,14 +321,27 @@ def run_files(path: Path) -> list[Path]:
     return sorted(p for p in target.parent.iterdir() if re.fullmatch(name, p.name))
 
 
-def set_aside(files: list[Path]) -> list[str]:
-    """Gives files of an earlier run a number in their names, the same for all of them; returns a
-    line that says so, or nothing.
+def free_number(path: Path, logs: Path) -> int:
+    """The first number that nothing has been set aside with, neither checkpoints of runs at `path`
+    nor their metrics, which are at `logs`.jsonl: what belongs together gets the same one.
+    """
+    target, taken = target_of(path), set[str]()
+    stem, suffix = re.escape(target.stem), re.escape(target.suffix)
+    numbered = {
+        target.parent: rf"{stem}\.(\d+)(\.({_LABELS}))?{suffix}",
+        logs.parent: rf"{re.escape(logs.name)}\.(\d+)\.jsonl",
+    }
+    for folder, pattern in numbered.items():
+        if folder.is_dir():
+            taken |= {m[1] for p in folder.iterdir() if (m := re.fullmatch(pattern, p.name))}
+    return next(n for n in itertools.count(1) if str(n) not in taken)
+
+
+def set_aside(files: list[Path], number: int) -> list[str]:
+    """Gives files of an earlier run this number in their names; returns a line that says so, or
+    nothing. Raises UserError.
     """
     files = [f for f in files if os.path.lexists(f)]
-    number = 1
-    while any(os.path.lexists(_numbered(f, number)) for f in files):
-        number += 1
     try:
         for f in files:
             os.rename(f, _numbered(f, number))

@@ -14,7 +14,7 @@ import struct
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ import torch.distributed as dist
 from config import UserError
 
 _START_SECONDS = 60.0  # in which all ranks have to be there
+_LAST_WORDS_SECONDS = 5.0  # in which ranks that fail alike say so
+_LOST = "no connection to the other ranks"
 _SIOCGIFADDR = 0x8915  # ioctl that asks for the address of an interface: netdevice(7)
 
 
@@ -59,6 +61,16 @@ def meet() -> Start:
         return Start(dist.PrefixStore(name, store), name, rank, world, local, here, True, again)
 
 
+def must_be_alone() -> None:
+    """Raises UserError where several processes were started of a script that trains in one."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and world != "1":
+        raise UserError(
+            f"this is one of {world} processes, and train_minimal.py trains in one; start "
+            f"train_ddp.py instead: torchrun --nproc-per-node={world} train_ddp.py"
+        )
+
+
 def by_torchrun() -> bool:
     """Whether torchrun has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -69,6 +81,7 @@ def begun() -> None:
     if by_torchrun():
         with contextlib.suppress(OSError):
             _mark().touch()
+            _remove_marks_of_the_dead()
 
 
 def _mark() -> Path:
@@ -77,11 +90,34 @@ def _mark() -> Path:
     goes with the machine that had it.)
     """
     launcher = os.getppid()
+    name = f"rosetrainer-{os.getuid()}-{launcher}-{_began(launcher)}"
+    return Path(tempfile.gettempdir()) / name
+
+
+def _began(process: int) -> str:
+    """When a process of this machine began, in ticks of its clock; "0" where there is no /proc, and
+    "gone" if there is no such process.
+    """
     try:
-        since = Path(f"/proc/{launcher}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return "gone"
+    except PermissionError:  # another user's
+        pass
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except OSError:
-        since = "0"
-    return Path(tempfile.gettempdir()) / f"rosetrainer-{os.getuid()}-{launcher}-{since}"
+        return "0"
+
+
+def _remove_marks_of_the_dead() -> None:
+    """Their number would grow with each start. A mark cannot go earlier, with its run: torchrun may
+    start the ranks again until it ends itself.
+    """
+    for mark in Path(tempfile.gettempdir()).glob(f"rosetrainer-{os.getuid()}-*-*"):
+        launcher, since = mark.name.split("-")[2:4]
+        if launcher.isdigit() and _began(int(launcher)) != since:
+            mark.unlink(missing_ok=True)
 
 
 def agree_on_name(
@@ -133,25 +169,31 @@ def store_of_launcher(seconds: float = 10.0, make: bool = False) -> dist.TCPStor
 
 
 @contextmanager
-def lost_ranks_are_one_line() -> Iterator[None]:
-    """What torch raises where another rank is not to be reached becomes a UserError."""
+def lost_ranks_are_one_line(gone: Callable[[], list[int]] = list) -> Iterator[None]:
+    """What torch raises where another rank is not to be reached becomes a UserError. gone(): which
+    ranks are known to have ended; torchrun knows itself, and says so.
+    """
     try:
         yield
     except (dist.DistError, RuntimeError, ValueError) as reason:
         cause = " ".join(str(reason).split())
         if isinstance(reason, dist.DistError) or "gloo" in cause or "rendezvous" in cause:
+            ended = [] if by_torchrun() else gone()
+            named = f": rank {', '.join(map(str, ended))} ended" if ended else ""
             raise UserError(
-                f"no connection to the other ranks ({cause[:200]}); where one of them failed, its "
-                "own message says why"
+                f"{_LOST}{named} ({cause[:200]}); where one of them failed, its own message says "
+                "why"
             ) from reason
         raise
 
 
 def first_to_say(text: str) -> bool:
-    """Whether no other rank has said this before: what is wrong for all of them is said once. Also
-    leaves it where torchrun looks for what to name at its end as the root cause.
+    """Whether no other rank has said this before: what is wrong for all of them is said once, or
+    without torchrun once on each machine. Also leaves it where torchrun looks for what to name at
+    its end as the root cause.
     """
-    if not by_torchrun():
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if "RANK" not in os.environ or world == 1 or text.startswith(_LOST):
         return True
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
@@ -159,8 +201,18 @@ def first_to_say(text: str) -> bool:
             Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = hashlib.sha256(f"{attempt} {text}".encode()).hexdigest()
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK") or 0)
+    terminal = "" if by_torchrun() else f" on machine of {rank - local_rank}"
     try:
-        return store_of_launcher().add(f"said {key}", 1) == 1
+        store = store_of_launcher()
+        first = store.add(f"said {key}{terminal}", 1) == 1
+        found = store.add(f"found {key}", 1)
+        # Without torchrun the store ends with rank 0, and without it others know nothing.
+        end = time.monotonic() + (0 if by_torchrun() or rank else _LAST_WORDS_SECONDS)
+        while found < world and time.monotonic() < end:
+            time.sleep(0.05)
+            found = store.add(f"found {key}", 0)
+        return first
     except dist.DistError:  # the launcher is gone
         return True
 

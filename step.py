@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import uuid
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -225,16 +226,15 @@ def rehearse(model: nn.Module, args: Settings, device: Device) -> None:
         model.zero_grad(set_to_none=True)
 
 
-def check_finite(state: RunState, args: Settings) -> None:
+def check_finite(state: RunState, args: Settings, way_back: Callable[[int], str]) -> None:
     """Raises UserError after several skipped updates in a row. Waits for the device, so call it
-    when logging.
+    when logging. way_back(step): what to do where the weights of this step are no good.
     """
     bad = 0 if state.bad_in_row is None else int(state.bad_in_row)
     if bad >= _BAD_UPDATES_IN_A_ROW:
         first, size = state.step - bad, args.global_batch_size
         raise UserError(
-            f"the loss or the gradients of the last {bad} updates were not finite: steps {first} "
-            f"to {state.step - 1}, samples {first * size} to {state.step * size - 1}. All were "
-            f"skipped, so the weights are those of step {first}; continue {args.checkpoint_path} "
-            "with --resume and a lower --lr, or with --precision fp32"
+            f"the loss or the gradients of the last {bad} updates were not finite: steps "
+            f"{first + 1} to {state.step}, samples {first * size} to {state.step * size - 1}. All "
+            f"were skipped, so the weights are those of step {first}; {way_back(first)}"
         )

@@ -7,7 +7,6 @@ cache, for training on text directly.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -31,6 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError
+from locks import lock
 from text import BLOCK_BYTES, USUAL_SEPARATOR, Text, kind_of, read_pieces
 from tokenizer import Tokenizer
 
@@ -307,8 +307,8 @@ def tokenize_files(
     folder = cache_dir / f"{Path(tokenizer.name).name}-{job['key']}"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with open(cache_dir / f"{folder.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(cache_dir / f"{folder.name}.lock", "w") as held:
+            lock(held)
             manifest = _write_shards(
                 files, tokenizer, folder, job, SHARD_TOKENS, workers, separator
             )

@@ -54,7 +54,7 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
         now = due(state, args, save)
         if now.log:
             log.train(state, share.summed(stats))
-            check_finite(state, args)
+            check_finite(state, args, saver.way_back)
         if now.eval:
             log.eval(state, evaluate(model, val, args.batch_size, device, share))
         if now.sample:

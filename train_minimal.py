@@ -13,6 +13,7 @@ from model import GPTModel
 from optim import make_optimizer
 from run_log import RunLog
 from saver import Saver
+from start import first_to_say, must_be_alone
 from step import RunState, check_finite, due, train_step
 from watch import Watch
 
@@ -44,7 +45,7 @@ def main(args: Settings, watch: Watch) -> int:
         now = due(state, args, save)
         if now.log:
             log.train(state, stats)
-            check_finite(state, args)
+            check_finite(state, args, saver.way_back)
         if now.eval:
             log.eval(state, evaluate(model, val, args.batch_size, device))
         if now.sample:
@@ -57,10 +58,11 @@ def main(args: Settings, watch: Watch) -> int:
 
 
 def launch(argv: list[str]) -> int:
+    must_be_alone()
     args = parse_settings("train_minimal", argv, saved=resumable_settings)
     with Watch() as watch:
         return main(args, watch)
 
 
 if __name__ == "__main__":
-    run_script(launch)
+    run_script(launch, first_to_say)

@@ -11,7 +11,10 @@ import time
 from types import TracebackType
 from typing import Any
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+from locks import need_locks
+
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+_STOPPING = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 _ONE_EVENT_SECONDS = 2.0  # torchrun repeats to its workers what all its processes were sent
 
 
@@ -31,6 +34,10 @@ class Watch:
         self._old: dict[signal.Signals, Any] = {}  # handlers before begin()
 
     def __enter__(self) -> Watch:
+        """Raises UserError, before anything is read, on a system where runs could not be kept
+        apart.
+        """
+        need_locks()
         return self
 
     def begin(self) -> None:

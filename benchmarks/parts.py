@@ -146,7 +146,8 @@ def bench_loss(args: BenchSettings) -> list[dict[str, Any]]:
     """The chunked loss against the plain one, 4096 tokens (on a GPU 32768) x 50257 x 768."""
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
     tokens, vocab_size = (64, 500) if args.small else (32768 if device == "cuda" else 4096, 50257)
-    ways, rows = known_losses("cuda" if args.small else device), []
+    ways = known_losses("cuda" if args.small else device)
+    rows: list[dict[str, Any]] = []
     for dtype in (torch.float32, torch.bfloat16):
         sides = {k: Side(build_loss, w, tokens, vocab_size, device, dtype) for k, w in ways.items()}
         for name, runs in one_by_one(sides, args.repeats, warm_up=3).items():

@@ -81,7 +81,7 @@ def train(args: BenchSettings, flags: list[str]) -> dict[str, float]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"train_minimal.py failed: {done.stderr.strip()[-300:]}")
-        records = read_records(Path(folder) / "train_minimal.jsonl")
+        records = read_records(Path(folder) / "c.jsonl")
     seconds, last = 0.0, 0
     for r in records:
         if r["event"] == "train":

@@ -55,7 +55,7 @@ def bench_resume(args: BenchSettings) -> list[dict[str, Any]]:
 
         wait(start(straight, *args.trainer, *length))
         run = start(killed, *args.trainer, *length)
-        metrics = killed / f"{script}.jsonl"
+        metrics = killed / "c.jsonl"
         enough = args.steps + max(1, args.steps // 3)
         while run.poll() is None and not (
             (killed / "c.pt").exists() and _last_step(metrics) >= enough

@@ -78,7 +78,9 @@ class Parts:
         self.mark("start")
         step()
         self.mark("end")
-        ends = [k for k in ("start", "data", "forward", "backward", "optimizer") if k in self.marks]
+        ends: list[str] = [
+            k for k in ("start", "data", "forward", "backward", "optimizer") if k in self.marks
+        ]
         found = {name: self.marks[name] - self.marks[k] for k, name in itertools.pairwise(ends)}
         found["seconds"] = self.marks["end"] - self.marks["start"]
         cuda = self.device == "cuda"
@@ -124,7 +126,7 @@ def build_hugging_face(flags: list[str], compiled: bool = False) -> Callable[[],
     shape = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.max_position_embeddings, n_embd=c.d_model,
         n_layer=c.n_layers, n_head=c.n_heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        bos_token_id=0, eos_token_id=0, attn_implementation="sdpa",
+        bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model: Any = GPT2LMHeadModel(shape)
     model.to(device.torch)
@@ -203,7 +205,7 @@ def _rows_of_train(
     work = flops_per_token(settings.model, settings.seq_len) * tokens
     figures = {name: medians(some) for name, some in runs.items() if type(some) is list}
     theirs = [m["seconds"] for name, m in figures.items() if name.startswith("Hugging Face")]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, some in runs.items():
         if name not in figures:
             rows.append({"side": f"{name}: {some}"})

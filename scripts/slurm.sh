@@ -11,8 +11,8 @@
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=8
-# 120 s before the time is up, SLURM sends SIGTERM: the run saves and ends. `sbatch` again with
-# --resume continues it.
+# 120 s before the time is up, SLURM sends SIGTERM: the run saves and ends. With --resume auto among
+# the flags, the same command continues it, by hand or requeued.
 srun .venv/bin/torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node=8 \
     --rdzv-backend=c10d --rdzv-endpoint="$first:29400" --rdzv-id="$SLURM_JOB_ID" \
     --max-restarts=3 train_ddp.py "$@"

@@ -206,7 +206,7 @@ _COLLECTIVES = {  # in torch.distributed (the last two before 2.13), and what th
 
 def count_collectives(ranks: Ranks, names: list[str]) -> dict[str, Counter[str]]:
     """What ranks exchange in one update of each layout: kind of collective, and how often. (Torch's
-    profiler would see it too, but crashed in some runs.)
+    profiler shows what Gloo makes of them: a reduce_scatter is an all_reduce there.)
     """
     found = {}
     for name in names:

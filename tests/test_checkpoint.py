@@ -254,7 +254,8 @@ def test_a_save_that_fails_leaves_the_file_and_no_rest(tmp_path, run, monkeypatc
         "change --checkpoint-path",
     )
     after = files(tmp_path)
-    assert after.keys() == before.keys() and after["c.pt"] == before["c.pt"]
+    assert after.keys() == before.keys()
+    assert (after["c.pt"] == before["c.pt"]) == (name == "fsync" or nth < 3)
     for kept in after:
         read_checkpoint(tmp_path / kept)
 
@@ -304,10 +305,59 @@ def test_the_file_appears_by_a_rename_after_fsync(tmp_path, run, monkeypatch):
     pid = os.getpid()
     assert events == [
         "fsync",
-        *(f"link c.best.pt.{pid}.tmp", "replace c.best.pt"),
         *(f"link c.previous.pt.{pid}.tmp", "replace c.previous.pt"),
-        *("replace c.pt", "fsync"),
+        "replace c.pt",
+        *(f"link c.best.pt.{pid}.tmp", "replace c.best.pt"),
+        "fsync",
     ]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("saves", [1, 2])
+@pytest.mark.parametrize("nth", range(1, 6))
+def test_whatever_file_a_killed_save_leaves_there_is_one_to_resume(
+    tmp_path, run, monkeypatch, nth, saves
+):
+    # Killed before the n-th link, rename or removal of the last save.
+    path = tmp_path / "c.pt"
+    for _ in range(saves - 1):
+        write_checkpoint(path, content(run), "best")
+        run.step()
+    calls = []
+
+    def kill(function):
+        def call(*args, **more):
+            calls.append(args)
+            if len(calls) >= nth:
+                raise Killed
+            return function(*args, **more)
+
+        return call
+
+    for name in ("link", "replace", "unlink"):
+        monkeypatch.setattr(os, name, kill(getattr(os, name)))
+    with pytest.raises(Killed):
+        write_checkpoint(path, content(run), "best", "step000003")
+    monkeypatch.undo()
+    left = [p for p in tmp_path.iterdir() if p.suffix == ".pt"]
+    if saves == 1 and not left:
+        refused(lambda: resumable_settings(path), "no such checkpoint to resume; start without")
+    else:
+        assert resumable_settings(path)["seq_len"] == run.args.seq_len
+    # Nothing with a label is newer than what is resumed.
+    steps = [read_checkpoint(p)["step"] for p in left]
+    assert not left or read_checkpoint(path)["step"] == max(steps)
+
+
+def test_the_previous_one_stays_when_asked_for(tmp_path, run):
+    for keep in (False, False, True, True):
+        write_checkpoint(tmp_path / "c.pt", content(run), keep_previous=keep)
+        run.step()
+    held = [read_checkpoint(tmp_path / name)["step"] for name in ("c.previous.pt", "c.pt")]
+    assert held == [3, 6]
 
 
 def test_the_space_is_asked_for_before_a_byte_is_written(tmp_path, run, path, monkeypatch):

@@ -1,9 +1,19 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from cli import parse_flags, parse_settings, run_script
-from config import PRESETS, GPTConfig, Settings, UserError, flat, settings_from
+from config import (
+    PRESETS,
+    GPTConfig,
+    NothingSaved,
+    Settings,
+    UserError,
+    expanded,
+    flat,
+    settings_from,
+)
 
 DESIGN_FLAGS = [
     "--vocab-size",
@@ -191,6 +201,7 @@ def test_resume_takes_typed_flags_over_saved_ones():
         (["--use-toy-data", "--train-data", "x.txt"], "give one of"),
         (["--train-data", "x.txt", "--val-npy", "y.npy"], "text goes with text"),
         (["--preset", "toy", "--resume"], "--preset with --resume"),
+        (["--timeout-seconds", "10000000000000"], "must be at most 604800"),
         (["--arch", "gpt2", "--ngram-rows", "100"], "ngram_rows=100 is for --arch modern"),
         (["--muon-momentum", "1"], "muon_momentum=1.0 must be at least 0 and below 1"),
         (["--micro-batch", "auto", "--batch-size", "4"], "--micro-batch auto chooses batch_size"),
@@ -232,12 +243,87 @@ def test_a_run_that_torchrun_starts_again_continues_what_it_saved(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     saved = flat(parse_settings("train_ddp", ["--num-steps", "7", "--device", "cpu"]))
     typed = ["--preset", "toy", "--checkpoint-path", "c.pt"]
-    again = parse_settings("train_ddp", typed, saved=lambda path: saved, restarted=True)
-    assert not again.resume and again.num_steps == 50  # nothing was saved yet
-    (tmp_path / "c.pt").touch()
+
+    def nothing(path):
+        raise NothingSaved("no such checkpoint")
+
+    again = parse_settings("train_ddp", typed, saved=nothing, restarted=True)
+    assert not again.resume and again.num_steps == 50
     again = parse_settings("train_ddp", typed, saved=lambda path: saved, restarted=True)
     assert again.resume and again.num_steps == 7
     assert not parse_settings("train_ddp", typed, saved=lambda path: saved).resume
+    with pytest.raises(NothingSaved):  # which was asked for
+        parse_settings("train_ddp", ["--resume"], saved=nothing, restarted=True)
+
+
+def test_resume_auto_continues_what_is_there_or_starts():
+    saved = flat(parse("--preset", "toy", "--num-steps", "70", "--grad-accum-steps", "2"))
+    # The flags of the first start, which a requeued job repeats.
+    typed = (
+        "--preset toy --num-steps 90 --resume auto --grad-accum-steps 2 --allow-change lr".split()
+    )
+
+    def nothing(path):
+        raise NothingSaved("no such checkpoint")
+
+    started = parse(*typed, saved=nothing)
+    assert started.resume is False and started.num_steps == 90
+    continued = parse(*typed, saved=lambda path: {**saved, "lr": 0.5}, world=2)
+    assert continued.resume is True and continued.num_steps == 90 and continued.lr == 0.5
+    assert continued.global_batch_size == saved["global_batch_size"]  # of one process
+    with pytest.raises(NothingSaved):
+        parse("--resume", saved=nothing)
+
+    def damaged(path):
+        raise UserError("no whole checkpoint")
+
+    with pytest.raises(UserError, match="no whole checkpoint"):  # never started anew
+        parse(*typed, saved=damaged)
+
+
+@pytest.mark.parametrize(
+    "stored, logs, there, path, expected",
+    [
+        ("runs/a/c.pt", "runs/a/logs", ["runs/b/logs"], "runs/b/c.pt", "runs/b/logs"),  # moved
+        ("runs/a/c.pt", "runs/a", ["runs/b"], "runs/b/c.pt", "runs/b"),
+        (
+            "runs/a/c.pt",
+            "runs/a/logs",
+            ["runs/b"],
+            "runs/b/c.pt",
+            "runs/b/logs",
+        ),  # logs thrown away
+        ("runs/a/c.pt", "runs/a/l", ["runs/a/l", "runs/b/l"], "runs/b/c.pt", "runs/b/l"),  # copied
+        ("c.pt", "logs", ["logs", "old"], "old/c.pt", "logs"),  # the checkpoint alone was moved
+        ("c.pt", "logs", ["project/logs"], "project/c.pt", "project/logs"),  # from another folder
+        ("checkpoints/c.pt", "logs", ["new"], "new/c.pt", "logs"),  # beside it, not below
+        ("runs/a/c.pt", "runs/a/logs", ["runs/a/logs"], "runs/a/c.pt", "runs/a/logs"),
+    ],
+)
+def test_logs_move_with_the_folder_of_their_checkpoint(
+    tmp_path, monkeypatch, stored, logs, there, path, expected
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in there:
+        (tmp_path / folder).mkdir(parents=True)
+    saved = flat(parse("--checkpoint-path", stored, "--log-dir", logs))
+    flags = ["--resume", "--checkpoint-path", path]
+    assert parse(*flags, saved=lambda p: saved).log_dir == expected
+    assert parse(*flags, "--log-dir", "mine", saved=lambda p: saved).log_dir == "mine"
+
+
+def test_a_user_without_a_home_is_told_what_to_give(monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where pwd knows no such user
+    said = "~/x: this user has no home directory; set HOME, or name another folder with --cache-dir"
+    with pytest.raises(UserError) as caught:
+        expanded("~/x", "--cache-dir")
+    assert str(caught.value) == said and expanded("/x", "--cache-dir") == Path("/x")
+
+
+def test_resume_is_alone_or_auto():
+    assert parse("--resume", saved=lambda path: flat(parse())).resume is True
+    assert parse("--no-resume").resume is False
+    assert "invalid choice: 'x.pt' (choose from 'auto')" in message("--resume", "x.pt")
 
 
 def test_allow_change_is_for_resumed_runs():

@@ -1,11 +1,14 @@
 """What needs a GPU: skipped where there is none."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
 from test_distributed import TINY
 
 import loss
+from ranks import queue_of
 from report import first_difference, read_records
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -73,3 +76,15 @@ def test_a_deterministic_run_is_its_repetition(program):
     (program.folder / "logs/train_minimal.jsonl").rename(first)
     program("train_minimal.py", *flags)
     assert first_difference(first, program.folder / "logs/train_minimal.jsonl") == ""
+
+
+def test_the_guard_sees_from_its_thread_that_the_gpu_has_work():
+    # What tells a rank that waits in .item() for a collective from one that is stuck.
+    busy = queue_of(torch.device("cuda"))
+    torch.cuda.synchronize()
+    seen = []
+    look = threading.Thread(target=lambda: seen.append(busy()))
+    torch.cuda._sleep(2 * 10**9)  # cycles: about a second
+    look.start(), look.join()
+    torch.cuda.synchronize()
+    assert seen == [True] and not busy()

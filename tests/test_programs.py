@@ -1,10 +1,13 @@
 """The scripts as a user runs them."""
 
+import gc
 import math
 import re
 import runpy
 import shlex
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +33,7 @@ def script(tmp_path, monkeypatch, capsys):
             runpy.run_path(str(ROOT / name), run_name="__main__")
         except SystemExit as end:
             code = end.code
+        gc.collect()  # its locks end with it
         return code, *capsys.readouterr()
 
     return run
@@ -106,7 +110,7 @@ def test_resumed_run_writes_the_metrics_of_the_uninterrupted_one(script, text):
     ]
 
     def metrics():
-        return [{k: v for k, v in r.items() if k != "time"} for r in read_records_of()[1:]]
+        return [{k: v for k, v in r.items() if k != "time"} for r in read_records_of("c")[1:]]
 
     train(script, *common, "--save-steps", "3", "--keep-every", "3")
     straight, weights = metrics(), torch.load("c.pt")["model"]
@@ -441,6 +445,34 @@ def test_trained_tokenizer_from_a_file_that_is_gone_is_in_the_checkpoint(script,
     assert code == 0 and f"bpb: {last['val_bpb']:.6f}" in out, err
 
 
+def test_a_run_resumes_without_its_tokenizer_file_which_comes_out_of_the_checkpoint(script, text):
+    script("data/train_tokenizer.py", "--vocab-size", "300", "--out", "t.json", text)
+    kept = Path("t.json").read_text()
+    train(script, "--train-data", text, "--tokenizer-name", "t.json", "--checkpoint-path", "c.pt")
+    Path("t.json").unlink()
+    resume = ("train_minimal.py", "--resume", "--checkpoint-path", "c.pt")
+    for steps in ("9", "12"):
+        code, out, err = script(*resume, "--num-steps", steps)
+        assert code == 0, err
+        assert "tokenizer: t" in out and f"step {steps} / {steps}" in out
+        shutil.rmtree("home")  # with the copy of before
+    code, _, err = script(*resume, "--num-steps", "15", "--tokenizer-name", "other.json")
+    assert code == 2 and "tokenizer_name='other.json' is neither a file nor" in err
+    code, out, err = script("checkpoint.py", "tokenizer", "c.pt", "out/t.json")
+    assert (code, out) == (0, "wrote out/t.json\n") and Path("out/t.json").read_text() == kept
+    for mistake, said in (
+        (["c.pt", "out/t.json"], "out/t.json is there already"),
+        (["c.pt"], "takes a checkpoint and a file to write"),
+        (["none.pt", "x.json"], "no such checkpoint"),
+        (["c.pt", "out/t.json/x"], "cannot write the tokenizer of c.pt"),
+    ):
+        code, _, err = script("checkpoint.py", "tokenizer", *mistake)
+        assert code == 2 and said in err and err.count("\n") == 1
+    train(script, "--use-toy-data", "--vocab-size", "97", "--checkpoint-path", "toy.pt")
+    code, _, err = script("checkpoint.py", "tokenizer", "toy.pt", "x.json")
+    assert code == 2 and "toy.pt holds no tokenizer" in err and not Path("x.json").exists()
+
+
 def test_weighted_shards_train_evaluate_and_resume(script):
     for i, name in enumerate("ab"):
         np.save(f"{name}.npy", np.random.default_rng(i).integers(0, 90, 3000).astype(np.uint16))
@@ -510,9 +542,9 @@ def test_looking_at_a_run_does_not_change_it(script, text, tmp_path, looking):
     flags = ["--train-data", text, "--dropout", "0.1", "--num-steps", "9", "--log-steps", "1"]
     flags += ["--arch", "gpt2", "--grad-accum-steps", "2"]
     train(script, *flags, "--eval-steps", "9", "--save-steps", "9", "--checkpoint-path", "a.pt")
-    losses = {r["step"]: r["train_loss"] for r in read_records_of() if r["event"] == "train"}
+    losses = {r["step"]: r["train_loss"] for r in read_records_of("a") if r["event"] == "train"}
     train(script, *flags, *LOOKING[looking], "--checkpoint-path", "b.pt")
-    found = {r["step"]: r["train_loss"] for r in read_records_of() if r["event"] == "train"}
+    found = {r["step"]: r["train_loss"] for r in read_records_of("b") if r["event"] == "train"}
     assert len(losses) == 9 and found and found.items() <= losses.items()
     assert not [d for d in differences("a.pt", "b.pt")[1] if not d.startswith("best_")]
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from conftest import ROOT, toy_settings
 from test_distributed import TINY
 
+import hang
 import start as start_module
 from benchmarks.common import on_ranks
 from config import UserError
@@ -81,6 +82,13 @@ def test_what_is_wrong_on_one_rank_stops_all_with_its_name():
     assert zero[3:] == [None, 3]
 
 
+def test_a_rank_may_take_long_for_what_each_does_alone(group):
+    assert Ranks().each(lambda: hang._progress.long_work) == 1
+    before = hang._progress.exchanges
+    Ranks().agree(1), sum_ranks(torch.ones(1))
+    assert hang._progress.exchanges == before + 2 and hang._progress.long_work == 0
+
+
 def test_identity_tells_one_changed_weight():
     args = toy_settings()
     data = {"train": {"fingerprint": "a", "source": "x"}, "val": {"fingerprint": "b"}}
@@ -92,6 +100,63 @@ def test_identity_tells_one_changed_weight():
     after = identity(args, data, model)
     assert [k for k in before if before[k] != after[k]] == ["initial weights"]
     assert identity(args, {**data, "val": {}}, model)["data"] != before["data"]
+
+
+class Two:
+    """Two ranks without torchrun, started by hand."""
+
+    def __init__(self, program, *flags):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "train_ddp.py"), *TINY.split(), *flags],
+                cwd=program.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env={**program.env, **env, "RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2"},
+            )
+            for r in (0, 1)
+        ]  # fmt: skip
+
+    def said(self):
+        """What each printed on stderr."""
+        return [process.communicate(timeout=90)[1] for process in self.processes]
+
+
+def test_without_torchrun_a_mistake_of_all_ranks_is_said_once_too(program):
+    ranks = Two(program, "--n-heads", "3")
+    said = "".join(ranks.said())
+    assert [p.returncode for p in ranks.processes] == [2, 2]
+    assert said.count("\n") == 1 and "error: n_heads=3 does not divide" in said
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_without_torchrun_a_rank_that_is_killed_is_named_by_the_others(program, killed):
+    ranks = Two(program, "--num-steps", "100000")
+    ranks.processes[0].stdout.readline()  # both are connected
+    ranks.processes[killed].kill()
+    error = ranks.said()[1 - killed].splitlines()[-1]
+    assert f"error: no connection to the other ranks: rank {killed} ended" in error
+
+
+def test_marks_of_launchers_that_are_gone_do_not_pile_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(start_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    user, ended = os.getuid(), subprocess.Popen(["true"])
+    ended.wait()
+    mine = f"rosetrainer-{user}-{os.getpid()}-{start_module._began(os.getpid())}"
+    kept = {
+        mine,
+        f"rosetrainer-{user + 1}-{ended.pid}-5",
+        "rosetrainer-x",
+        f"rosetrainer-{user}-x-5",
+    }
+    reused = f"rosetrainer-{user}-{os.getpid()}-5"  # the number of a process is used again
+    for name in (*kept, f"rosetrainer-{user}-{ended.pid}-5", reused):
+        (tmp_path / name).touch()
+    start_module.begun()
+    begun = start_module._mark().name
+    assert {p.name for p in tmp_path.iterdir()} == kept | {begun}
 
 
 def test_missing_ranks_are_named(monkeypatch):
@@ -118,6 +183,15 @@ def test_a_mistake_of_all_ranks_is_said_once(program):
     out = program("train_ddp.py", *TINY.split(), "--n-heads", "3", ok=False, ranks=3)
     assert out.count("error: n_heads=3 does not divide") == 1
     assert "n_heads=3 does not divide" in out[out.index("Root Cause") :]  # torchrun's last words
+
+
+def test_torchrun_with_the_script_for_one_process_names_the_other(program):
+    out = program("train_minimal.py", *TINY.split(), ok=False, ranks=2)
+    said = (
+        "error: this is one of 2 processes, and train_minimal.py trains in one; start train_ddp.py"
+    )
+    assert out.count(said) == 1 and "in use" not in out
+    program("train_minimal.py", *TINY.split(), "--num-steps", "2", ranks=1)
 
 
 def test_data_that_one_rank_lacks_is_an_error_of_all(tmp_path, program):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import os
 import signal
 
 import numpy as np
@@ -26,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def start(state=None, rank=0, world=1, **changes):
-    train, val, args = open_data(toy_settings(**{"checkpoint_path": "c.pt", **changes}))
+    train, val, args = open_data(toy_settings(**changes))
     model = GPTModel(args.model, seed=0)
     return RunLog("train_minimal", args, state or RunState(), CPU, model, train, val, rank, world)
 
@@ -134,15 +135,58 @@ def test_a_full_disk_or_a_closed_terminal_does_not_stop_the_run(folder, capsys):
 def test_metrics_of_another_run_are_set_aside_on_resume(folder):
     other, state = RunState(), RunState(step=4)
     for _ in range(2):
-        log = start(other, checkpoint_path="b.pt")
+        log = start(other)
         update(log, other)
         log.finish(other)
     before = log.jsonl_path.read_text()
-    log = start(state, resume=True, checkpoint_path="a.pt")
+    log = start(state, resume=True)
     log.finish(state)
     records = read_records(log.jsonl_path)
     assert [r["event"] for r in records] == ["run"] and records[0]["run_id"] == state.run_id
     assert (folder / "logs/train_minimal.2.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("checkpoints/minigpt_single.pt", "train_minimal"),
+        ("checkpoints/minigpt_ddp.pt", "train_ddp"),
+        ("./checkpoints//minigpt_single.pt", "train_minimal"),
+        ("runs/minigpt_single.pt", "minigpt_single"),
+        ("runs/lr 0.1.pt", "lr 0.1"),
+        ("c", "c"),
+    ],
+)
+def test_the_logs_of_a_run_have_the_name_of_its_checkpoint(folder, path, name):
+    state = RunState()
+    log = start(state, checkpoint_path=path)
+    log.finish(state)
+    made = {p.name for p in (folder / "logs").iterdir()}
+    assert made == {name + end for end in (".log", ".jsonl", ".png", ".jsonl.lock")}
+
+
+def test_two_runs_at_once_never_share_logs(folder):
+    one, other = RunState(), RunState()
+    first = start(one, checkpoint_path="a/c.pt")
+    second = start(other, checkpoint_path="b.pt")
+    for resume in (False, True):
+        said = (
+            f"logs/c.jsonl is in use by another run .process {os.getpid()} on .*another --log-dir"
+        )
+        with pytest.raises(UserError, match=said):
+            start(RunState(), checkpoint_path="b/c.pt", resume=resume)
+    for log, state in ((first, one), (second, other)):
+        update(log, state)
+        log.finish(state)
+        records = read_records(log.jsonl_path)
+        assert [r["event"] for r in records] == ["run", "train"]
+        assert records[0]["run_id"] == state.run_id
+    start(RunState(), checkpoint_path="b/c.pt").finish(one)  # after it
+
+
+def test_a_run_cannot_have_the_logs_of_eval(folder):
+    with pytest.raises(UserError, match=r"x/eval\.pt: .* of eval\.py; give another"):
+        start(checkpoint_path="x/eval.pt")
 
 
 def test_timings_cover_training_and_nothing_else(folder, monkeypatch):
@@ -199,7 +243,7 @@ def test_the_end_of_a_stopped_run_says_so_and_continues_with_the_same_steps(fold
     state = RunState(step=3, stop=signal.SIGTERM)
     start(state).finish(state)
     out = capsys.readouterr().out
-    assert "SIGTERM: stopped at step 3" in out and "--resume --checkpoint-path c.pt" in out
+    assert "SIGTERM: stopped at step 3" in out and "python train_minimal.py --resume\n" in out
 
 
 def test_a_loss_far_above_the_records_before_is_said_with_them(folder, capsys):
@@ -242,22 +286,37 @@ def test_a_resumed_run_continues_its_files(folder):
     assert "2 records beyond step 4 are now in logs/train_minimal.cut.jsonl" in text
 
 
-def test_metrics_that_another_run_set_aside_are_found_again(folder):
+@pytest.mark.parametrize("path", ["c.pt", "c.1.pt"])  # in its place again, or where it was put
+def test_metrics_that_another_run_set_aside_are_found_again(folder, path):
     first = RunState()
-    log = start(first, checkpoint_path="a.pt")
+    log = start(first, checkpoint_path="c.pt")
     for _ in range(3):
         update(log, first)
     log.finish(first)
     before, other = read_records(log.jsonl_path), RunState()
-    log = start(other, checkpoint_path="b.pt")
+    log = start(other, checkpoint_path="c.pt")
     update(log, other)
     log.finish(other)
     resumed = RunState(step=2, run_id=first.run_id)
-    log = start(resumed, resume=True, checkpoint_path="a.pt")
+    log = start(resumed, resume=True, checkpoint_path=path)
     log.finish(resumed)
-    assert read_records(folder / "logs/train_minimal.jsonl") == before[:3]
-    (aside,) = (folder / "logs").glob("train_minimal.[0-9]*.jsonl")
-    assert read_records(aside)[0]["run_id"] == other.run_id
+    found = {p.name: read_records(p) for p in (folder / "logs").glob("*.jsonl")}
+    cut = found.pop(f"{path[:-3]}.cut.jsonl")
+    mine, theirs = found.pop(f"{path[:-3]}.jsonl"), found.popitem()[1]
+    assert mine == before[:3] and cut == before[3:] and not found
+    assert theirs[0]["run_id"] == other.run_id
+
+
+def test_metrics_from_when_all_runs_shared_a_name_are_found(folder):
+    state = RunState()
+    log = start(state)
+    update(log, state)
+    log.finish(state)
+    before = log.jsonl_path.read_text()
+    log = start(state, resume=True, checkpoint_path="runs/a.pt")
+    log.finish(state)
+    assert (folder / "logs/a.jsonl").read_text() == before
+    assert not (folder / "logs/train_minimal.jsonl").exists()
 
 
 def test_lines_that_are_no_records_are_kept_aside(folder):

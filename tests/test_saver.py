@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 import os
 import shutil
 import threading
@@ -11,11 +12,12 @@ from conftest import CPU
 from test_checkpoint_file import equal
 from test_step import Run
 
+import hang
 import saver as saver_module
 from checkpoint import read_checkpoint
 from config import UserError
 from ranks import Ranks
-from saver import Saver, claim, copied, run_files, set_aside
+from saver import Saver, claim, copied, free_number, run_files, set_aside
 
 DATA = {"train": {"fingerprint": "a"}, "val": {"fingerprint": "b"}, "tokenizer": ""}
 
@@ -187,8 +189,23 @@ def test_numbers_stand_before_the_label(tmp_path, name, files, wanted):
     for file in files:
         (tmp_path / file).touch()
     assert [p.name for p in run_files(tmp_path / name)] == sorted(files)
-    set_aside(run_files(tmp_path / name))
+    set_aside(run_files(tmp_path / name), 1)
     assert names(tmp_path) == sorted(wanted)
+
+
+def test_a_run_and_its_metrics_are_set_aside_with_the_same_number(tmp_path, saver):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "c.3.jsonl").touch()  # of a run that never saved
+    (logs / "other.1.jsonl").touch()
+    (tmp_path / "c.1.pt").touch()  # of one whose metrics are gone
+    assert free_number(tmp_path / "c.pt", logs / "c") == 2
+    (tmp_path / "c.2.step000005.pt").touch()
+    assert free_number(tmp_path / "c.pt", logs / "c") == 4
+    (tmp_path / "c.pt").touch()
+    saver(log_dir=str(logs))
+    assert (tmp_path / "c.4.pt").exists() and not (tmp_path / "c.pt").exists()
+    assert free_number(tmp_path / "no/such/folder/c.pt", tmp_path / "none/c") == 1
 
 
 def test_a_symbolic_link_stays_one_when_its_target_is_renamed(tmp_path, saver):
@@ -202,7 +219,7 @@ def test_a_symbolic_link_stays_one_when_its_target_is_renamed(tmp_path, saver):
 
 def test_nothing_to_rename_is_nothing_to_say(tmp_path, run, saver):
     saver()
-    assert set_aside([tmp_path / "none.pt"]) == [] == run.state.notes
+    assert set_aside([tmp_path / "none.pt"], 1) == [] == run.state.notes
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -230,9 +247,9 @@ def gated(monkeypatch):
     """Lets write_checkpoint wait for the event."""
     go, original = threading.Event(), saver_module.write_checkpoint
 
-    def write(*args):
+    def write(*args, **more):
         assert go.wait(20)
-        original(*args)
+        original(*args, **more)
 
     monkeypatch.setattr(saver_module, "write_checkpoint", write)
     return go
@@ -259,13 +276,40 @@ def test_a_background_save_holds_the_state_of_its_moment(tmp_path, run, saver, m
     assert step_of(tmp_path / "c.previous.pt") == 1
 
 
+def test_a_rank_that_saves_or_loads_may_take_long(tmp_path, run, saver, monkeypatch):
+    seen, writing, go = [], threading.Event(), threading.Event()
+
+    def noted(function):
+        def call(*args, **more):
+            seen.append((function.__name__, hang._progress.long_work))
+            writing.set()
+            assert go.wait(20)
+            return function(*args, **more)
+
+        return call
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", noted(saver_module.write_checkpoint))
+    monkeypatch.setattr(saver_module, "load_checkpoint", noted(saver_module.load_checkpoint))
+    go.set()
+    saver().save()
+    saver(run=Run(), resume=True).load()
+    assert seen == [("write_checkpoint", 1), ("load_checkpoint", 1)]
+    go.clear(), writing.clear()
+    s = saver(checkpoint_async="on")
+    s.save()  # in another thread: this one goes on, and nothing excuses it
+    assert writing.wait(20) and hang._progress.long_work == 0
+    threading.Timer(0.2, lambda: (seen.append(hang._progress.long_work), go.set())).start()
+    s.finish()
+    assert seen[-1] == 1 and hang._progress.long_work == 0
+
+
 def test_a_save_waits_for_the_one_before(tmp_path, run, saver, monkeypatch):
     active, most, original = [], [], saver_module.write_checkpoint
 
-    def write(*args):
+    def write(*args, **more):
         active.append(1)
         most.append(len(active))
-        original(*args)
+        original(*args, **more)
         active.pop()
 
     monkeypatch.setattr(saver_module, "write_checkpoint", write)
@@ -359,14 +403,31 @@ def test_milestones_and_the_best_are_kept(tmp_path, run, saver):
     assert os.path.samefile(tmp_path / "c.previous.pt", tmp_path / "c.step000004.pt")
 
 
+def test_names_that_a_kill_left_out_are_made_up_for(tmp_path, run, saver):
+    run.state.best_step = 1
+    s = saver(keep_every=1)
+    s.save()
+    run.step()
+    run.state.best_step = 2
+    s.save()
+    os.remove(tmp_path / "c.step000002.pt")  # as if killed before the second names of step 2
+    os.replace(tmp_path / "c.previous.pt", tmp_path / "c.best.pt")
+    fresh = Run()
+    s = saver(run=fresh, resume=True, keep_every=1)
+    s.load()
+    s.begin()
+    assert {step_of(tmp_path / f"c.{name}.pt") for name in ("best", "step000002")} == {2}
+    assert names(tmp_path) == ["c.best.pt", "c.pt", "c.step000001.pt", "c.step000002.pt"]
+
+
 def failing_once(monkeypatch, error, calls=1):
     original, left = saver_module.write_checkpoint, [calls]
 
-    def write(*args):
+    def write(*args, **more):
         left[0] -= 1
         if left[0] >= 0:
             raise error
-        original(*args)
+        original(*args, **more)
 
     monkeypatch.setattr(saver_module, "write_checkpoint", write)
 
@@ -431,6 +492,71 @@ def test_a_save_is_overdue_by_the_minutes_since_the_last(tmp_path, saver, monkey
         s = saver(path=tmp_path / "d.pt", **quiet)
         now[0] += 1e9
         assert not s.overdue
+
+
+def skipped(run):
+    """As after an update that was skipped."""
+    run.state.step += 1
+    run.state.bad_in_row = 1 + (run.state.bad_in_row or torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_saves_of_skipped_updates_leave_the_checkpoint_from_before_them(tmp_path, run, saver, mode):
+    def held():
+        s.finish()
+        return [step_of(tmp_path / name) for name in ("c.previous.pt", "c.pt")]
+
+    s = saver(checkpoint_async=mode)
+    s.save()
+    run.step()
+    s.save()
+    for step in (3, 4, 5):
+        skipped(run)
+        s.save()
+        assert held() == [1, step]  # step 2 has the weights of 3, 4 and 5
+    s = saver(checkpoint_async=mode, resume=True)  # the next process
+    s.load()
+    skipped(run)
+    s.save()
+    assert held() == [1, 6]
+    run.step()
+    s.save()
+    assert run.state.bad_in_row == 0 and held() == [6, 7]
+
+
+@pytest.mark.parametrize(
+    "saved, bad_from, resumes",
+    [
+        ([1, 2, 3, 4], 2, 1),  # with --save-steps 1: 2 to 4 have the weights that fail
+        ([1, 2], 3, 2),  # saved before
+        ([1], 1, None),
+        ([], 1, None),
+    ],
+)
+def test_after_bad_updates_the_way_back_works(tmp_path, run, saver, saved, bad_from, resumes):
+    s = saver()
+    for step in range(1, 5):
+        if step in saved:
+            s.save()
+        skipped(run) if step >= bad_from else run.step()
+    said = s.way_back(bad_from)
+    if resumes is None:
+        assert said == "no checkpoint has earlier ones; start anew with a lower --lr"
+        return
+    path = tmp_path / "c.pt"
+    assert said == f"--resume continues step {resumes} of {path}; give it a lower --lr"
+    fresh = Run()
+    s = saver(run=fresh, resume=True, lr=1e-4)
+    s.load()
+    assert fresh.state.step == resumes and math.isfinite(fresh.steps(2)[-1])
+    s.save()
+    assert step_of(path) == resumes + 2
+
+
+def test_the_way_back_names_another_precision_only_where_there_is_one(saver, run):
+    s = saver()
+    s.device = dataclasses.replace(CPU, precision="bf16")
+    assert s.way_back(1).endswith("lower --lr, or with --precision fp32")
 
 
 # Loading
@@ -579,6 +705,18 @@ def test_a_copy_becomes_a_run_of_its_own_and_a_moved_file_does_not(tmp_path, sav
     moved = Run()
     saver(run=moved, resume=True, path=tmp_path / "moved.pt").load()
     assert moved.state.run_id == saved.state.run_id
+
+
+def test_a_run_that_was_set_aside_is_itself_and_no_copy(tmp_path, saved, saver):
+    saver(run=Run()).save()  # another run at the same path
+    assert step_of(tmp_path / "c.1.pt") == 2
+    old = Run()
+    saver(run=old, resume=True, path=tmp_path / "c.1.pt").load()
+    assert old.state.run_id == saved.state.run_id
+    damage(tmp_path / "c.pt")  # whose file that was can't be told
+    old = Run()
+    saver(run=old, resume=True, path=tmp_path / "c.1.pt").load()
+    assert old.state.run_id != saved.state.run_id
 
 
 @pytest.mark.parametrize("name", ["c.best.pt", "c.previous.pt", "c.step000500.pt"])

@@ -161,10 +161,10 @@ def test_several_skipped_updates_in_a_row_stop_the_run():
     run.model.norm_f.weight.register_hook(lambda g: g * math.nan)
     for _ in range(4):
         run.step()
-        check_finite(run.state, run.args)
+        check_finite(run.state, run.args, str)
     run.step()
     with pytest.raises(UserError, match="gradients of the last 5 updates were not finite"):
-        check_finite(run.state, run.args)
+        check_finite(run.state, run.args, str)
 
 
 def test_fp16_overflow_is_tried_again_and_moves_neither_data_nor_schedule():
@@ -250,6 +250,8 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradients_are(monkeypat
 
 def test_the_end_after_bad_updates_names_steps_and_samples():
     args = toy_settings("--global-batch-size", "12")
-    check_finite(RunState(step=35, bad_in_row=torch.tensor(4.0)), args)
-    with pytest.raises(UserError, match="steps 30 to 34, samples 360 to 419"):
-        check_finite(RunState(step=35, bad_in_row=torch.tensor(5.0)), args)
+    way_back = "go back from {}".format
+    check_finite(RunState(step=35, bad_in_row=torch.tensor(4.0)), args, way_back)
+    said = "steps 31 to 35, samples 360 to 419.* those of step 30; go back from 30$"
+    with pytest.raises(UserError, match=said):
+        check_finite(RunState(step=35, bad_in_row=torch.tensor(5.0)), args, way_back)

@@ -54,6 +54,44 @@ def test_what_was_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, old)
 
 
+def test_a_system_without_locks_is_refused_in_one_line(program):
+    # Stands for Windows.
+    without = (
+        "import runpy, signal, sys; sys.modules['fcntl'] = None; del signal.SIGHUP, signal.SIGUSR1; "
+        f"sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]; "
+        f"runpy.run_path({str(ROOT)!r} + '/' + sys.argv[0], run_name='__main__')"
+    )
+
+    def run(script, *flags):
+        done = subprocess.run(
+            [sys.executable, "-c", without, script, *flags], cwd=program.folder, env=program.env,
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = run("train_minimal.py", "--train-data", "none.txt")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("error: this Python has no file locks") and "WSL" in err
+    toy = "--use-toy-data --preset toy --num-steps 1 --sample-tokens 1 --device cpu".split()
+    program("train_minimal.py", *toy)
+    code, out, err = run("eval.py", "--checkpoint-path", "checkpoints/minigpt_single.pt")
+    assert code == 0 and "avg_loss" in out, err
+
+
+def test_the_signals_that_there_are_stop_a_run(monkeypatch):
+    import importlib
+
+    import watch
+
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.delattr(signal, "SIGUSR1")
+    try:
+        assert importlib.reload(watch)._STOPPING == [signal.SIGTERM, signal.SIGINT]
+    finally:
+        monkeypatch.undo()
+        importlib.reload(watch)
+
+
 SCRIPT = f"""
 import hashlib, sys, time
 sys.path.insert(0, {str(ROOT)!r})
