@@ -56,7 +56,7 @@ def compile_model(
     units = [unit for block in blocks for unit in _units(block, args)]
     for unit in units:
         _compile(unit)
-    model.fused_loss = True
+    model.compiled = True
     try:
         warm_up(args, device)
     except Exception as found:  # a compiler is a large program: anything can come
@@ -68,7 +68,7 @@ def compile_model(
         raise UserError(f"--compile on: {cause}; try --compile off") from failure
     for unit in units:
         del unit.forward  # that of its class is left
-    model.fused_loss = False
+    model.compiled = False
     return [f"not compiled: {cause}"]
 
 

@@ -7,6 +7,8 @@ float32 rounding inside the model, any of the results.
 
 from __future__ import annotations
 
+import startup  # noqa: F401  # before torch loads
+
 import dataclasses
 import math
 from dataclasses import dataclass

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import startup  # noqa: F401  # before torch loads
+
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -50,10 +53,11 @@ def generate(
     model.eval()
     generator, prompt_length = torch.Generator().manual_seed(seed), ids.shape[1]
     temperature = temperature and min(max(temperature, _COLDEST), _HOTTEST)
+    # A compiled model would be compiled again for each length.
+    eager = torch.compiler.set_stance("force_eager") if model.compiled else nullcontext()
     for _ in range(max_new_tokens):
         seen = ids[:, -model.config.max_position_embeddings :].to(device.torch)
-        # A compiled model would be compiled again for each length.
-        with device.autocast(), torch.compiler.set_stance("force_eager"):
+        with device.autocast(), eager:
             logits, _ = model(seen, logits_to_keep=1)
         logits = logits[:, -1].float().cpu()[:, :vocab_size]  # (B, V)
         if temperature == 0:

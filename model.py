@@ -188,7 +188,7 @@ class GPTModel(nn.Module):
             )
         gpt2 = config.arch == "gpt2"
         self.config, self.head_part = config, WHOLE_HEAD
-        self.fused_loss = False  # see loss.py; set where the blocks are compiled
+        self.compiled = False  # its blocks, and the loss: see compiling.py
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.ngrams = nn.Embedding(config.ngram_rows, config.d_model) if config.ngram_rows else None
         self.wpe = nn.Embedding(config.max_position_embeddings, config.d_model) if gpt2 else None
@@ -261,8 +261,8 @@ class GPTModel(nn.Module):
         if attention_mask is not None:
             labels = labels.masked_fill(attention_mask == 0, IGNORE)
         if reduction == "none":
-            return logits, token_losses(hidden, weight, labels, part, self.fused_loss)
-        total, count = next_token_loss(hidden, weight, labels, part, self.fused_loss)
+            return logits, token_losses(hidden, weight, labels, part, self.compiled)
+        total, count = next_token_loss(hidden, weight, labels, part, self.compiled)
         return logits, total if reduction == "sum" else total / count.clamp(min=1)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -3,6 +3,8 @@
 The page of train_minimal.py and what makes it distributed: see the `diff` of the two.
 """
 
+import startup  # noqa: F401  # before torch loads
+
 from checkpoint import resumable_settings
 from cli import parse_settings, run_script
 from compiling import compile_model

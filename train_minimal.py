@@ -1,5 +1,7 @@
 """Trains a GPT on one device: `python train_minimal.py` (`--help` shows all flags)."""
 
+import startup  # noqa: F401  # before torch loads
+
 from checkpoint import resumable_settings
 from cli import parse_settings, run_script
 from compiling import compile_model

@@ -26,7 +26,7 @@ def test_what_is_not_compiled_has_a_reason(monkeypatch):
     args, model = settings("auto"), GPTModel(toy_settings().model)
     assert "no C++ compiler" in why_not_compiled(args, GPU)
     (line,) = compile_model(model, args, GPU)
-    assert line.startswith("not compiled: no C++ compiler") and not model.fused_loss
+    assert line.startswith("not compiled: no C++ compiler") and not model.compiled
     assert compile_model(model, args, CPU) == []  # nobody expects it there
     with pytest.raises(UserError, match="--compile on: no C"):
         why_not_compiled(settings("on"), CPU)
@@ -49,7 +49,7 @@ def test_a_compiler_that_fails_on_any_rank_leaves_the_model_as_it_was(monkeypatc
     monkeypatch.setattr(compiling, "why_not_compiled", lambda args, device: "")
     cause = "no such kernel" if fails_here else "it failed on another rank"
     assert compile_model(model, settings("auto"), CPU, agree) == [f"not compiled: {cause}"]
-    assert not model.fused_loss and all("forward" not in vars(b) for b in model.blocks)
+    assert not model.compiled and all("forward" not in vars(b) for b in model.blocks)
     with pytest.raises(UserError, match=f"--compile on: {cause}; try --compile off"):
         compile_model(model, settings("on"), CPU, agree)
 
