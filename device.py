@@ -68,6 +68,8 @@ def pick_device(name: str = "auto", precision: str = "auto", local_rank: int = 0
         )
     if kind == "cuda":
         index = int(name[5:]) if name[5:].isdigit() else local_rank
+        if torch.cuda.device_count() == 1 and name[5:] == "":
+            index = 0  # some launchers show each process its own GPU alone
         if index >= torch.cuda.device_count():
             raise UserError(
                 f"GPU {index} wanted, but this machine has {torch.cuda.device_count()}; "

@@ -27,6 +27,7 @@ from watch import tell
 PATIENT_SECONDS = 7200  # that a save, or reading a new text, may take
 _WAITED = 0.8  # part of a limit after which a rank that waits looks for the one to blame
 _STUCK = 0.4  # part of the timeout in which a rank that works gets on to another line
+_STORE_SECONDS = 15.0  # longer than any call of the store takes: see start.store_of_launcher
 _SILENT_SECONDS = 10.0  # without a report: far longer than a busy rank needs for one
 _HERE = str(Path(__file__).parent)
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+) ")
@@ -113,6 +114,9 @@ class HangGuard:
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()  # from now on no rank is missed
+        # A daemon thread that comes out of the store's C++ code while Python ends is unwound by
+        # force, which C++ answers with std::terminate: the process would end by SIGABRT.
+        self.thread.join(_STORE_SECONDS)
 
     def gone(self) -> list[int]:
         """Which ranks have ended: those whose guards report nothing for a while. Where their store

@@ -21,7 +21,14 @@ from alone import Alone
 from config import EvalSettings, Settings, UserError, flat
 from device import pick_device, use_threads
 from hang import PATIENT_SECONDS, HangGuard, exchange_finished, may_take_long
-from start import Start, by_torchrun, lost_ranks_are_one_line, meet, store_of_launcher
+from start import (
+    Start,
+    by_torchrun,
+    everyone,
+    lost_ranks_are_one_line,
+    meet,
+    store_of_launcher,
+)
 from watch import end_with_parent
 
 _Result = TypeVar("_Result")
@@ -138,6 +145,7 @@ def process_group(
     device = pick_device(args.device, local_rank=ranks.local_rank).torch
     cuda = device.type == "cuda"
     use_threads(args.threads, ranks.local_world)
+    refuse_shared_gpus(start, gpu_name(device) if cuda else "")
     guard = _guard(start, args.timeout_seconds, device) if ranks.world > 1 else None
     with guard or nullcontext(), lost_ranks_are_one_line(guard.gone if guard else list):
         dist.init_process_group(
@@ -155,6 +163,26 @@ def process_group(
         host = socket.gethostname()
         yield dataclasses.replace(ranks, on_cpu=on_cpu, patient=patient, host=host)
     dist.destroy_process_group()
+
+
+def gpu_name(device: torch.device) -> str:
+    """What no other GPU of any machine is called."""
+    return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+
+
+def refuse_shared_gpus(start: Start, mine: str) -> None:
+    """Raises UserError on all ranks where two of them would compute on the same GPU, which NCCL
+    can't. mine: the name of this rank's, "" for none.
+    """
+    gpus = everyone(start.store, "gpu", mine, start.rank, start.world)
+    for gpu in gpus:
+        if gpu and gpus.count(gpu) > 1:
+            shared = ", ".join(str(r) for r, other in enumerate(gpus) if other == gpu)
+            raise UserError(
+                f"ranks {shared} would all use GPU {gpu.split()[1]} of {gpu.split()[0]}; leave "
+                "--device at auto, and start one process for each GPU",
+                of_all=True,
+            )
 
 
 def _guard(start: Start, timeout_seconds: int, device: torch.device) -> HangGuard:

@@ -23,6 +23,13 @@ import torch.distributed as dist
 
 from config import UserError
 
+# What torchrun, SLURM, Open MPI and MPICH call a rank's number on its machine, and how many it has.
+_LOCAL_NAMES = (
+    ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
 _START_SECONDS = 60.0  # in which all ranks have to be there
 _LAST_WORDS_SECONDS = 5.0  # in which ranks that fail alike say so
 _LOST = "no connection to the other ranks"
@@ -50,15 +57,33 @@ def meet() -> Start:
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(f"RANK is set, and {' and '.join(missing)} not; start it with torchrun")
-    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    rank, world, local, here = (int(os.environ.get(name, default)) for name, default in names)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with lost_ranks_are_one_line():
         # Torchrun has a store; otherwise rank 0 makes it.
         make = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         store = store_of_launcher(_START_SECONDS, make)
         name, again = agree_on_name(store, rank, world, by_torchrun() and _mark().exists())
+        own = dist.PrefixStore(name, store)
+        local, here = place_on_machine(own, rank, world)
         _choose_interface(world > here)
-        return Start(dist.PrefixStore(name, store), name, rank, world, local, here, True, again)
+        return Start(own, name, rank, world, local, here, True, again)
+
+
+def place_on_machine(store: dist.Store, rank: int, world: int) -> tuple[int, int]:
+    """(number of this rank among those of its machine, how many those are): what the launcher says,
+    or if it says nothing, what all ranks tell each other of their machines through the store.
+    """
+    for number, size in _LOCAL_NAMES:
+        if number in os.environ and os.environ.get(size, "").isdigit():
+            return int(os.environ[number]), int(os.environ[size])
+    hosts = everyone(store, "host", socket.gethostname(), rank, world)
+    return hosts[:rank].count(hosts[rank]), hosts.count(hosts[rank])
+
+
+def everyone(store: dist.Store, what: str, mine: str, rank: int, world: int) -> list[str]:
+    """What each rank says of `what`, in order; all ranks call it."""
+    store.set(f"{what} of {rank}", mine)
+    return [_get(store, f"{what} of {r}") for r in range(world)]
 
 
 def must_be_alone() -> None:

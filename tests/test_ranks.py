@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,8 +19,8 @@ import start as start_module
 from benchmarks.common import on_ranks
 from config import UserError
 from model import GPTModel
-from ranks import Ranks, identity, sum_ranks
-from start import agree_on_name
+from ranks import Ranks, identity, refuse_shared_gpus, sum_ranks
+from start import Start, agree_on_name
 
 
 def test_sums_stay_float64_and_leave_their_input_alone(group):
@@ -228,3 +229,58 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch):
     for threads, local_world in ((0, 2), (0, 3), (0, 16), (5, 1), (5, 2)):
         use_threads(threads, local_world)
     assert chosen == [4, 2, 1, 5, 5]
+
+
+def on_threads(world, work):
+    """What work(rank) returns or raises in so many threads at once, as text where it raises."""
+
+    def one(rank):
+        try:
+            return work(rank)
+        except UserError as reason:
+            return str(reason)
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(one, range(world)))
+
+
+@pytest.mark.parametrize(
+    "said, wanted",
+    [
+        ({"SLURM_LOCALID": "3", "SLURM_NTASKS_PER_NODE": "8"}, [(3, 8)] * 4),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, [(1, 2)] * 4),
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4", "SLURM_LOCALID": "0"}, [(2, 4)] * 4),
+        ({}, [(0, 3), (0, 1), (1, 3), (2, 3)]),  # only RANK: ranks 0, 2 and 3 are on one machine
+    ],
+)
+def test_a_rank_knows_its_place_on_its_machine(monkeypatch, said, wanted):
+    for name in {n for pair in start_module._LOCAL_NAMES for n in pair}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    store, host = dist.HashStore(), threading.local()
+    monkeypatch.setattr(start_module.socket, "gethostname", lambda: host.name)
+
+    def work(rank):
+        host.name = "b" if rank == 1 else "a"
+        return start_module.place_on_machine(store, rank, 4)
+
+    assert on_threads(4, work) == wanted
+
+
+@pytest.mark.parametrize(
+    "gpus, said",
+    [
+        (["a 1", "a 2", "b 1", "b 2"], None),
+        (["", "", "", ""], None),  # on CPUs
+        (["a 1", "a 2", "a 1", "b 1"], "ranks 0, 2 would all use GPU 1 of a"),
+    ],
+)
+def test_two_ranks_on_one_gpu_are_refused_on_all(gpus, said):
+    store = dist.HashStore()
+
+    def work(rank):
+        refuse_shared_gpus(Start(store, "name", rank, 4), gpus[rank])
+
+    found = on_threads(4, work)
+    assert all(f is None if said is None else f.startswith(said) for f in found)
