@@ -454,11 +454,11 @@ def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
     Raises UserError.
     """
     if args.resume:
-        for paths in (args.train_data, args.train_npy, args.val_data, args.val_npy):
+        for name in ("train_data", "train_npy", "val_data", "val_npy"):
             refuse_missing(
-                paths,
-                "with --resume, names of data that are not typed come from the checkpoint; name "
-                "the files where they are now",
+                getattr(args, name),
+                "with --resume, names of data that are not typed come from the checkpoint; give "
+                f"--{name.replace('_', '-')} with the files where they are now",
             )
     tokenizer = tokenizer_of(args)
     sources = open_source(args, tokenizer=tokenizer)

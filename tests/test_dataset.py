@@ -282,7 +282,7 @@ def test_data_of_a_resumed_run_that_are_gone_are_said_to_be_named_by_its_checkpo
     saved = flat(text_flags(tmp_path, "--train-data", f"{tmp_path}/a.txt"))
     (tmp_path / "a.txt").unlink()
     resumed = parse_settings("train_minimal", ["--resume"], saved=lambda path: saved)
-    with pytest.raises(UserError, match=r"a\.txt: no such file.* come from the checkpoint"):
+    with pytest.raises(UserError, match=r"a\.txt: no such file.*checkpoint; give --train-data"):
         open_data(resumed)
 
 
