@@ -2,13 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check gpu clean
+.PHONY: train test test-all check gpu clean
 
 train: .venv/train
 	$(BIN)/python train_minimal.py
 
+# Two tests at a time: most of them start programs and wait.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope tests
+
 test: .venv/test
-	$(BIN)/python -m pytest -q tests
+	$(PYTEST) -m "not long"
+
+test-all: test
+	$(PYTEST) -m long
 
 check: .venv/test
 	$(BIN)/ruff check .

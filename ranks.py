@@ -145,7 +145,8 @@ def process_group(
     device = pick_device(args.device, local_rank=ranks.local_rank).torch
     cuda = device.type == "cuda"
     use_threads(args.threads, ranks.local_world)
-    refuse_shared_gpus(start, gpu_name(device) if cuda else "")
+    if cuda:
+        refuse_shared_gpus(start, gpu_name(device))
     guard = _guard(start, args.timeout_seconds, device) if ranks.world > 1 else None
     with guard or nullcontext(), lost_ranks_are_one_line(guard.gone if guard else list):
         dist.init_process_group(
@@ -172,11 +173,11 @@ def gpu_name(device: torch.device) -> str:
 
 def refuse_shared_gpus(start: Start, mine: str) -> None:
     """Raises UserError on all ranks where two of them would compute on the same GPU, which NCCL
-    can't. mine: the name of this rank's, "" for none.
+    can't. mine: the name of this rank's.
     """
     gpus = everyone(start.store, "gpu", mine, start.rank, start.world)
     for gpu in gpus:
-        if gpu and gpus.count(gpu) > 1:
+        if gpus.count(gpu) > 1:
             shared = ", ".join(str(r) for r, other in enumerate(gpus) if other == gpu)
             raise UserError(
                 f"ranks {shared} would all use GPU {gpu.split()[1]} of {gpu.split()[0]}; leave "

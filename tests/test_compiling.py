@@ -98,6 +98,7 @@ def compiled_graphs(*flags):
     return int(graphs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags", ["", "--bf16 --arch modern --dropout 0.1"], ids=["gpt2", "modern"]
 )
@@ -107,5 +108,6 @@ def test_nothing_is_compiled_after_the_warm_up_and_no_more_for_more_layers(flags
     assert compiled_graphs(*flags.split(), "--n-layers", "6") == 4
 
 
+@pytest.mark.long
 def test_recomputed_blocks_are_not_compiled_again():
     assert compiled_graphs("--use-activation-checkpoint", "--n-layers", "2") == 4

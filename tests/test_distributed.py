@@ -74,6 +74,7 @@ def test_two_ranks_match_one_process_with_twice_the_accumulation(program):
         assert a.get("val_tokens", 1999) == b.get("val_tokens", 1999) == 1999
 
 
+@pytest.mark.long
 def test_evaluation_is_the_trainers_on_any_number_of_processes_and_any_batch_size(program):
     program("train_minimal.py", *f"{TINY} --num-steps 12 --warmup-steps 2 --batch-size 8".split())
     last = read_records(program.folder / "logs/train_minimal.jsonl")[-1]
@@ -94,6 +95,7 @@ def test_evaluation_is_the_trainers_on_any_number_of_processes_and_any_batch_siz
         assert found["ppl"] == pytest.approx(math.exp(last["val_loss"]), rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_two_ranks_continues_on_one_and_back(program):
     common = f"{TINY} --checkpoint-path c.pt --save-steps 4".split()
     program(
@@ -122,6 +124,7 @@ def test_a_checkpoint_of_two_ranks_continues_on_one_and_back(program):
     assert "global_batch_size=4 is not 3 ranks" in refused
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", ["--optimizer adamw", MUON])
 def test_three_ranks_that_resume_are_those_that_did_not_stop(program, more):
     # The order in which three ranks add is where DDP's rebuilt buckets would show.
@@ -148,6 +151,7 @@ def test_alone_nothing_is_spread(group):
     assert spread.gather("wte.weight", p) is p and spread.part("wte.weight", p).equal(p)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags",
     ["--use-tensor-parallel --dropout 0.1", f"--parallel fsdp {MUON} --bf16"],
@@ -171,6 +175,7 @@ def test_a_run_in_parts_stops_continues_and_goes_on_alone(program, flags):
     assert found[1]["loss"] == pytest.approx(val["val_loss"], rel=1e-3 if "bf16" in flags else 1e-6)
 
 
+@pytest.mark.long
 def test_samples_are_those_of_one_process_in_every_layout(program):
     (program.folder / "text.txt").write_text("to be or not to be, that is the question. " * 400)
     flags = "--train-data text.txt --seq-len 32 --n-layers 1 --n-heads 2 --d-model 32 --device cpu"

@@ -6,6 +6,8 @@ import pytest
 
 from tests.faults import GROUPS, Rig
 
+pytestmark = pytest.mark.long
+
 # What numbers, outside and worlds try has short tests beside the modules.
 SHORT = "damage signals second_signal hangs restarts storage kills rank_kills".split()
 

@@ -90,7 +90,7 @@ def test_the_hottest_draws_are_even_among_the_top_k(model):
 class Script:
     """In place of a model: writes these ids, one after the other, whatever it is given."""
 
-    training = False
+    training, compiled = False, False
 
     def __init__(self, ids):
         self.ids, self.config = list(ids), tiny(vocab_size=257)

@@ -5,6 +5,8 @@ from hosts import ended, hosts, why_not
 
 from report import read_records
 
+pytestmark = pytest.mark.long
+
 
 def test_two_hosts_train_one_run():
     if reason := why_not():
