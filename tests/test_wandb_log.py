@@ -28,6 +28,7 @@ def test_offline_run_holds_the_metrics(here):
     )
     log.log({"train/loss": 2.5}, state)
     log.finish()
+    wandb.teardown()  # its process may write the file after finish() has returned, until it ends
     assert state.wandb_run_id and said[0].startswith("wandb: offline run in ")
     (file,) = here.glob("wandb/offline-run-*/run-*.wandb")
     content = file.read_bytes()
