@@ -13,7 +13,7 @@ SHORT = "damage signals second_signal hangs restarts storage kills rank_kills".s
 
 
 @pytest.mark.parametrize("group", SHORT)
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_no_fault_hangs_loses_a_checkpoint_or_changes_a_number(tmp_path, group):
     rig = Rig(tmp_path / "rig", short=True, at_once=os.cpu_count() or 1)
     (tmp_path / "rig").mkdir()

@@ -24,7 +24,8 @@ from layouts import (
 
 from checkpoint import content_of
 
-pytestmark = pytest.mark.long
+# The first test waits for the runs of all layouts: two minutes alone, more beside other work.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 SOME = ["one process", "ddp 2", "ddp 3", "fsdp 2", "tp 2", "fsdp 2 x tp 2"]
 # With 3 ranks and 2 matrices of each shape, one has no matrix for Muon to orthogonalize.
