@@ -20,6 +20,16 @@ _SETTINGS = {
 }
 
 
+# Threads that wait for the others of a matrix product spin by default, which on a machine with other
+# work takes the cores from those they wait for: steps took 2 to 4 times as long as with threads that
+# sleep, and those cost an idle machine a tenth (docs/speed.md). What the user has set stays.
+WAITING_SET_BY_USER = {
+    name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ
+}
+if not WAITING_SET_BY_USER:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
 def answer_help() -> None:
     """Prints the help of the script that was started, if that is asked for, and exits."""
     script = os.path.basename(sys.argv[0])
