@@ -16,6 +16,7 @@ class Alone:
 
     rank: int = 0  # of those that see other data, or that write files
     world: int = 1  # how many those are
+    helpers: int = 1  # ranks that do a part each of the work that is given to divide()
     parts: Any = None  # that which gathers tensors, where each rank has a part of the model
 
     def meet(self) -> None:

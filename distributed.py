@@ -42,6 +42,7 @@ class Spread(Alone):
         self.model, self.device = model, device
         self.split = args.tensor_parallel_size
         self.sharded = args.parallel == "fsdp"
+        self.helpers = ranks.world
         self.rank, self.world = ranks.rank // self.split, ranks.world // self.split
         # Ranks that share layers talk most, so they are neighbours, on one machine where they fit.
         grid = torch.arange(ranks.world).view(self.world, self.split)

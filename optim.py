@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         self.stacks = [
             [(name, matrices[name]) for name in alike]
             for (shape, _), group in groupby(in_order, key=lambda name: places[name])
-            for alike in _pieces(list(group), max(1, _STACK_NUMBERS // math.prod(shape)))
+            for alike in _pieces(list(group), most_alike(shape, share.helpers))
         ]
         self.sizes = [0.2 * math.sqrt(max(shapes[stack[0][0]])) for stack in self.stacks]
         self.momentum, self.others, self.divide = args.muon_momentum, others, share.divide
@@ -115,6 +115,13 @@ class Muon(torch.optim.Optimizer):
             go = 1.0 if self.found_inf is None else 1.0 - self.found_inf
             for p, update in zip(ps, updates, strict=True):
                 p.mul_(1 - decay * go).sub_(update * (size * lr * go))
+
+
+def most_alike(shape: tuple[int, ...], helpers: int) -> int:
+    """How many matrices of this shape are orthogonalized together, by so many ranks that do a part
+    each: at least one for each rank, or some would have nothing to do.
+    """
+    return max(1, _STACK_NUMBERS // math.prod(shape)) * helpers
 
 
 def _pieces(names: list[str], most: int) -> Iterator[list[str]]:

@@ -146,3 +146,10 @@ def test_state_shapes_are_those_of_the_state():
         assert kept == state_shapes(optimizer, p, tuple(p.shape))
     sgd = torch.optim.SGD(model.parameters(), lr=1)
     assert state_shapes(sgd, model.wte.weight, (97, 16)) == {}
+
+
+def test_no_rank_is_idle_while_wide_matrices_are_orthogonalized():
+    # GPT-2 XL's QKV, 4800 x 1600: 4 of them are as many numbers as one rank takes at once.
+    assert optim.most_alike((4800, 1600), 1) == 4
+    assert optim.most_alike((4800, 1600), 8) == 8 * 4  # 4 for each of 8 ranks
+    assert optim.most_alike((50_000, 10_000), 8) == 8  # never fewer than ranks
