@@ -61,12 +61,20 @@ def _encode(piece: list[Text]) -> bytes:
     )
 
 
+def _forking_is_safe() -> bool:
+    """Whether a forked process may go on: on Linux, unless this one has begun to use a GPU, whose
+    driver does not survive a fork. Torch is asked only if it is there: workers don't need it.
+    """
+    torch = sys.modules.get("torch")
+    return sys.platform == "linux" and not (torch and torch.cuda.is_initialized())
+
+
 def _pool(tokenizer: Tokenizer, dtype: np.dtype[Any], workers: int) -> Executor:
     """Workers that encode: forked processes; threads, which scaled worse when measured with
     bench.py prepare (1.5 against 1.9 times one process), where forking is not safe.
     """
     start = (tokenizer, dtype, os.getpid())
-    if sys.platform != "linux":
+    if not _forking_is_safe():
         return ThreadPoolExecutor(workers, initializer=_start_worker, initargs=start)
     fork = multiprocessing.get_context("fork")
     return ProcessPoolExecutor(workers, fork, initializer=_start_worker, initargs=start)

@@ -4,15 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 import text
 import token_files
 from config import UserError
-from text import find_sources
+from text import Text, find_sources
 from token_files import prepare
 from tokenizer import build_tokenizer
 
@@ -221,3 +223,13 @@ def test_disk_full_is_one_line(corpus, tmp_path, monkeypatch):
         token_files.tokenize_files(find_sources([corpus[0]]), BYTES, tmp_path / "cache")
     assert not [p for p in (tmp_path / "cache").rglob("*.npy*")]
     assert os.path.exists(tmp_path / "cache")
+
+
+def test_nothing_is_forked_once_a_gpu_is_in_use(monkeypatch):
+    tokenizer, dtype = build_tokenizer("bytes"), np.dtype(np.uint16)
+    with token_files._pool(tokenizer, dtype, 1) as pool:
+        assert isinstance(pool, ProcessPoolExecutor)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with token_files._pool(tokenizer, dtype, 1) as pool:
+        assert isinstance(pool, ThreadPoolExecutor)
+        assert pool.submit(token_files._work, [Text("ab", 2, True)]).result() == b"a\0b\0\0\1"
