@@ -99,13 +99,11 @@ def parse_settings(
         values["tensor_parallel_size"] = world
     args = settings_from(values)
     data_world = _settle_spread(script, args, world)
-    if not args.resume:
-        return _settle_batch(args, typed, data_world, 0)
-    if repeated:  # perhaps on fewer ranks, which then take more steps for the same batch
+    if args.resume and repeated:  # perhaps on fewer ranks, which take more steps for one batch
         typed.pop("grad_accum_steps", None)
-    kept = 0 if "global_batch_size" in args.allow_change else base.get("global_batch_size", 0)
-    args = _settle_batch(args, typed, data_world, kept)
-    _refuse_changes(base, args)
+    args = _settle_batch(args, typed, data_world, base.get("global_batch_size", 0))
+    if args.resume:
+        _refuse_changes(base, args)
     return args
 
 
@@ -153,38 +151,67 @@ def _refuse_changes(saved: Mapping[str, Any], args: Settings) -> None:
         )
 
 
-def _settle_batch(args: Settings, typed: Mapping[str, Any], world: int, kept: int) -> Settings:
-    """The global batch, and micro-batches that divide it. A size that was typed is kept or
-    refused, never bent. kept: that of the run to resume, which must stay.
+def _settle_batch(args: Settings, typed: Mapping[str, Any], world: int, known: int) -> Settings:
+    """The settings with their global batch, and with micro-batches that divide it. world: ranks
+    that see data of their own. known: the global batch of the preset or of the run to resume.
     """
-    total, micro, accum = args.global_batch_size, args.batch_size, typed.get("grad_accum_steps", 0)
-    if not typed.get("global_batch_size") and (accum or not args.resume):
-        if accum or "batch_size" in typed or not total:
-            total = micro * (accum or 1) * world
-        else:
-            total = world * max(
-                1, round(total / world)
-            )  # a preset's size, on a world it did not foresee
-    if kept and total != kept:
+    total = _global_batch(args, typed, world, known)
+    if args.resume and known and total != known and "global_batch_size" not in args.allow_change:
         raise UserError(
-            f"the run to resume has global_batch_size={kept}, not {total}; another "
+            f"the run to resume has global_batch_size={known}, not {total}; another "
             "one would repeat or leave out data; leave it, and give --batch-size to save memory "
             "(or --allow-change global_batch_size)"
         )
-    rows = total // world
-    if "batch_size" not in typed:
-        micro = max(n for n in range(1, min(micro, max(rows, 1)) + 1) if rows % n == 0)
-    if total != rows * world or rows % micro or (accum and accum != rows // micro):
-        wanted = f"{world} ranks x batch_size {micro} x " + (
-            f"grad_accum_steps {accum}" if accum else "a whole number"
-        )
-        raise UserError(
-            f"global_batch_size={total} is not {wanted}; try a multiple of "
-            f"{world * micro * (accum or 1)}"
-        )
+    micro = _micro_batch(args, typed, world, total)
+    accum = total // world // micro
     return dataclasses.replace(
-        args, global_batch_size=total, batch_size=micro, grad_accum_steps=rows // micro
+        args, global_batch_size=total, batch_size=micro, grad_accum_steps=accum
     )
+
+
+def _global_batch(args: Settings, typed: Mapping[str, Any], world: int, known: int) -> int:
+    """Sequences per optimizer step: the number that was typed, or batch_size x grad_accum_steps x
+    ranks where both of those were, or the known one. A new run rounds a preset's to a multiple of
+    the ranks, which the preset did not foresee.
+    """
+    micro, accum = typed.get("batch_size"), typed.get("grad_accum_steps")
+    if typed.get("global_batch_size"):
+        return args.global_batch_size
+    if (micro and accum) or not known:
+        return args.batch_size * (args.grad_accum_steps or 1) * world
+    return known if args.resume else world * max(1, round(known / world))
+
+
+def _micro_batch(args: Settings, typed: Mapping[str, Any], world: int, total: int) -> int:
+    """Sequences per rank and micro-step: what was typed, or what grad_accum_steps that was typed
+    makes of the global batch, or the largest that divides it and is no larger than args.batch_size.
+    Raises UserError where a rank's part of the global batch is no multiple of it.
+    """
+    micro, accum = typed.get("batch_size"), typed.get("grad_accum_steps")
+    rows = total // world
+    sizes = [n for n in range(1, rows + 1) if rows % n == 0]
+    size = micro or rows // (accum or 1)
+    if not (micro or accum):
+        size = max((n for n in sizes if n <= args.batch_size), default=0)
+    if total == rows * world and size in sizes and (not accum or size * accum == rows):
+        return size
+    unit = world * (micro or 1) * (accum or 1)
+    near = [n for n in (total // unit * unit, (total // unit + 1) * unit) if n]
+    close = sorted(sorted(sizes, key=lambda n: (abs(n - (micro or n)), n))[:2])
+    tries = []
+    if micro and total == rows * world and not accum:
+        tries.append(f"--batch-size {_either(close)}")
+    tries.append(
+        "other --nproc-per-node" if args.resume else f"--global-batch-size {_either(near)}"
+    )
+    raise UserError(
+        f"global_batch_size={total} is not {world} ranks x batch_size {micro or 'N'} x "
+        f"grad_accum_steps {accum or 'N'} with whole numbers N; try {', or '.join(tries)}"
+    )
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 class _Parser(argparse.ArgumentParser):

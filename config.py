@@ -134,11 +134,13 @@ class Settings:
     data_seed: int = flag(-1, "seed of the order of the data; -1 = seed", at_least=-1, fixed=True)
     cache_dir: str = flag("~/.cache/rosetrainer", "folder of the tokenized texts")
 
-    batch_size: int = flag(12, "sequences per rank and micro-step", at_least=1, at_most=2**20)
-    grad_accum_steps: int = flag(0, "micro-steps per optimizer step; 0 = as needed", at_least=0)
-    global_batch_size: int = flag(0, "sequences per optimizer step, over all ranks; 0 = "
-                                  "batch-size x grad-accum-steps x ranks", at_least=0,
-                                  at_most=2**20, fixed=True)
+    batch_size: int = flag(12, "micro-batch: sequences per rank and micro-step. Alone it leaves "
+                           "the global batch as it is", at_least=1, at_most=2**20)
+    grad_accum_steps: int = flag(0, "micro-steps per optimizer step; 0 = as needed. With "
+                                 "batch-size it sets the global batch, their product x ranks",
+                                 at_least=0)
+    global_batch_size: int = flag(0, "global batch: sequences per optimizer step, over all ranks; "
+                                  "0 = that of the preset", at_least=0, at_most=2**20, fixed=True)
     micro_batch: str = flag("given", "auto = the largest batch-size that is estimated to fit",
                             "given", "auto")
     seq_len: int = flag(128, "tokens per sequence; all but the first are scored", at_least=2,
@@ -361,8 +363,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "toy": dict(
         arch="gpt2", vocab_size=10_000, max_position_embeddings=0, n_layers=2, n_heads=4,
-        d_model=128, d_ff=512, dropout=0.1, seq_len=32, batch_size=8, num_steps=50, lr=3e-4,
-        warmup_steps=5, eval_steps=10, log_steps=1, val_max_tokens=10_000,
+        d_model=128, d_ff=512, dropout=0.1, seq_len=32, batch_size=8, global_batch_size=8,
+        num_steps=50, lr=3e-4, warmup_steps=5, eval_steps=10, log_steps=1, val_max_tokens=10_000,
     ),
     # Shapes: Radford et al. 2019, table 2. Learning rates: Brown et al. 2020, table 2.1.
     "gpt2-small": dict(_GPT2, n_layers=12, n_heads=12, d_model=768, lr=6e-4),

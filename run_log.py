@@ -168,8 +168,9 @@ class RunLog:
         self.line(f"memory: training takes about {estimate(args, self.device)}{there}")
         self.line(
             f"run: preset {args.preset}, {args.num_steps} steps of {args.global_batch_size} x "
-            f"{args.seq_len} tokens "
-            f"({epochs:.2g} epochs), {args.optimizer}, lr {args.lr:g}, seed {args.seed}"
+            f"{args.seq_len} tokens (global batch {args.global_batch_size}, micro-batch "
+            f"{args.batch_size}; {epochs:.2g} epochs), {args.optimizer}, lr {args.lr:g}, seed "
+            f"{args.seed}"
         )
 
     def restart_clock(self) -> None:

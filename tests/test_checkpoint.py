@@ -37,7 +37,7 @@ DATA = {"train": {"fingerprint": "a", "tokens": 9}, "val": {"fingerprint": "b"},
 
 @pytest.fixture(scope="module")
 def trained():
-    run = Run("--dropout", "0.1", "--grad-accum-steps", "2")
+    run = Run("--dropout", "0.1", "--global-batch-size", "8", "--grad-accum-steps", "2")
     run.steps(3)
     return run
 
@@ -123,7 +123,7 @@ def test_names_have_no_wrapper_prefixes_after_compile(tmp_path, run, monkeypatch
 
 
 def test_moments_belong_to_names_not_positions(path, run):
-    other = Run("--dropout", "0.1", "--grad-accum-steps", "2")
+    other = Run("--dropout", "0.1", "--global-batch-size", "8", "--grad-accum-steps", "2")
     other.optimizer.param_groups[0]["params"].reverse()
     load_checkpoint(path, other.model, other.optimizer)
     for name, p in other.model.named_parameters():

@@ -126,24 +126,50 @@ def test_no_flag_is_a_tuple_by_accident():
         assert type(value) in (int, float, str, bool, list)
 
 
-def test_global_batch_from_ranks_and_accumulation():
-    assert parse("--batch-size", "4", "--grad-accum-steps", "3", world=2).global_batch_size == 24
-    assert parse("--batch-size", "4", world=2).global_batch_size == 8
+BATCHES = [  # flags, ranks -> global batch, micro-batch, micro-steps (toy's batch is 8)
+    ("--preset gpt2-small", 1, (480, 8, 60)),
+    ("--preset gpt2-small --batch-size 4", 1, (480, 4, 120)),
+    ("--preset gpt2-small --batch-size 4", 8, (480, 4, 15)),
+    ("--preset gpt2-small --grad-accum-steps 120", 2, (480, 2, 120)),
+    ("--preset gpt2-small --global-batch-size 12", 1, (12, 6, 2)),
+    ("--preset gpt2-small --batch-size 4 --grad-accum-steps 3", 2, (24, 4, 3)),
+    ("--preset toy", 1, (8, 8, 1)),
+    ("--preset toy --batch-size 2", 1, (8, 2, 4)),
+    ("--preset toy --batch-size 2", 2, (8, 2, 2)),
+    ("--batch-size 4", 1, (24, 4, 6)),  # quickstart
+    ("--batch-size 4 --grad-accum-steps 6 --global-batch-size 24", 1, (24, 4, 6)),
+    ("--preset toy", 3, (9, 3, 1)),  # the nearest multiple of the ranks
+    ("--preset toy --batch-size 3", 1, "--batch-size 2 or 4, or --global-batch-size 6 or 9"),
+    ("--preset toy --batch-size 16", 1, "--batch-size 4 or 8, or --global-batch-size 16"),
+    ("--preset toy --grad-accum-steps 3", 1, "--global-batch-size 6 or 9"),
+    ("--preset toy --grad-accum-steps 16", 1, "--global-batch-size 16"),
+    ("--global-batch-size 25 --batch-size 4", 3, "--global-batch-size 24 or 36"),
+    ("--global-batch-size 24 --batch-size 4 --grad-accum-steps 1", 1, "--global-batch-size 24"),
+]
+
+
+@pytest.mark.parametrize("flags, world, expected", BATCHES)
+def test_the_global_batch_is_the_presets_and_batch_size_its_micro_batch(flags, world, expected):
+    if isinstance(expected, str):
+        said = message(*flags.split(), world=world)
+        assert said.startswith("global_batch_size=") and f"{world} ranks x batch_size" in said
+        assert f"; try {expected}" in said
+    else:
+        args = parse(*flags.split(), world=world)
+        assert (args.global_batch_size, args.batch_size, args.grad_accum_steps) == expected
+
+
+def test_a_resumed_run_keeps_its_global_batch_whatever_sizes_the_micro_batch():
+    saved = flat(parse("--preset", "toy", "--global-batch-size", "12"))
+    for flags, expected in (("--batch-size 3", (12, 3, 4)), ("--grad-accum-steps 6", (12, 2, 6))):
+        args = parse("--resume", *flags.split(), saved=lambda path: saved)
+        assert (args.global_batch_size, args.batch_size, args.grad_accum_steps) == expected
+    said = message("--resume", "--batch-size", "5", saved=lambda path: saved)
+    assert said.endswith("try --batch-size 4 or 6, or other --nproc-per-node")
 
 
 def test_zero_means_not_given():
     assert parse("--global-batch-size", "0").global_batch_size == parse().global_batch_size
-
-
-def test_typed_global_batch_is_split_or_refused_with_the_arithmetic():
-    args = parse("--global-batch-size", "24", "--batch-size", "4", world=3)
-    assert (args.batch_size, args.grad_accum_steps) == (4, 2)
-    said = message("--global-batch-size", "25", "--batch-size", "4", world=3)
-    assert (
-        "global_batch_size=25" in said
-        and "3 ranks x batch_size 4" in said
-        and "multiple of 12" in said
-    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 7, 8, 16, 64])

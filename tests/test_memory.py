@@ -31,7 +31,7 @@ def kept(args, device, monkeypatch):
 @pytest.mark.parametrize("device", [CPU, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
 def test_activations_are_those_that_the_model_keeps(arch, device, monkeypatch):
-    args = toy_settings(*SHAPE, "--arch", arch, "--batch-size", "8")
+    args = toy_settings(*SHAPE, "--arch", arch, "--global-batch-size", "8")
     found = estimate(args, device).activations - workspace_bytes(1000, device.amp, device.torch)
     assert found == pytest.approx(kept(args, device, monkeypatch), rel=0.05)
 
@@ -49,7 +49,7 @@ def test_weights_gradients_and_optimizer_are_counted(arch):
 
 def test_recomputing_keeps_one_block_and_the_inputs_of_the_others():
     plain, spare = (
-        estimate(toy_settings(*SHAPE, "--batch-size", "8", *more), CPU).activations
+        estimate(toy_settings(*SHAPE, "--global-batch-size", "8", *more), CPU).activations
         for more in ([], ["--use-activation-checkpoint"])
     )
     # Per token: 6 x 40 C bytes of blocks against 6 x 4 C of their inputs and 64 C of one whole block.
@@ -57,7 +57,7 @@ def test_recomputing_keeps_one_block_and_the_inputs_of_the_others():
 
 
 def test_the_largest_micro_batch_that_fits_is_taken(monkeypatch):
-    args = toy_settings(*SHAPE, "--global-batch-size", "24")
+    args = toy_settings(*SHAPE, "--global-batch-size", "24", "--batch-size", "4")
     args = dataclasses.replace(args, micro_batch="auto")
     need = estimate(args, CPU, 6).total
 
@@ -90,8 +90,10 @@ def test_a_given_micro_batch_stays():
 
 
 def test_parts_of_a_model_need_parts_of_its_memory():
-    whole = estimate(toy_settings(*SHAPE, "--global-batch-size", "24", world=1), CPU)
-    flags = [*SHAPE, "--global-batch-size", "24"]
+    whole = estimate(
+        toy_settings(*SHAPE, "--global-batch-size", "24", "--batch-size", "4", world=1), CPU
+    )
+    flags = [*SHAPE, "--global-batch-size", "24", "--batch-size", "4"]
     tp = dataclasses.replace(toy_settings(*flags), tensor_parallel_size=2)
     need = estimate(tp, CPU)
     assert need.weights == whole.weights / 2 and need.optimizer == whole.optimizer / 2

@@ -17,7 +17,7 @@ from conftest import ROOT
 from checkpoint import differences
 from report import read_records
 
-SMALL = "--n-layers 1 --n-heads 2 --d-model 16 --seq-len 16 --batch-size 4 --num-steps 6 --eval-steps 3 --device cpu"
+SMALL = "--n-layers 1 --n-heads 2 --d-model 16 --seq-len 16 --global-batch-size 4 --num-steps 6 --eval-steps 3 --device cpu"
 
 
 @pytest.fixture
@@ -303,7 +303,7 @@ MISTAKES = {
     "heads that do not divide": ["--n-heads", "3"],
     "sequence beyond the positions": ["--seq-len", "64", "--max-position-embeddings", "32"],
     "zero steps": ["--num-steps", "0"],
-    "batch that cannot be split": ["--global-batch-size", "7"],
+    "batch that cannot be split": ["--global-batch-size", "7", "--batch-size", "4"],
     "unknown preset": ["--preset", "gpt2-smal"],
     "one token to validate on": ["--train-data", "text.txt", "--val-max-tokens", "1"],
     "folder as checkpoint": ["--train-data", "text.txt", "--checkpoint-path", "."],
@@ -540,7 +540,7 @@ LOOKING = {
 @pytest.mark.parametrize("looking", LOOKING)
 def test_looking_at_a_run_does_not_change_it(script, text, tmp_path, looking):
     flags = ["--train-data", text, "--dropout", "0.1", "--num-steps", "9", "--log-steps", "1"]
-    flags += ["--arch", "gpt2", "--grad-accum-steps", "2"]
+    flags += ["--arch", "gpt2", "--global-batch-size", "8", "--grad-accum-steps", "2"]
     train(script, *flags, "--eval-steps", "9", "--save-steps", "9", "--checkpoint-path", "a.pt")
     losses = {r["step"]: r["train_loss"] for r in read_records_of("a") if r["event"] == "train"}
     train(script, *flags, *LOOKING[looking], "--checkpoint-path", "b.pt")
