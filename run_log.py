@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from config import Settings, UserError, default_checkpoint, flat, log_base
+from config import Settings, UserError, default_checkpoint, flat, log_base, notes_on_preset
 from console import say, visible
 from dataset import TokenDataset
 from device import Device, environment
@@ -109,6 +109,8 @@ class RunLog:
         }
         if not continued:
             self._write({"event": "run", **run})
+        for note in [] if args.resume else notes_on_preset(args):
+            self.line(note)
         self.wandb = WandB(args, state, run, self.line) if args.use_wandb else None
         self.profiler = _start_profiler(base, device) if args.use_profiler else None
         self.restart_clock()
