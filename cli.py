@@ -22,6 +22,7 @@ from config import (
     default_checkpoint,
     expanded,
     flat,
+    in_folder,
     preset_values,
     settings_from,
     wandb_mode,
@@ -102,13 +103,6 @@ def parse_settings(
     if args.resume:
         _refuse_changes(base, args)
     return args
-
-
-def in_folder(path: str, default: str) -> str:
-    """The path, or in a folder the file there with the name of the default path; "" is that."""
-    if path and (path.endswith("/") or os.path.isdir(path)):
-        return os.path.join(path, os.path.basename(default))
-    return path or default
 
 
 # What nothing reads unless other settings are so: names, when they are read, and the flag for that.

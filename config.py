@@ -456,6 +456,24 @@ def default_checkpoint(script: str) -> str:
     return f"checkpoints/minigpt_{'ddp' if script == 'train_ddp' else 'single'}.pt"
 
 
+def in_folder(path: str, default: str) -> str:
+    """The path, or in a folder the file there with the name of the default path; "" is that."""
+    if path and (path.endswith("/") or os.path.isdir(path)):
+        return os.path.join(path, os.path.basename(default))
+    return path or default
+
+
+def checkpoint_in(path: str) -> str:
+    """The path of a checkpoint to read; of a folder, that of the trainer whose usual name is there.
+    Raises UserError where both are.
+    """
+    usual = [in_folder(path, default_checkpoint(x)) for x in ("train_minimal", "train_ddp")]
+    found = [p for p in dict.fromkeys(usual) if os.path.exists(p)]
+    if len(found) == 2:
+        raise UserError(f"{path} holds {found[0]} and {found[1]}; say which")
+    return found[0] if found else usual[0]
+
+
 # What runs did before these settings existed: a checkpoint that lacks them means this.
 BEFORE: dict[str, Any] = {"val_by_weight": False, "allow_leak": True}
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import shlex
+import shutil
 import sys
+from pathlib import Path
 
 
 def accept_any_text() -> None:
@@ -31,3 +35,19 @@ def _is_control(c: str) -> bool:
 def say(text: str) -> None:
     """Prints text that is not ours, such as what a model wrote or how a file is called."""
     print(visible(text), flush=True)
+
+
+def command(script: str, processes: int = 0) -> str:
+    """How the user starts a script of this project here, with the Python that runs now: a word that
+    the shell finds, or its path. processes: that torchrun is to start, 0 for none.
+    """
+    here = Path(__file__).resolve().parent
+    path = script if here == Path.cwd() else str(here / script)
+    python = os.path.dirname(sys.executable)
+    name = "torchrun" if processes else "python"
+    if shutil.which(name) == os.path.join(python, name):
+        start = name
+    else:
+        start = shlex.quote(sys.executable) + (" -m torch.distributed.run" if processes else "")
+    many = f" --nproc-per-node={processes}" if processes else ""
+    return f"{start}{many} {shlex.quote(path)}"

@@ -20,7 +20,7 @@ from torch import Tensor
 from alone import ALONE, Alone
 from checkpoint import changes_of_data, load_model, saved_settings
 from cli import parse_flags, run_script
-from config import BEFORE, EvalSettings, Settings, UserError, settings_from
+from config import BEFORE, EvalSettings, Settings, UserError, checkpoint_in, settings_from
 from dataset import TokenDataset, open_validation, refuse_missing
 from device import Device, pick_device, tune
 from loss import IGNORE
@@ -152,7 +152,7 @@ def main(args: EvalSettings) -> None:
     from ranks import process_group  # below this module in the layout: only the
     from run_log import report_evaluations  # command line needs them
 
-    paths = args.checkpoint_path
+    paths = [checkpoint_in(path) for path in args.checkpoint_path]
     saved = [settings_from(BEFORE | saved_settings(path)) for path in paths]  # all readable?
     results, data_of, by_source = [], [], []
     with process_group(args) as ranks:
