@@ -361,6 +361,7 @@ class SampleSettings:
     top_k: int = flag(50, "draw among this many likeliest tokens; 0 = all", at_least=0)
     seed: int = flag(1337, "seed of the draws", at_least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    threads: int = flag(0, "CPU threads; 0 = as torch chooses", at_least=0)
 
     def __post_init__(self) -> None:
         check_fields(self)

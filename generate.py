@@ -18,7 +18,7 @@ from cli import parse_flags, run_script
 from config import SampleSettings, Settings, UserError, checkpoint_in
 from console import say
 from dataset import TokenDataset
-from device import Device, pick_device, tune
+from device import Device, pick_device, tune, use_threads
 from model import GPTModel
 from text import USUAL_SEPARATOR
 from tokenizer import Tokenizer, stored_tokenizer
@@ -125,6 +125,7 @@ def sample(
 
 def main(args: SampleSettings) -> None:
     """Writes num_samples continuations of the prompt to the terminal."""
+    use_threads(args.threads, local_world=1)
     device = pick_device(args.device)
     tune(device)
     path = checkpoint_in(args.checkpoint_path)

@@ -7,7 +7,7 @@ from cli import parse_settings, run_script
 from compiling import compile_model
 from config import Settings
 from dataset import Prefetch, open_data, record_of
-from device import pick_device, tune
+from device import pick_device, tune, use_threads
 from eval import evaluate
 from generate import sample
 from memory import fit_micro_batch
@@ -62,6 +62,7 @@ def main(args: Settings, watch: Watch) -> int:
 def launch(argv: list[str]) -> int:
     must_be_alone()
     args = parse_settings("train_minimal", argv, saved=resumable_settings)
+    use_threads(args.threads, local_world=1)
     with Watch() as watch:
         return main(args, watch)
 

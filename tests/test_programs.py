@@ -656,3 +656,15 @@ def test_a_checkpoint_whose_data_are_elsewhere_says_who_named_them(script, text,
     assert "this name is from checkpoints/minigpt_single.pt" in err and "--val-data" in err
     code, out, err = script("eval.py", *flags, "--val-data", "moved.txt")
     assert code == 0 and "data: moved.txt" in out, err
+
+
+def test_every_script_computes_with_the_threads_that_are_asked_for(script, text, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    train(script, "--train-data", text, "--threads", "3")
+    train(script, "--train-data", text, "--checkpoint-path", "other.pt")  # torch's own choice
+    path = ("--checkpoint-path", "checkpoints/minigpt_single.pt")
+    for name, flags in (("eval.py", path), ("generate.py", (*path, "--max-new-tokens", "2"))):
+        code, _, err = script(name, *flags, "--threads", "3")
+        assert code == 0, err
+    assert chosen == [3, 3, 3]
