@@ -151,6 +151,7 @@ class Settings:
                                   "0 = that of the preset", at_least=0, at_most=2**20, fixed=True)
     micro_batch: str = flag("given", "auto = the largest batch-size that is estimated to fit",
                             "given", "auto")
+    allow_memory: bool = flag(False, "start though the estimate says that memory will not do")
     seq_len: int = flag(128, "tokens per sequence; all but the first are scored", at_least=2,
                         fixed=True)
     num_steps: int = flag(1000, "optimizer steps of the whole run", at_least=1)

@@ -173,7 +173,10 @@ class RunLog:
         )
         free = free_memory_of(self.device)
         there = "" if free == math.inf else f"; {free / 1e9:.2f} GB are still free"
-        self.line(f"memory: training takes about {estimate(args, self.device)}{there}")
+        need = estimate(args, self.device)
+        if need.total > free:
+            there += ": too few, it seems; a lower --batch-size needs less"
+        self.line(f"memory: training takes about {need}{there}")
         self.line(
             f"run: preset {args.preset}, {args.num_steps} steps of {args.global_batch_size} x "
             f"{args.seq_len} tokens (global batch {args.global_batch_size}, micro-batch "

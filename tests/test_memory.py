@@ -106,3 +106,33 @@ def test_parts_of_a_model_need_parts_of_its_memory():
     assert estimate(at_once, CPU).gradients == whole.gradients / 2
     block = 12 * 256 * 256 + 2 * 1000 * 256  # and the ends of the model, weights and gradients
     assert need.activations - whole.activations == pytest.approx(8 * block, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "free, said",  # in parts of weights, gradients and optimizer, or of the whole step
+    [
+        ((0.99, 0), "lower --n-layers or --d-model"),
+        ((0, 0.49), "lower --batch-size, --seq-len or try --use-activation-checkpoint"),
+        ((0, 0.51), ""),  # the estimate may be off: it is tried
+        ((0, 1e6), ""),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_memory_is_taken(monkeypatch, free, said):
+    more = ["--d-model", "16"] if free[1] else []  # then most of it is activations
+    args = toy_settings(*SHAPE, "--global-batch-size", "8", *more)
+    need = estimate(args, CPU)
+    bytes_free = free[0] * (need.total - need.activations) + free[1] * need.total
+    monkeypatch.setattr(memory, "free_memory_of", lambda device: bytes_free)
+    if not said:
+        assert fit_micro_batch(args, CPU) is args
+        with pytest.raises(UserError, match="--allow-memory"):  # another rank has less
+            fit_micro_batch(args, CPU, agree=lambda wish: [1])
+        return
+    with pytest.raises(UserError, match=f"GB are free for it; {said}.*--allow-memory"):
+        fit_micro_batch(args, CPU)
+    brave = dataclasses.replace(args, allow_memory=True)
+    assert fit_micro_batch(brave, CPU) is brave
+    monkeypatch.setattr(memory, "free_memory_of", lambda device: 1.01 * need.total)
+    fit_micro_batch(args, CPU)
+    with pytest.raises(UserError):  # three processes share it
+        fit_micro_batch(args, CPU, local_world=3)
