@@ -164,13 +164,17 @@ class Settings:
     decay_ratio: float = flag(0.2, "part of num_steps in which wsd decays", at_least=0)
     weight_decay: float = flag(0.1, "decoupled decay of matrices; vectors have none", at_least=0)
     beta1: float = flag(0.9, "AdamW: decay of the mean gradient", at_least=0)
-    beta2: float = flag(0.95, "AdamW: decay of the mean squared gradient", at_least=0)
+    beta2: float = flag(0.95, "AdamW: decay of the mean squared gradient; at 0, layouts "
+                        "are not equal", at_least=0)
     muon_lr_ratio: float = flag(0.5, "Muon: learning rate of matrices in blocks, as part of lr",
                                 at_least=0)
     muon_momentum: float = flag(0.95, "Muon: decay of the mean gradient", at_least=0)
     grad_clip_norm: float = flag(1.0, "largest global gradient norm; 0 = no limit", at_least=0)
 
     eval_steps: int = flag(100, "steps between evaluations; always at the end", at_least=1)
+    eval_at_start: str = flag("auto", "evaluate before the first step; auto = unless on a CPU the "
+                              "validation tokens x parameters are above 10^12, some 20 seconds",
+                              "auto", "on", "off")
     log_steps: int = flag(10, "steps between metrics records", at_least=1)
     save_steps: int = flag(500, "steps between checkpoints; always at the end", at_least=1)
     keep_every: int = flag(0, "steps between checkpoints kept for good; 0 = none", at_least=0)

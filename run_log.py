@@ -26,7 +26,7 @@ from config import Settings, UserError, default_checkpoint, flat, log_base, note
 from console import command, say, visible
 from dataset import TokenDataset
 from device import Device, environment
-from eval import EvalResult
+from eval import EvalResult, starts_with_evaluation
 from generate import fitting_prompt
 from memory import estimate, free_memory_of
 from model import GPTModel
@@ -112,6 +112,8 @@ class RunLog:
             self._write({"event": "run", **run})
         for note in [] if args.resume else notes_on_preset(args):
             self.line(note)
+        if not state.step and not starts_with_evaluation(0, model, val, args, device):
+            self.line("no evaluation before the first step (--eval-at-start on does one)")
         if args.resume and state.step == args.num_steps:
             self.line(
                 f"nothing left to do: all {args.num_steps} steps are done; --num-steps with more "

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from config import UserError, checkpoint_in
-from console import command
+from console import command, progress
 
 
 def test_a_command_works_in_the_folder_where_it_is_printed(tmp_path, monkeypatch):
@@ -37,3 +37,27 @@ def test_a_folder_of_checkpoints_stands_for_the_one_in_it(tmp_path):
     one.touch()
     with pytest.raises(UserError, match=r"minigpt_single\.pt and .*minigpt_ddp\.pt; say which"):
         checkpoint_in(str(tmp_path))
+
+
+def test_long_work_says_how_far_it_is_in_few_lines(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("console.time.monotonic", lambda: clock[0])
+
+    def items(n):
+        for i in range(n):
+            clock[0] = float(i)  # a second each
+            yield i
+
+    assert list(progress(items(10), "evaluating", 10)) == list(range(10))
+    assert capsys.readouterr().err == ""  # 9 s
+    clock[0] = 0.0
+    list(progress(items(100), "evaluating", 100, quiet=True))
+    assert capsys.readouterr().err == ""
+    clock[0] = 0.0
+    list(progress(items(100), "evaluating", 100))
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluating: 10% in 10 s, about 90 s to go",
+        "evaluating: 20% in 20 s, about 80 s to go",
+        "evaluating: 40% in 40 s, about 60 s to go",
+        "evaluating: 80% in 80 s, about 20 s to go",
+    ]
