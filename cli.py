@@ -462,9 +462,9 @@ def run_script(
         if not (isinstance(reason, MemoryError) or any(x in str(reason) for x in _NO_MEMORY)):
             raise
         print(
-            f"{_rank_prefix()}error: out of memory; lower --batch-size. A trainer keeps the same "
-            "tokens per step with --global-batch-size, chooses itself with --micro-batch auto, and "
-            "needs less with --use-activation-checkpoint",
+            f"{_rank_prefix()}error: out of memory; lower --batch-size, with which a trainer keeps "
+            "its global batch. It chooses itself with --micro-batch auto, and needs less with "
+            "--use-activation-checkpoint",
             file=sys.stderr,
         )
         sys.exit(2)

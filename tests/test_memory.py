@@ -118,9 +118,11 @@ def test_parts_of_a_model_need_parts_of_its_memory():
     ],
 )
 def test_what_cannot_fit_is_refused_before_memory_is_taken(monkeypatch, free, said):
-    more = ["--d-model", "16"] if free[1] else []  # then most of it is activations
-    args = toy_settings(*SHAPE, "--global-batch-size", "8", *more)
+    # Most of it is the activations of 8 long sequences, or the weights for a short one.
+    more = "--d-model 16" if free[1] else "--seq-len 16 --global-batch-size 1 --d-model 512"
+    args = toy_settings(*SHAPE, "--global-batch-size", "8", *more.split())
     need = estimate(args, CPU)
+    assert (need.activations < 0.9 * need.total / 2) is (free[1] == 0)
     bytes_free = free[0] * (need.total - need.activations) + free[1] * need.total
     monkeypatch.setattr(memory, "free_memory_of", lambda device: bytes_free)
     if not said:

@@ -159,6 +159,7 @@ def test_token_shards_train_evaluate_and_sample(script, own_validation):
     assert (
         code == 0 and f"tokens: {1999 if own_validation else 399}" in out and "bpb: n/a" in out
     ), err
+    assert "these token ids name no tokenizer; if they are GPT-2's, " in out
     code, _, err = script("generate.py")
     assert code == 2 and "--tokenizer-name" in err
 
