@@ -46,7 +46,7 @@ from config import (
     settings_from,
 )
 from model import GPTModel
-from optim import state_shapes
+from optim import lr_at, state_shapes
 from step import RunState
 from tokenizer import build_tokenizer, tokenizer_from_json
 
@@ -429,7 +429,26 @@ def load_checkpoint(
         state.scaler.load_state_dict(tree["scaler"])
     if notes:
         state.notes.append(f"changed since it was saved: {_some(notes)}")
+    if args and (note := _rate_that_rises(settings_from(tree["settings"]), args, state.step)):
+        state.notes.append(note)
     return state
+
+
+def _rate_that_rises(before: Settings, now: Settings, step: int) -> str:
+    """What to say where a run that is continued at this step takes up a rate well above its last,
+    as one does that had ended and gets more steps.
+    """
+    if not now.warmup_steps < step < now.num_steps:
+        return ""
+    last, first = lr_at(step - 1, before), lr_at(step, now)
+    if first <= 1.5 * last:
+        return ""
+    return (
+        f"the learning rate was {last:.3g} in step {step} and is {first:.3g} in the next: "
+        f"{now.lr_scheduler} now ends at step {now.num_steps}; a lower --lr than {now.lr:g} makes "
+        "it a new decay from a lower rate. A run that is planned to be extended takes "
+        "--lr-scheduler wsd, and goes on from a --keep-every checkpoint before its decay"
+    )
 
 
 def _some(problems: list[str]) -> str:

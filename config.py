@@ -42,14 +42,19 @@ def flag(
     fixed: bool = False,
     positional: bool = False,
     word: str = "",
+    metavar: str = "",
+    short_for: str = "",
 ) -> Any:
     """One setting: default, help of its flag with the unit, and the values that it may take.
 
     fixed: another value makes another run, so --resume takes it only with --allow-change. word:
-    what a flag that is on when given alone also takes, as in --resume auto.
+    what a flag that is on when given alone also takes, as in --resume auto. metavar: what --help
+    calls the value; with PATH in it, a typed ~ is the home directory. short_for: the flag and value
+    that it is another name of; such a flag has no negation.
     """
     limits = {"choices": choices, "at_least": at_least, "at_most": at_most}
-    metadata = {"help": help, "fixed": fixed, "positional": positional, "word": word, **limits}
+    named = {"word": word, "metavar": metavar, "short_for": short_for}
+    metadata = {"help": help, "fixed": fixed, "positional": positional, **named, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -107,8 +112,8 @@ class Settings:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = flag("auto", "of matrix products; auto = bf16 or fp16 on CUDA, else fp32",
                           "auto", "fp32", "bf16", "fp16")
-    no_amp: bool = flag(False, "same as --precision fp32")
-    bf16: bool = flag(False, "same as --precision bf16")
+    no_amp: bool = flag(False, "same as --precision fp32", short_for="--precision fp32")
+    bf16: bool = flag(False, "same as --precision bf16", short_for="--precision bf16")
     compile: str = flag("auto", "torch.compile; auto = on CUDA", "auto", "on", "off")
 
     data_mode: str = flag("auto", "kind of data; auto = by the data flags",
@@ -118,11 +123,14 @@ class Settings:
     train_npy: tuple[str, ...] = flag((), "token shards: .npy, or llm.c .bin")
     val_npy: tuple[str, ...] = flag((), "token shards held out; none = last part of train-npy")
     document_separator: str = flag("", "what parts the documents of a plain text file, such as "
-                                   "<|endoftext|>; none = each file is one document")
+                                   "<|endoftext|>; none = each file is one document",
+                                   metavar="TEXT")
     bin_dtype: str = flag("auto", "ids of .bin files without header; auto = told from the data",
                           "auto", "uint8", "uint16", "uint32", fixed=True)
-    use_toy_data: bool = flag(False, "random tokens: nothing to learn, everything to test")
-    tokenizer_name: str = flag("", "bytes or gpt2; none = bytes for text, none for shards")
+    use_toy_data: bool = flag(False, "random tokens: nothing to learn, everything to test",
+                              short_for="--data-mode toy")
+    tokenizer_name: str = flag("", "bytes, gpt2, a tokenizer file; none = bytes for text, none for "
+                               "shards", metavar="NAME|PATH")
     val_ratio: float = flag(0.1, "part of the tokens held out without val files", at_least=0,
                             fixed=True)
     max_tokens: int = flag(0, "train on at most this many tokens; 0 = all", at_least=0,
@@ -132,15 +140,18 @@ class Settings:
     val_by_weight: bool = True  # False: of a mixture's parts joined, the first val_max_tokens
     allow_leak: bool = flag(False, "train though validation text stands in the training data")
     data_seed: int = flag(-1, "seed of the order of the data; -1 = seed", at_least=-1, fixed=True)
-    cache_dir: str = flag("~/.cache/rosetrainer", "folder of the tokenized texts")
+    cache_dir: str = flag("~/.cache/rosetrainer", "folder of the tokenized texts", metavar="PATH")
 
-    batch_size: int = flag(12, "sequences per rank and micro-step", at_least=1, at_most=2**20)
-    grad_accum_steps: int = flag(0, "micro-steps per optimizer step; 0 = as needed", at_least=0)
-    global_batch_size: int = flag(0, "sequences per optimizer step, over all ranks; 0 = "
-                                  "batch-size x grad-accum-steps x ranks", at_least=0,
-                                  at_most=2**20, fixed=True)
+    batch_size: int = flag(12, "micro-batch: sequences per rank and micro-step. Alone it leaves "
+                           "the global batch as it is", at_least=1, at_most=2**20)
+    grad_accum_steps: int = flag(0, "micro-steps per optimizer step; 0 = as needed. With "
+                                 "batch-size it sets the global batch, their product x ranks",
+                                 at_least=0)
+    global_batch_size: int = flag(0, "global batch: sequences per optimizer step, over all ranks; "
+                                  "0 = that of the preset", at_least=0, at_most=2**20, fixed=True)
     micro_batch: str = flag("given", "auto = the largest batch-size that is estimated to fit",
                             "given", "auto")
+    allow_memory: bool = flag(False, "start though the estimate says that memory will not do")
     seq_len: int = flag(128, "tokens per sequence; all but the first are scored", at_least=2,
                         fixed=True)
     num_steps: int = flag(1000, "optimizer steps of the whole run", at_least=1)
@@ -153,13 +164,17 @@ class Settings:
     decay_ratio: float = flag(0.2, "part of num_steps in which wsd decays", at_least=0)
     weight_decay: float = flag(0.1, "decoupled decay of matrices; vectors have none", at_least=0)
     beta1: float = flag(0.9, "AdamW: decay of the mean gradient", at_least=0)
-    beta2: float = flag(0.95, "AdamW: decay of the mean squared gradient", at_least=0)
+    beta2: float = flag(0.95, "AdamW: decay of the mean squared gradient; at 0, layouts "
+                        "are not equal", at_least=0)
     muon_lr_ratio: float = flag(0.5, "Muon: learning rate of matrices in blocks, as part of lr",
                                 at_least=0)
     muon_momentum: float = flag(0.95, "Muon: decay of the mean gradient", at_least=0)
     grad_clip_norm: float = flag(1.0, "largest global gradient norm; 0 = no limit", at_least=0)
 
     eval_steps: int = flag(100, "steps between evaluations; always at the end", at_least=1)
+    eval_at_start: str = flag("auto", "evaluate before the first step; auto = unless on a CPU the "
+                              "validation tokens x parameters are above 10^12, some 20 seconds",
+                              "auto", "on", "off")
     log_steps: int = flag(10, "steps between metrics records", at_least=1)
     save_steps: int = flag(500, "steps between checkpoints; always at the end", at_least=1)
     keep_every: int = flag(0, "steps between checkpoints kept for good; 0 = none", at_least=0)
@@ -167,24 +182,30 @@ class Settings:
                                at_least=0)
     checkpoint_async: str = flag("auto", "save in the background, from a copy in memory; auto = "
                                  "where that fits", "auto", "on", "off")
-    checkpoint_path: str = flag("", "checkpoint file; none = in checkpoints/")
+    checkpoint_path: str = flag("", "checkpoint file, or the folder for one of the usual name",
+                                metavar="PATH")
     resume: bool = flag(False, "continue the checkpoint, with its settings where none is typed; "
                         "auto = if there is one, else start", word="auto")
     allow_change: tuple[str, ...] = flag((), "settings that may differ from those of the run to "
-                                         "resume though they make it another run")
-    log_dir: str = flag("logs", "folder of the text log, the metrics and the loss picture")
-    sample_prompt: str = flag("", "text to continue at each evaluation; none = only at the end")
+                                         "resume though they make it another run", metavar="NAME")
+    log_dir: str = flag("logs", "folder of the text log, metrics and loss picture", metavar="PATH")
+    sample_prompt: str = flag("", "text to continue at each evaluation; none = only at the end",
+                              metavar="TEXT")
     sample_tokens: int = flag(120, "tokens of each sample", at_least=1)
     use_profiler: bool = flag(False, "profile a few steps; the trace goes to log-dir")
     use_wandb: bool = flag(False, "report to Weights & Biases")
-    wandb_project: str = flag("rosetrainer", "Weights & Biases project")
-    wandb_run_name: str = flag("", "Weights & Biases run name; none = chosen by it")
-    wandb_mode: str = flag("online", "Weights & Biases mode", "online", "offline", "disabled")
+    wandb_project: str = flag("", "Weights & Biases project; none = WANDB_PROJECT of the "
+                              "environment, or else rosetrainer")
+    wandb_run_name: str = flag("", "Weights & Biases run name; none = WANDB_NAME of the "
+                               "environment, or else chosen by it")
+    wandb_mode: str = flag("auto", "Weights & Biases mode; auto = WANDB_MODE of the environment, "
+                           "or else online", "auto", "online", "offline", "disabled")
 
     parallel: str = flag("ddp", "ddp = each process has the model; fsdp = a part of each layer "
                          "and of its optimizer state", "ddp", "fsdp")
     tensor_parallel_size: int = flag(1, "processes that compute each layer together", at_least=1)
-    use_tensor_parallel: bool = flag(False, "all processes compute each layer together")
+    use_tensor_parallel: bool = flag(False, "all processes compute each layer together",
+                                     short_for="--tensor-parallel-size with all processes")
     threads: int = flag(0, "CPU threads of each process; 0 = cores / processes of this machine",
                         at_least=0)
     deterministic: bool = flag(False, "GPUs: only kernels that give the same bits each time")
@@ -296,13 +317,14 @@ class Settings:
 class EvalSettings:
     """Settings of eval.py; what is not given comes from the checkpoint."""
 
-    checkpoint_path: tuple[str, ...] = flag((), "one or more checkpoint files")
+    checkpoint_path: tuple[str, ...] = flag((), "checkpoint files, or folders")
     data_mode: str = flag("auto", "kind of data", "auto", "text", "fineweb_npy", "toy")
     val_data: tuple[str, ...] = flag((), "text files to evaluate on, whole")
     val_npy: tuple[str, ...] = flag((), "token shards to evaluate on, whole")
     bin_dtype: str = flag("auto", "ids of .bin files without header; auto = as in training",
                           "auto", "uint8", "uint16", "uint32")
-    tokenizer_name: str = flag("", "tokenizer of val-data; none = that of the checkpoint")
+    tokenizer_name: str = flag("", "tokenizer of val-data; none = that of the checkpoint",
+                               metavar="NAME|PATH")
     max_tokens: int = flag(0, "evaluate on at most this many tokens; 0 = all", at_least=0)
     by_source: bool = flag(False, "of a mixture, the loss of each source too")
     seq_len: int = flag(0, "tokens per sequence; 0 = as in training", at_least=0)
@@ -310,8 +332,9 @@ class EvalSettings:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     no_amp: bool = flag(False, "float32, whatever the training used")
     seed: int = flag(-1, "accepted for symmetry: evaluation draws nothing", at_least=-1)
-    cache_dir: str = flag("", "folder of the tokenized texts; none = as in training")
-    log_dir: str = flag("logs", "folder of eval.log and eval.jsonl")
+    cache_dir: str = flag("", "folder of the tokenized texts; none = as in training",
+                          metavar="PATH")
+    log_dir: str = flag("logs", "folder of eval.log and eval.jsonl", metavar="PATH")
     threads: int = flag(0, "CPU threads of each process; 0 = cores / processes of this machine",
                         at_least=0)
     timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1,
@@ -331,15 +354,19 @@ class EvalSettings:
 class SampleSettings:
     """Settings of generate.py."""
 
-    checkpoint_path: str = flag("checkpoints/minigpt_single.pt", "checkpoint file")
-    prompt: str = flag("\n", "text to continue; empty = the start of a document")
-    tokenizer_name: str = flag("", "tokenizer; none = that of the checkpoint")
+    checkpoint_path: str = flag("checkpoints/minigpt_single.pt", "checkpoint file, or folder",
+                                metavar="PATH")
+    prompt: str = flag("\n", "text to continue; empty = the start of a document",
+                       metavar="TEXT")
+    tokenizer_name: str = flag("", "tokenizer; none = that of the checkpoint",
+                               metavar="NAME|PATH")
     max_new_tokens: int = flag(300, "tokens to write", at_least=1)
     num_samples: int = flag(1, "continuations to write", at_least=1)
     temperature: float = flag(0.8, "0 = always the likeliest token; 1 = as predicted", at_least=0)
     top_k: int = flag(50, "draw among this many likeliest tokens; 0 = all", at_least=0)
     seed: int = flag(1337, "seed of the draws", at_least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    threads: int = flag(0, "CPU threads; 0 = as torch chooses", at_least=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -361,8 +388,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "toy": dict(
         arch="gpt2", vocab_size=10_000, max_position_embeddings=0, n_layers=2, n_heads=4,
-        d_model=128, d_ff=512, dropout=0.1, seq_len=32, batch_size=8, num_steps=50, lr=3e-4,
-        warmup_steps=5, eval_steps=10, log_steps=1, val_max_tokens=10_000,
+        d_model=128, d_ff=512, dropout=0.1, seq_len=32, batch_size=8, global_batch_size=8,
+        num_steps=50, lr=3e-4, warmup_steps=5, eval_steps=10, log_steps=1, val_max_tokens=10_000,
     ),
     # Shapes: Radford et al. 2019, table 2. Learning rates: Brown et al. 2020, table 2.1.
     "gpt2-small": dict(_GPT2, n_layers=12, n_heads=12, d_model=768, lr=6e-4),
@@ -376,12 +403,81 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "gpt2-xl": dict(_GPT2, n_layers=48, n_heads=25, d_model=1600, lr=2e-4),
 }
+
+# What a preset made for Muon has with --optimizer adamw instead: without Muon's even steps, large
+# rates need a warm-up and are still too large.
+WITH_ADAMW: dict[str, dict[str, Any]] = {
+    "quickstart": dict(lr=3e-3, warmup_steps=50),
+    "modern-small": dict(lr=9e-4, warmup_steps=1250),
+}
 # fmt: on
+
+
+def preset_values(preset: str, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a preset where the flags that were typed leave them. Raises UserError."""
+    values = dict(choose("preset", preset, PRESETS))
+    if typed.get("data_mode") == "fineweb_npy" or typed.get("train_npy"):
+        values.pop("tokenizer_name", None)  # shards need none, and its files may not be at hand
+    if typed.get("arch") == "gpt2":
+        values.pop("ngram_rows", None)  # a part of the other architecture
+    if typed.get("optimizer") == "adamw":
+        values |= WITH_ADAMW.get(preset, {})
+    if "num_steps" in typed:
+        values["warmup_steps"] = min(values["warmup_steps"], typed["num_steps"] // 10)
+    return values
+
+
+def notes_on_preset(args: Settings) -> list[str]:
+    """Which rates of its preset a run does not have because of flags that don't name them."""
+    preset = PRESETS.get(args.preset, {})
+    own = WITH_ADAMW.get(args.preset, {}) if args.optimizer == "adamw" else {}
+    planned = (preset | own).get("warmup_steps", 0)
+    notes = []
+    if own and args.lr == own["lr"]:
+        notes.append(
+            f"lr is {args.lr:g}, which preset {args.preset} has with adamw (with muon "
+            f"{preset['lr']:g}); --lr sets another"
+        )
+    if args.warmup_steps == args.num_steps // 10 < planned:
+        notes.append(
+            f"warm-up is {args.warmup_steps} steps, a tenth of --num-steps, where preset "
+            f"{args.preset} has {planned}; --warmup-steps sets another"
+        )
+    return notes
+
+
+def wandb_mode(args: Settings) -> str:
+    """online, offline or disabled: what the settings say, or with auto the environment. Raises
+    UserError for a WANDB_MODE that is none of those that wandb knows.
+    """
+    if args.wandb_mode != "auto":
+        return args.wandb_mode
+    found = os.environ.get("WANDB_MODE") or "online"
+    known = {"online": "online", "offline": "offline", "disabled": "disabled"}
+    return str(choose("WANDB_MODE", found, known | {"run": "online", "dryrun": "offline"}))
 
 
 def default_checkpoint(script: str) -> str:
     """Where a trainer saves unless told otherwise."""
     return f"checkpoints/minigpt_{'ddp' if script == 'train_ddp' else 'single'}.pt"
+
+
+def in_folder(path: str, default: str) -> str:
+    """The path, or in a folder the file there with the name of the default path; "" is that."""
+    if path and (path.endswith("/") or os.path.isdir(path)):
+        return os.path.join(path, os.path.basename(default))
+    return path or default
+
+
+def checkpoint_in(path: str) -> str:
+    """The path of a checkpoint to read; of a folder, that of the trainer whose usual name is there.
+    Raises UserError where both are.
+    """
+    usual = [in_folder(path, default_checkpoint(x)) for x in ("train_minimal", "train_ddp")]
+    found = [p for p in dict.fromkeys(usual) if os.path.exists(p)]
+    if len(found) == 2:
+        raise UserError(f"{path} holds {found[0]} and {found[1]}; say which")
+    return found[0] if found else usual[0]
 
 
 # What runs did before these settings existed: a checkpoint that lacks them means this.

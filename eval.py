@@ -20,12 +20,15 @@ from torch import Tensor
 from alone import ALONE, Alone
 from checkpoint import changes_of_data, load_model, saved_settings
 from cli import parse_flags, run_script
-from config import BEFORE, EvalSettings, Settings, UserError, settings_from
+from config import BEFORE, EvalSettings, Settings, UserError, checkpoint_in, settings_from
+from console import progress
 from dataset import TokenDataset, open_validation, refuse_missing
 from device import Device, pick_device, tune
 from loss import IGNORE
 from model import GPTModel
 from tokenizer import Tokenizer, stored_tokenizer
+
+_LONG_ON_CPU = 1e12  # tokens x parameters; with 2 FLOP each, 20 s at 100 GFLOP/s
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     there, sums = device.torch, torch.zeros(7, dtype=torch.float64)
-    for ids, labels in val.batches(batch_size, share.rank, share.world):
+    windows = math.ceil((val.num_tokens - 1) / (val.seq_len - 1))
+    batches = val.batches(batch_size, share.rank, share.world)
+    total = math.ceil(windows / (share.world * batch_size))
+    for ids, labels in progress(batches, "evaluating", total, quiet=share.rank > 0):
         with device.autocast():
             nll = model(ids.to(there), None, labels.to(there), "none", return_logits=False)[1]
         scored = labels[:, 1:] != IGNORE
@@ -75,6 +81,18 @@ def evaluate(
         bpb=nll / math.log(2) / n_bytes if n_bytes else None,
         tokens=int(tokens),
     )
+
+
+def starts_with_evaluation(
+    step: int, model: GPTModel, val: TokenDataset, args: Settings, device: Device
+) -> bool:
+    """Whether a run that is at this step evaluates before it trains: a new one, as eval_at_start
+    says, and with auto unless that takes long, which is told by sizes and so the same in each run.
+    """
+    if step or args.eval_at_start != "auto":
+        return step == 0 and args.eval_at_start == "on"
+    work = val.num_tokens * model.num_parameters()
+    return device.torch.type != "cpu" or work <= _LONG_ON_CPU
 
 
 def _bytes_of(ids: Tensor, tokenizer: Tokenizer | None) -> int:
@@ -152,7 +170,7 @@ def main(args: EvalSettings) -> None:
     from ranks import process_group  # below this module in the layout: only the
     from run_log import report_evaluations  # command line needs them
 
-    paths = args.checkpoint_path
+    paths = [checkpoint_in(path) for path in args.checkpoint_path]
     saved = [settings_from(BEFORE | saved_settings(path)) for path in paths]  # all readable?
     results, data_of, by_source = [], [], []
     with process_group(args) as ranks:

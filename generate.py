@@ -15,10 +15,10 @@ from torch import Tensor
 
 from checkpoint import load_model
 from cli import parse_flags, run_script
-from config import SampleSettings, Settings, UserError
+from config import SampleSettings, Settings, UserError, checkpoint_in
 from console import say
 from dataset import TokenDataset
-from device import Device, pick_device, tune
+from device import Device, pick_device, tune, use_threads
 from model import GPTModel
 from text import USUAL_SEPARATOR
 from tokenizer import Tokenizer, stored_tokenizer
@@ -125,17 +125,17 @@ def sample(
 
 def main(args: SampleSettings) -> None:
     """Writes num_samples continuations of the prompt to the terminal."""
+    use_threads(args.threads, local_world=1)
     device = pick_device(args.device)
     tune(device)
-    model, _, data = load_model(args.checkpoint_path)
+    path = checkpoint_in(args.checkpoint_path)
+    model, _, data = load_model(path)
     model.to(device.torch)
     stored = data.get("tokenizer", "")
-    tokenizer = stored_tokenizer(
-        stored, args.tokenizer_name, args.checkpoint_path, model.config.vocab_size
-    )
+    tokenizer = stored_tokenizer(stored, args.tokenizer_name, path, model.config.vocab_size)
     if tokenizer is None:
         raise UserError(
-            f"{args.checkpoint_path} was trained on token ids that name no tokenizer; "
+            f"{path} was trained on token ids that name no tokenizer; "
             "say which with --tokenizer-name (gpt2 for FineWeb-Edu shards)"
         )
     for i in range(args.num_samples):

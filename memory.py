@@ -18,6 +18,7 @@ from loss import workspace_bytes
 # float32 and in 16 bits: its two inputs, QKV, what attention gives, and in modern the normed and
 # turned Q and K. tests/test_memory.py compares with what the model keeps.
 _BLOCK = {"gpt2": (24, 16), "modern": (37, 31)}
+_SURE = 2.0  # times what is free: no estimate is that far off
 _USABLE = 0.9  # of the free memory: allocators lose some between their blocks
 
 
@@ -69,12 +70,13 @@ def fit_micro_batch(
 ) -> Settings:
     """With micro_batch=auto, the settings with the largest batch_size whose step is estimated to
     fit, and as many micro-steps as give the same global batch; else as they are. Raises UserError
-    where not even one sequence fits.
+    where not even one sequence fits, or with a given batch_size where it cannot fit.
 
     local_world: processes that share the main memory. agree: the largest of a number over the
     ranks, which must all do the same.
     """
     if args.micro_batch != "auto":
+        refuse_what_cannot_fit(args, device, local_world, agree)
         return args
     if free_memory_of(device) == math.inf:
         raise UserError(
@@ -95,6 +97,30 @@ def fit_micro_batch(
     return dataclasses.replace(
         args, batch_size=size, grad_accum_steps=rows // size, micro_batch="given"
     )
+
+
+def refuse_what_cannot_fit(
+    args: Settings,
+    device: Device,
+    local_world: int = 1,
+    agree: Callable[..., list[int]] = lambda *wishes: list(wishes),
+) -> None:
+    """Raises UserError, on all ranks, where on one of them the weights, gradients and optimizer
+    alone need more memory than is free, or the whole step twice as much; --allow-memory starts it
+    all the same. Arguments as of `fit_micro_batch`.
+    """
+    free = free_memory_of(device) / (local_world if device.torch.type == "cpu" else 1)
+    need = estimate(args, device)
+    state = need.total - need.activations
+    (too_much,) = agree(int(state > free or need.total > _SURE * free))
+    if too_much and not args.allow_memory:
+        lower = "--batch-size, --seq-len or try --use-activation-checkpoint"
+        if state > free:
+            lower = "--n-layers or --d-model, or spread it with --parallel fsdp"
+        raise UserError(
+            f"training takes about {need}, and {free / 1e9:.2f} GB are free for it; lower {lower}, "
+            "or start it all the same with --allow-memory"
+        )
 
 
 def free_memory_of(device: Device) -> float:

@@ -138,6 +138,7 @@ def process_group(
     start = start or meet()
     ranks = Ranks(start.rank, start.world, start.local_rank, start.local_world)
     if not start.launched and not alone:
+        use_threads(args.threads, ranks.local_world)
         yield ranks
         return
     if by_torchrun():

@@ -22,14 +22,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from config import Settings, UserError, default_checkpoint, flat, log_base
-from console import say, visible
+from config import Settings, UserError, default_checkpoint, flat, log_base, notes_on_preset
+from console import command, say, visible
 from dataset import TokenDataset
 from device import Device, environment
-from eval import EvalResult
+from eval import EvalResult, starts_with_evaluation
 from generate import fitting_prompt
 from memory import estimate, free_memory_of
 from model import GPTModel
+from optim import lr_at
 from report import draw_losses, read_records, run_of
 from saver import free_number, hold, set_aside
 from step import RunState, StepStats
@@ -60,7 +61,7 @@ class RunLog:
         world: int = 1,
     ) -> None:
         self.script, self.args, self.device, self.world = script, args, device, world
-        self.prompt = "TEXT --tokenizer-name NAME"  # where only the user knows them
+        self.prompt = ""  # where only the user knows the tokenizer
         if rank == 0 and val.tokenizer:
             self.prompt = shlex.quote(fitting_prompt(val))
         self.on, self.epoch_windows = rank == 0, len(train)
@@ -109,6 +110,15 @@ class RunLog:
         }
         if not continued:
             self._write({"event": "run", **run})
+        for note in [] if args.resume else notes_on_preset(args):
+            self.line(note)
+        if not state.step and not starts_with_evaluation(0, model, val, args, device):
+            self.line("no evaluation before the first step (--eval-at-start on does one)")
+        if args.resume and state.step == args.num_steps:
+            self.line(
+                f"nothing left to do: all {args.num_steps} steps are done; --num-steps with more "
+                "of them goes on"
+            )
         self.wandb = WandB(args, state, run, self.line) if args.use_wandb else None
         self.profiler = _start_profiler(base, device) if args.use_profiler else None
         self.restart_clock()
@@ -165,11 +175,15 @@ class RunLog:
         )
         free = free_memory_of(self.device)
         there = "" if free == math.inf else f"; {free / 1e9:.2f} GB are still free"
-        self.line(f"memory: training takes about {estimate(args, self.device)}{there}")
+        need = estimate(args, self.device)
+        if need.total > free:
+            there += ": too few, it seems; a lower --batch-size needs less"
+        self.line(f"memory: training takes about {need}{there}")
         self.line(
             f"run: preset {args.preset}, {args.num_steps} steps of {args.global_batch_size} x "
-            f"{args.seq_len} tokens "
-            f"({epochs:.2g} epochs), {args.optimizer}, lr {args.lr:g}, seed {args.seed}"
+            f"{args.seq_len} tokens (global batch {args.global_batch_size}, micro-batch "
+            f"{args.batch_size}; {epochs:.2g} epochs), {args.optimizer}, lr {args.lr:g}, seed "
+            f"{args.seed}"
         )
 
     def restart_clock(self) -> None:
@@ -340,21 +354,7 @@ class RunLog:
         picture = self.jsonl_path.with_suffix(".png")
         self._safely("the loss picture", lambda: draw_losses(self.jsonl_path, picture))
         self.line(f"wrote {self.text_path}, {self.jsonl_path} and {picture}")
-        path = self.args.checkpoint_path
-        many = f"torchrun --nproc-per-node={self.world}"
-        launch = many if self.script == "train_ddp" else "python"
-        where = (
-            ""
-            if path == default_checkpoint(self.script)
-            else f" --checkpoint-path {shlex.quote(path)}"
-        )
-        more = "" if stopped else f" --num-steps {2 * state.step}"
-        self.line(f"evaluate: python eval.py --checkpoint-path {shlex.quote(path)}")
-        self.line(f"continue: {launch} {self.script}.py --resume{more}{where}")
-        self.line(
-            f"sample:   python generate.py --checkpoint-path {shlex.quote(path)} --prompt "
-            f"{self.prompt}"
-        )
+        self._say_next(state)
         if self.wandb:
             self.wandb.finish()
         if self.profiler:
@@ -363,6 +363,51 @@ class RunLog:
                 self.line(f"no profile: it takes {_PROFILED} steps")
         for file in (self.text, self.jsonl, self.lock):
             self._safely("a log file", file.close)
+
+    def _say_next(self, state: RunState) -> None:
+        """The commands that evaluate, continue and sample."""
+        args = self.args
+        path = shlex.quote(args.checkpoint_path)
+        usual = args.checkpoint_path == default_checkpoint(self.script)
+        where = "" if usual else f" --checkpoint-path {path}"
+        start = command(f"{self.script}.py", self.world if self.script == "train_ddp" else 0)
+        guessing = math.log(args.model.vocab_size)
+        failed = math.inf > state.best_val_loss > 1.02 * guessing
+        if failed:
+            self.line(
+                f"the best validation loss, {state.best_val_loss:.4f}, is above that of guessing, "
+                f"ln {args.model.vocab_size} = {guessing:.4f}: this model has learned nothing; try "
+                f"a lower --lr than {args.lr:g}"
+            )
+        more = "" if state.stopped_by(args) else self._more_steps(state)
+        self.line(f"evaluate: {command('eval.py')} --checkpoint-path {path}")
+        if not failed:
+            self.line(f"continue: {start} --resume{more}{where}")
+        sample = f"{command('generate.py')} --checkpoint-path {path}"
+        if self.prompt:
+            self.line(f"sample:   {sample} --prompt {self.prompt}")
+        elif args.data_mode != "toy":
+            self.line(
+                "sample:   these token ids name no tokenizer; if they are GPT-2's, "
+                f"{sample} --tokenizer-name gpt2"
+            )
+
+    def _more_steps(self, state: RunState) -> str:
+        """Flags that continue a run that is done. Where its learning rate has decayed they have it
+        decay anew, from about a tenth of the peak.
+        """
+        args, last = self.args, lr_at(self.args.num_steps - 1, self.args)
+        more = f" --num-steps {2 * state.step}"
+        if last > args.lr / 2:
+            return more
+        share = 0.1 if args.lr_scheduler == "wsd" else 0.2  # the others are half way down by then
+        lr = max(share * args.lr, args.min_lr)
+        self.line(
+            f"the learning rate has come down to {last:.3g}; what continues this run below has a "
+            f"--lr of {lr:.3g} instead of {args.lr:g}, or it would go back up to "
+            f"{'that' if args.lr_scheduler == 'wsd' else 'half of that'}"
+        )
+        return f"{more} --lr {lr:.3g}"
 
     def _write(self, record: dict[str, Any]) -> None:
         self._safely(

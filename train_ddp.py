@@ -12,7 +12,7 @@ from config import Settings
 from dataset import Prefetch, open_data, record_of
 from device import pick_device, tune
 from distributed import Spread
-from eval import evaluate
+from eval import evaluate, starts_with_evaluation
 from generate import sample
 from memory import fit_micro_batch
 from model import GPTModel
@@ -43,7 +43,7 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
         saver.load()
     log = RunLog("train_ddp", args, state, device, model, train, val, ranks.rank, ranks.world)
     batches = Prefetch(train, args, device, share)
-    if state.step == 0:
+    if starts_with_evaluation(state.step, model, val, args, device):
         log.eval(state, evaluate(model, val, args.batch_size, device, share))
     saver.begin()  # from here on the checkpoint path is this run's,
     watch.begin()  # a signal ends the run after its step, with a checkpoint,

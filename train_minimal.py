@@ -7,8 +7,8 @@ from cli import parse_settings, run_script
 from compiling import compile_model
 from config import Settings
 from dataset import Prefetch, open_data, record_of
-from device import pick_device, tune
-from eval import evaluate
+from device import pick_device, tune, use_threads
+from eval import evaluate, starts_with_evaluation
 from generate import sample
 from memory import fit_micro_batch
 from model import GPTModel
@@ -35,7 +35,7 @@ def main(args: Settings, watch: Watch) -> int:
         saver.load()
     log = RunLog("train_minimal", args, state, device, model, train, val)
     batches = Prefetch(train, args, device)
-    if state.step == 0:
+    if starts_with_evaluation(state.step, model, val, args, device):
         log.eval(state, evaluate(model, val, args.batch_size, device))
     saver.begin()  # from here on the checkpoint path is this run's,
     watch.begin()  # and a signal ends the run after its step, with a checkpoint
@@ -62,6 +62,7 @@ def main(args: Settings, watch: Watch) -> int:
 def launch(argv: list[str]) -> int:
     must_be_alone()
     args = parse_settings("train_minimal", argv, saved=resumable_settings)
+    use_threads(args.threads, local_world=1)
     with Watch() as watch:
         return main(args, watch)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from config import Settings
+from config import Settings, wandb_mode
 from step import RunState
 
 _START_SECONDS = 8  # that it may take to start; with its own overhead, 10
@@ -22,14 +22,18 @@ class WandB:
         self, args: Settings, state: RunState, config: dict[str, Any], say: Callable[[str], None]
     ) -> None:
         self.say, self.run = say, None
-        modes: list[Any] = list(dict.fromkeys((args.wandb_mode, "offline")))
+        mode = wandb_mode(args)
+        if mode == "disabled":
+            say("wandb: disabled; nothing is sent or kept")
+            return
+        modes: list[Any] = list(dict.fromkeys((mode, "offline")))
         for mode in modes:
             try:
                 import wandb
 
                 self.run = wandb.init(
-                    project=args.wandb_project,
-                    name=args.wandb_run_name or None,
+                    project=args.wandb_project or os.environ.get("WANDB_PROJECT") or "rosetrainer",
+                    name=args.wandb_run_name or os.environ.get("WANDB_NAME") or None,
                     id=state.wandb_run_id or None,
                     resume="allow" if state.wandb_run_id else None,
                     mode=mode,

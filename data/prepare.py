@@ -3,6 +3,7 @@
 Train on them with `--train-npy data/mine`. Stop it at any time; started again, it goes on.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import parse_flags, run_script
 from config import UserError, check_fields, flag
-from console import say
+from console import command, say
 from text import find_texts
 from token_files import SHARD_TOKENS, note_on_documents, prepare
 from tokenizer import build_tokenizer
@@ -23,11 +24,13 @@ class PrepareSettings:
 
     paths: tuple[str, ...] = flag((), "files, folders, globs: .txt .md .py .jsonl .parquet, packed "
                                   "with .gz or .zst too", positional=True)  # fmt: skip
-    out: str = flag("", "folder to write the shards to")
-    tokenizer_name: str = flag("gpt2", "bytes, a tiktoken encoding, or a trained tokenizer's file")
+    out: str = flag("", "folder to write the shards to", metavar="PATH")
+    tokenizer_name: str = flag("gpt2", "bytes, a tiktoken encoding, or a trained tokenizer's file",
+                               metavar="NAME|PATH")  # fmt: skip
     shard_tokens: int = flag(SHARD_TOKENS, "tokens after which a new shard begins", at_least=1)
     document_separator: str = flag("", "what parts the documents of a plain text file, such as "
-                                   "<|endoftext|>; none = each file is one document")  # fmt: skip
+                                   "<|endoftext|>; none = each file is one document",
+                                   metavar="TEXT")  # fmt: skip
     workers: int = flag(0, "processes; 0 = one per core; the output is the same", at_least=0)
 
     def __post_init__(self) -> None:
@@ -54,7 +57,7 @@ def main(args: PrepareSettings) -> None:
         f"{folder}: {made['tokens']:,} tokens of {made['bytes']:,} bytes in {made['documents']:,} "
         f"documents, {len(made['shards'])} shards"
     )
-    say(f"train: python train_minimal.py --train-npy {folder}")
+    say(f"train: {command('train_minimal.py')} --train-npy {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ FILES...`
 With no files, on the source of Python's standard library. Use it with `--tokenizer-name mine.json`.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import parse_flags, run_script
-from config import UserError, check_fields, flag
+from config import UserError, check_fields, flag, in_folder
 from console import say
 from text import find_sources, read_texts, stdlib_files
 from tokenizer import BPETokenizer
@@ -24,7 +25,7 @@ class TrainTokenizerSettings:
     """Settings of data/train_tokenizer.py."""
 
     paths: tuple[str, ...] = flag((), "texts; none = source of Python's library", positional=True)
-    out: str = flag("tokenizer.json", "file to write")
+    out: str = flag("tokenizer.json", "file to write", metavar="PATH")
     vocab_size: int = flag(4096, "ids, the end token included", at_least=258)
     max_bytes: int = flag(1_000_000_000, "learn from at most so much of the text", at_least=1)
 
@@ -61,22 +62,24 @@ def train_tokenizer(
 
 def main(args: TrainTokenizerSettings) -> None:
     """Writes the tokenizer file and says how to use it."""
+    out = in_folder(args.out, "tokenizer.json")
     sources, start = find_sources(args.paths) if args.paths else stdlib_files(), time.perf_counter()
-    tokenizer = train_tokenizer(sources, args.vocab_size, args.max_bytes, Path(args.out).stem)
+    tokenizer = train_tokenizer(sources, args.vocab_size, args.max_bytes, Path(out).stem)
     if tokenizer.vocab_size < args.vocab_size:
         raise UserError(
             f"the text has merges for {tokenizer.vocab_size} ids only; give more text or "
             f"--vocab-size {tokenizer.vocab_size}"
         )
     try:
-        Path(args.out).write_text(tokenizer.to_json(), encoding="utf-8")
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(tokenizer.to_json(), encoding="utf-8")
     except OSError as reason:
-        raise UserError(f"cannot write {args.out}: {reason.strerror}") from reason
+        raise UserError(f"cannot write {out}: {reason.strerror}") from reason
     sample = "".join(next(read_texts(path)).text[:20_000] for path in sources[:200])
     rate = len(sample.encode()) / len(tokenizer.encode(sample))
     say(
-        f"{args.out}: {tokenizer.vocab_size} ids in {time.perf_counter() - start:.1f} s; about "
-        f"{rate:.2f} bytes per token; use it with --tokenizer-name {args.out}"
+        f"{out}: {tokenizer.vocab_size} ids in {time.perf_counter() - start:.1f} s; about "
+        f"{rate:.2f} bytes per token; use it with --tokenizer-name {shlex.quote(out)}"
     )
 
 

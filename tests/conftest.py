@@ -74,7 +74,7 @@ def toy_settings(*flags: str, world: int = 1, **changes: Any) -> Settings:
         "2",
     ]
     base += "--optimizer adamw --lr 3e-3 --lr-scheduler cosine --min-lr -1 --warmup-steps 2".split()
-    base += ["--d-model", "16", "--batch-size", "4", "--num-steps", "20", "--device", "cpu"]
+    base += ["--d-model", "16", "--global-batch-size", "4", "--num-steps", "20", "--device", "cpu"]
     return dataclasses.replace(
         parse_settings("train_minimal", base + list(flags), world), **changes
     )

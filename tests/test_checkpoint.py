@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import toy_settings
 from test_checkpoint_file import equal
 from test_step import FP16, Run
 
@@ -37,7 +38,7 @@ DATA = {"train": {"fingerprint": "a", "tokens": 9}, "val": {"fingerprint": "b"},
 
 @pytest.fixture(scope="module")
 def trained():
-    run = Run("--dropout", "0.1", "--grad-accum-steps", "2")
+    run = Run("--dropout", "0.1", "--global-batch-size", "8", "--grad-accum-steps", "2")
     run.steps(3)
     return run
 
@@ -123,7 +124,7 @@ def test_names_have_no_wrapper_prefixes_after_compile(tmp_path, run, monkeypatch
 
 
 def test_moments_belong_to_names_not_positions(path, run):
-    other = Run("--dropout", "0.1", "--grad-accum-steps", "2")
+    other = Run("--dropout", "0.1", "--global-batch-size", "8", "--grad-accum-steps", "2")
     other.optimizer.param_groups[0]["params"].reverse()
     load_checkpoint(path, other.model, other.optimizer)
     for name, p in other.model.named_parameters():
@@ -936,3 +937,20 @@ def test_odd_data_is_refused(path):
 def test_half_a_character_is_refused(path):
     changed(path, put("environment", {"a": "\ud800"}))
     refused(lambda: checkpoint.show((str(path),)), "UnicodeEncodeError")
+
+
+@pytest.mark.parametrize(
+    "flags, said",  # the run had lr 0.4 and ended at step 4
+    [
+        ({"num_steps": 8}, "was 0.1 in step 4 and is 0.2 in the next: linear now ends at step 8"),
+        ({"num_steps": 8, "lr": 0.1}, ""),
+        ({"num_steps": 8, "lr_scheduler": "none"}, "and is 0.4 in the next: none now ends"),
+        ({"num_steps": 4}, ""),
+    ],
+)
+def test_a_learning_rate_that_goes_up_again_is_said_with_both_rates(flags, said):
+    before = toy_settings(
+        num_steps=4, lr=0.4, min_lr=0.0, warmup_steps=0, lr_scheduler="linear"
+    )  # 0.4, 0.3, 0.2, 0.1
+    note = checkpoint._rate_that_rises(before, dataclasses.replace(before, **flags), 4)
+    assert said in note and bool(said) == bool(note)

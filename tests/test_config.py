@@ -1,17 +1,24 @@
 import dataclasses
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from cli import parse_flags, parse_settings, run_script
 from config import (
     PRESETS,
+    EvalSettings,
     GPTConfig,
     NothingSaved,
+    SampleSettings,
     Settings,
     UserError,
     expanded,
     flat,
+    notes_on_preset,
     settings_from,
 )
 
@@ -126,24 +133,50 @@ def test_no_flag_is_a_tuple_by_accident():
         assert type(value) in (int, float, str, bool, list)
 
 
-def test_global_batch_from_ranks_and_accumulation():
-    assert parse("--batch-size", "4", "--grad-accum-steps", "3", world=2).global_batch_size == 24
-    assert parse("--batch-size", "4", world=2).global_batch_size == 8
+BATCHES = [  # flags, ranks -> global batch, micro-batch, micro-steps (toy's batch is 8)
+    ("--preset gpt2-small", 1, (480, 8, 60)),
+    ("--preset gpt2-small --batch-size 4", 1, (480, 4, 120)),
+    ("--preset gpt2-small --batch-size 4", 8, (480, 4, 15)),
+    ("--preset gpt2-small --grad-accum-steps 120", 2, (480, 2, 120)),
+    ("--preset gpt2-small --global-batch-size 12", 1, (12, 6, 2)),
+    ("--preset gpt2-small --batch-size 4 --grad-accum-steps 3", 2, (24, 4, 3)),
+    ("--preset toy", 1, (8, 8, 1)),
+    ("--preset toy --batch-size 2", 1, (8, 2, 4)),
+    ("--preset toy --batch-size 2", 2, (8, 2, 2)),
+    ("--batch-size 4", 1, (24, 4, 6)),  # quickstart
+    ("--batch-size 4 --grad-accum-steps 6 --global-batch-size 24", 1, (24, 4, 6)),
+    ("--preset toy", 3, (9, 3, 1)),  # the nearest multiple of the ranks
+    ("--preset toy --batch-size 3", 1, "--batch-size 2 or 4, or --global-batch-size 6 or 9"),
+    ("--preset toy --batch-size 16", 1, "--batch-size 4 or 8, or --global-batch-size 16"),
+    ("--preset toy --grad-accum-steps 3", 1, "--global-batch-size 6 or 9"),
+    ("--preset toy --grad-accum-steps 16", 1, "--global-batch-size 16"),
+    ("--global-batch-size 25 --batch-size 4", 3, "--global-batch-size 24 or 36"),
+    ("--global-batch-size 24 --batch-size 4 --grad-accum-steps 1", 1, "--global-batch-size 24"),
+]
+
+
+@pytest.mark.parametrize("flags, world, expected", BATCHES)
+def test_the_global_batch_is_the_presets_and_batch_size_its_micro_batch(flags, world, expected):
+    if isinstance(expected, str):
+        said = message(*flags.split(), world=world)
+        assert said.startswith("global_batch_size=") and f"{world} ranks x batch_size" in said
+        assert f"; try {expected}" in said
+    else:
+        args = parse(*flags.split(), world=world)
+        assert (args.global_batch_size, args.batch_size, args.grad_accum_steps) == expected
+
+
+def test_a_resumed_run_keeps_its_global_batch_whatever_sizes_the_micro_batch():
+    saved = flat(parse("--preset", "toy", "--global-batch-size", "12"))
+    for flags, expected in (("--batch-size 3", (12, 3, 4)), ("--grad-accum-steps 6", (12, 2, 6))):
+        args = parse("--resume", *flags.split(), saved=lambda path: saved)
+        assert (args.global_batch_size, args.batch_size, args.grad_accum_steps) == expected
+    said = message("--resume", "--batch-size", "5", saved=lambda path: saved)
+    assert said.endswith("try --batch-size 4 or 6, or other --nproc-per-node")
 
 
 def test_zero_means_not_given():
     assert parse("--global-batch-size", "0").global_batch_size == parse().global_batch_size
-
-
-def test_typed_global_batch_is_split_or_refused_with_the_arithmetic():
-    args = parse("--global-batch-size", "24", "--batch-size", "4", world=3)
-    assert (args.batch_size, args.grad_accum_steps) == (4, 2)
-    said = message("--global-batch-size", "25", "--batch-size", "4", world=3)
-    assert (
-        "global_batch_size=25" in said
-        and "3 ranks x batch_size 4" in said
-        and "multiple of 12" in said
-    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 7, 8, 16, 64])
@@ -232,11 +265,171 @@ def test_settings_of_a_hostile_file_are_refused(values, said):
     assert said in str(caught.value)
 
 
+def shown(capsys, *flags, kind=Settings, program="train_minimal.py"):
+    """What --help prints, each help of a flag in one line."""
+    with pytest.raises(SystemExit) as ended:
+        parse_flags(kind, program, [*flags, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def help_of(out, flag):
+    part = out[re.search(rf"^  {flag}\b", out, re.M).start() + 2 :]
+    return " ".join(re.split(r"\n  -|\n\n", part)[0].split())
+
+
 def test_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit):
-        parse_flags(Settings, "train_minimal.py", ["--help"])
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in DESIGN_FLAGS)
+    out = shown(capsys)
+    assert all(name in out for name in DESIGN_FLAGS)
+
+
+@pytest.mark.parametrize(
+    "flags, values",
+    [
+        ([], "arch modern, n-layers 2, optimizer muon, lr 0.02, global-batch-size 24, min-lr 0"),
+        (["--preset", "gpt2-small"], "arch gpt2, d-model 768, d-ff 3072, lr 0.0006, min-lr 6e-05"),
+        (["--preset", "toy", "--lr", "0.5"], "lr 0.5, min-lr 0.05, num-steps 50, d-ff 512"),
+        (["--optimizer", "adamw"], "lr 0.003, warmup-steps 50"),
+        (["--batch-size", "4"], "batch-size 4, grad-accum-steps 6, global-batch-size 24"),
+        (["--data-mode", "fineweb_npy"], "arch modern, seq-len 128"),  # not complete yet
+        (["--resume", "auto"], "num-steps 800, resume off, train-data none"),
+        (["--bf16"], "precision bf16, log-dir logs, use-wandb off, threads 0"),
+    ],
+)
+def test_help_shows_what_the_command_line_would_use(capsys, flags, values):
+    out = shown(capsys, *flags)
+    for name, value in (pair.split() for pair in values.split(", ")):
+        assert help_of(out, f"--{name}").endswith(f" [{value}]"), name
+
+
+def test_help_shows_the_presets_with_their_values(capsys):
+    out = shown(capsys)
+    header, *rows = (line.split() for line in out[out.index("\npreset ") :].splitlines()[1:])
+    table = {r[0]: dict(zip(header, r, strict=True)) for r in rows if len(r) == len(header)}
+    assert set(PRESETS) <= set(table)
+    for name, values in PRESETS.items():
+        for key in ("n_layers", "d_model", "global_batch_size", "num_steps", "lr"):
+            assert float(table[name][key]) == values[key]
+    assert "quickstart with --optimizer adamw: lr 0.003, warmup_steps 50" in out
+
+
+@pytest.mark.parametrize(
+    "kind, program",
+    [(Settings, "train_ddp.py"), (EvalSettings, "eval.py"), (SampleSettings, "generate.py")],
+)
+def test_help_has_a_sound_word_for_each_value_and_no_empty_default(capsys, kind, program):
+    out = shown(capsys, kind=kind, program=program)
+    body = out[out.index("\noptions:") :]
+    assert set(re.findall(r"^  --[\w-]+ ([A-Z|]+)\b", body, re.M)) <= {
+        "N", "X", "NAME", "PATH", "NAME|PATH", "TEXT"
+    }  # fmt: skip
+    assert "[]" not in body and "(default" not in body
+
+
+def test_help_needs_no_torch():
+    code = "import cli, config, startup, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("--learning-rate", "here that is --lr"),
+        ("--epochs", "here that is --num-steps: runs are counted in optimizer steps"),
+        ("--max_iters=5000", "here that is --num-steps"),
+        ("--block-size", "here that is --seq-len"),
+        ("--n_layer=4", "here that is --n-layers"),
+        ("--n-head", "here that is --n-heads"),
+        ("--n-embd", "here that is --d-model"),
+        ("--weight-tying", "the embedding and the output head always share their weights"),
+        ("--gradient_accumulation_steps", "here that is --grad-accum-steps"),
+        ("--dtype", "here that is --precision"),
+        ("--batch_size", "did you mean --batch-size?"),
+        ("--Seq-Len", "did you mean --seq-len?"),
+        ("--xyzzy", "--help lists all flags"),
+    ],
+)
+def test_a_flag_of_another_trainer_is_answered_with_ours(given, said):
+    assert said in message(given, "1")
+
+
+def test_a_foreign_flag_is_answered_only_with_one_that_the_script_has():
+    with pytest.raises(UserError) as caught:
+        parse_flags(SampleSettings, "generate.py", ["--learning-rate", "1"])
+    assert "--lr" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["bf16", "no-amp", "use-toy-data", "use-tensor-parallel"])
+def test_an_alias_has_no_negation_and_says_what_to_give(flag):
+    said = message(f"--no-{flag}")
+    assert f"--{flag} is short for --" in said and "has no opposite; give --" in said
+
+
+def test_tensor_parallelism_of_all_ends_with_a_typed_size():
+    saved = {**flat(parse()), "use_tensor_parallel": True, "tensor_parallel_size": 2}
+    flags = ["--resume", "--tensor-parallel-size", "1"]
+    args = parse_settings("train_ddp", flags, 2, lambda path: saved)
+    assert args.tensor_parallel_size == 1
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--min-lr -0.5", "min_lr=-0.5 is below 0; give 0 or more, or -1 for a tenth of --lr"),
+        ("--decay-ratio 0.5", "--decay-ratio goes with --lr-scheduler wsd"),
+        ("--lr-scheduler none --min-lr 0.001", "--min-lr goes with a --lr-scheduler that is not"),
+        ("--optimizer adamw --muon-momentum 0.9", "--muon-momentum goes with --optimizer muon"),
+        ("--preset toy --muon-lr-ratio 1", "--muon-lr-ratio goes with --optimizer muon"),
+        ("--train-data a --val-data b --val-ratio 0.2", "--val-ratio goes with data without"),
+        ("--train-data a --bin-dtype uint16", "--bin-dtype goes with --train-npy"),
+        ("--train-npy a --document-separator x", "--document-separator goes with text"),
+        ("--wandb-project p", "--wandb-project goes with --use-wandb"),
+        ("--wandb-mode offline", "--wandb-mode goes with --use-wandb"),
+    ],
+)
+def test_what_nothing_would_read_is_refused(flags, said):
+    assert said in message(*flags.split())
+
+
+def test_what_is_read_is_taken():
+    assert parse("--min-lr", "-1", "--lr", "0.3").final_lr == pytest.approx(0.03)
+    assert parse(*"--lr-scheduler wsd --decay-ratio 0.5".split()).decay_ratio == 0.5
+    assert parse("--wandb-mode", "disabled").wandb_mode == "disabled"
+    assert settings_from({"min_lr": -0.5, "lr": 1.0}).final_lr == 0.1  # as old checkpoints mean it
+
+
+def test_rates_that_a_preset_has_because_of_other_flags_are_said():
+    assert notes_on_preset(parse()) == []
+    (said,) = notes_on_preset(parse("--optimizer", "adamw"))
+    assert said.startswith("lr is 0.003, which preset quickstart has with adamw (with muon 0.02)")
+    (said,) = notes_on_preset(parse("--preset", "gpt2-small", "--num-steps", "1000"))
+    assert said.startswith("warm-up is 100 steps, a tenth of --num-steps, where preset gpt2-small")
+    assert notes_on_preset(parse("--optimizer", "adamw", "--lr", "0.1")) == []
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = "checkpoint-path log-dir cache-dir tokenizer-name train-data val-data"
+    typed = parse_flags(Settings, "train_minimal.py", [f"--{name}=~/x y" for name in paths.split()])
+    assert set(typed.values()) == {"/home/me/x y", ("/home/me/x y",)} and len(typed) == 6
+    mixture = parse_flags(Settings, "train_minimal.py", ["--train-npy", "~/a.npy:0.7", "b:0.3"])
+    assert mixture["train_npy"] == ("/home/me/a.npy:0.7", "b:0.3")
+    typed = parse_flags(EvalSettings, "eval.py", ["--checkpoint-path=~/c.pt", "--log-dir=~/l"])
+    assert set(typed.values()) == {("/home/me/c.pt",), "/home/me/l"}
+    typed = parse_flags(SampleSettings, "generate.py", ["--checkpoint-path=~/c", "--prompt=~/c"])
+    assert typed == {"checkpoint_path": "/home/me/c", "prompt": "~/c"}
+
+
+def test_a_folder_as_checkpoint_path_gets_the_usual_name_in_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    for folder in (f"{tmp_path}/new/", f"{tmp_path}/there"):
+        where = Path(folder)
+        args = parse("--checkpoint-path", folder)
+        assert Path(args.checkpoint_path) == where / "minigpt_single.pt"
+        args = parse_settings("train_ddp", ["--checkpoint-path", folder])
+        assert Path(args.checkpoint_path) == where / "minigpt_ddp.pt"
+    assert parse("--checkpoint-path", f"{tmp_path}/c").checkpoint_path == f"{tmp_path}/c"
 
 
 def test_a_run_that_torchrun_starts_again_continues_what_it_saved(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from ranks import queue_of
 from report import first_difference, read_records
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-ON_GPU = TINY.replace("--device cpu", "--device cuda") + " --num-steps 20 --batch-size 4"
+ON_GPU = TINY.replace("--device cpu", "--device cuda") + " --num-steps 20 --global-batch-size 4"
 
 
 def losses(program, script):
@@ -32,7 +32,7 @@ def losses(program, script):
 )
 def test_a_gpu_trains_as_the_cpu_does(program, flags, close):
     cpu = flags.replace("--bf16", "").replace("--precision fp16", "").replace("--compile on", "")
-    program("train_minimal.py", *f"{TINY} --num-steps 20 --batch-size 4 {cpu}".split())
+    program("train_minimal.py", *f"{TINY} --num-steps 20 --global-batch-size 4 {cpu}".split())
     wanted = losses(program, "train_minimal")
     program("train_minimal.py", *f"{ON_GPU} {flags}".split())
     assert losses(program, "train_minimal") == pytest.approx(wanted, rel=close)

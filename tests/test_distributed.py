@@ -43,7 +43,7 @@ class Wrapped(Alone):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_gradients_are_synchronised_once_per_optimizer_step(group, accumulation):
-    run = Run("--grad-accum-steps", str(accumulation))
+    run = Run("--global-batch-size", "12", "--grad-accum-steps", str(accumulation))
     ddp = replicate(run.model, dist.group.WORLD, run.args, CPU)
     calls = count_syncs(ddp)
     for step in range(4):
@@ -76,7 +76,9 @@ def test_two_ranks_match_one_process_with_twice_the_accumulation(program):
 
 @pytest.mark.long
 def test_evaluation_is_the_trainers_on_any_number_of_processes_and_any_batch_size(program):
-    program("train_minimal.py", *f"{TINY} --num-steps 12 --warmup-steps 2 --batch-size 8".split())
+    program(
+        "train_minimal.py", *f"{TINY} --num-steps 12 --warmup-steps 2 --global-batch-size 8".split()
+    )
     last = read_records(program.folder / "logs/train_minimal.jsonl")[-1]
     for ranks, batch in ((0, 1), (0, 64), (2, 7), (3, 7)):
         program(
@@ -99,7 +101,15 @@ def test_evaluation_is_the_trainers_on_any_number_of_processes_and_any_batch_siz
 def test_a_checkpoint_of_two_ranks_continues_on_one_and_back(program):
     common = f"{TINY} --checkpoint-path c.pt --save-steps 4".split()
     program(
-        "train_ddp.py", *common, "--num-steps", "8", "--batch-size", "2", "--seed", "5", ranks=2
+        "train_ddp.py",
+        *common,
+        "--num-steps",
+        "8",
+        "--global-batch-size",
+        "4",
+        "--seed",
+        "5",
+        ranks=2,
     )
     program("train_minimal.py", "--resume", "--checkpoint-path", "c.pt", "--num-steps", "12")
     out = program(

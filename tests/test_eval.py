@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from conftest import CPU, tiny, toy_settings
 
 from alone import Alone
 from dataset import TextDatasetForCausalLM, TokenDataset, build_tokenizer, open_data
-from eval import EvalResult, evaluate, perplexity
+from device import Device
+from eval import EvalResult, evaluate, perplexity, starts_with_evaluation
 from model import GPTModel
 from run_log import report_evaluations
 
@@ -137,3 +139,42 @@ def test_data_are_named_and_rows_of_different_data_are_marked(tmp_path, capsys):
     assert "can't be compared" in rows[5]
     records = [json.loads(x) for x in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert records[-2]["data"] == other
+
+
+@pytest.mark.parametrize(
+    "tokens, parameters, device, flag, step, expected",
+    [
+        (100_000, 803_200, "cpu", "auto", 0, True),  # the quickstart
+        (1_048_576, 124_439_808, "cpu", "auto", 0, False),  # gpt2-small: 1.3e14
+        (1_048_576, 124_439_808, "cuda", "auto", 0, True),
+        (1_048_576, 124_439_808, "cpu", "on", 0, True),
+        (100_000, 803_200, "cpu", "off", 0, False),
+        (100_000, 803_200, "cpu", "on", 5, False),  # resumed
+        (100_000, 803_200, "cpu", "auto", 5, False),
+    ],
+)
+def test_a_run_evaluates_before_its_first_step_unless_that_takes_long(
+    tokens, parameters, device, flag, step, expected
+):
+    model = SimpleNamespace(num_parameters=lambda: parameters)
+    there = Device(torch.device(device), "fp32", "test")
+    args = toy_settings(eval_at_start=flag)
+    found = starts_with_evaluation(step, model, SimpleNamespace(num_tokens=tokens), args, there)
+    assert found is expected
+
+
+def test_the_total_of_an_evaluation_is_the_number_of_its_batches(monkeypatch):
+    import eval as module
+
+    totals = []
+
+    def told(items, what, total, quiet):
+        items = list(items)
+        totals.append((len(items), total))
+        return items
+
+    monkeypatch.setattr(module, "progress", told)
+    _, val, args = open_data(toy_settings(val_max_tokens=1000))
+    for size in (1, 7, 66, 67, 100):  # 67 windows of 15 scored tokens
+        evaluate(GPTModel(args.model, seed=0), val, size, CPU)
+    assert totals == [(n, n) for n in (67, 10, 2, 1, 1)]

@@ -31,7 +31,7 @@ def kept(args, device, monkeypatch):
 @pytest.mark.parametrize("device", [CPU, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
 def test_activations_are_those_that_the_model_keeps(arch, device, monkeypatch):
-    args = toy_settings(*SHAPE, "--arch", arch, "--batch-size", "8")
+    args = toy_settings(*SHAPE, "--arch", arch, "--global-batch-size", "8")
     found = estimate(args, device).activations - workspace_bytes(1000, device.amp, device.torch)
     assert found == pytest.approx(kept(args, device, monkeypatch), rel=0.05)
 
@@ -49,7 +49,7 @@ def test_weights_gradients_and_optimizer_are_counted(arch):
 
 def test_recomputing_keeps_one_block_and_the_inputs_of_the_others():
     plain, spare = (
-        estimate(toy_settings(*SHAPE, "--batch-size", "8", *more), CPU).activations
+        estimate(toy_settings(*SHAPE, "--global-batch-size", "8", *more), CPU).activations
         for more in ([], ["--use-activation-checkpoint"])
     )
     # Per token: 6 x 40 C bytes of blocks against 6 x 4 C of their inputs and 64 C of one whole block.
@@ -57,7 +57,7 @@ def test_recomputing_keeps_one_block_and_the_inputs_of_the_others():
 
 
 def test_the_largest_micro_batch_that_fits_is_taken(monkeypatch):
-    args = toy_settings(*SHAPE, "--global-batch-size", "24")
+    args = toy_settings(*SHAPE, "--global-batch-size", "24", "--batch-size", "4")
     args = dataclasses.replace(args, micro_batch="auto")
     need = estimate(args, CPU, 6).total
 
@@ -90,8 +90,10 @@ def test_a_given_micro_batch_stays():
 
 
 def test_parts_of_a_model_need_parts_of_its_memory():
-    whole = estimate(toy_settings(*SHAPE, "--global-batch-size", "24", world=1), CPU)
-    flags = [*SHAPE, "--global-batch-size", "24"]
+    whole = estimate(
+        toy_settings(*SHAPE, "--global-batch-size", "24", "--batch-size", "4", world=1), CPU
+    )
+    flags = [*SHAPE, "--global-batch-size", "24", "--batch-size", "4"]
     tp = dataclasses.replace(toy_settings(*flags), tensor_parallel_size=2)
     need = estimate(tp, CPU)
     assert need.weights == whole.weights / 2 and need.optimizer == whole.optimizer / 2
@@ -104,3 +106,35 @@ def test_parts_of_a_model_need_parts_of_its_memory():
     assert estimate(at_once, CPU).gradients == whole.gradients / 2
     block = 12 * 256 * 256 + 2 * 1000 * 256  # and the ends of the model, weights and gradients
     assert need.activations - whole.activations == pytest.approx(8 * block, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "free, said",  # in parts of weights, gradients and optimizer, or of the whole step
+    [
+        ((0.99, 0), "lower --n-layers or --d-model"),
+        ((0, 0.49), "lower --batch-size, --seq-len or try --use-activation-checkpoint"),
+        ((0, 0.51), ""),  # the estimate may be off: it is tried
+        ((0, 1e6), ""),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_memory_is_taken(monkeypatch, free, said):
+    # Most of it is the activations of 8 long sequences, or the weights for a short one.
+    more = "--d-model 16" if free[1] else "--seq-len 16 --global-batch-size 1 --d-model 512"
+    args = toy_settings(*SHAPE, "--global-batch-size", "8", *more.split())
+    need = estimate(args, CPU)
+    assert (need.activations < 0.9 * need.total / 2) is (free[1] == 0)
+    bytes_free = free[0] * (need.total - need.activations) + free[1] * need.total
+    monkeypatch.setattr(memory, "free_memory_of", lambda device: bytes_free)
+    if not said:
+        assert fit_micro_batch(args, CPU) is args
+        with pytest.raises(UserError, match="--allow-memory"):  # another rank has less
+            fit_micro_batch(args, CPU, agree=lambda wish: [1])
+        return
+    with pytest.raises(UserError, match=f"GB are free for it; {said}.*--allow-memory"):
+        fit_micro_batch(args, CPU)
+    brave = dataclasses.replace(args, allow_memory=True)
+    assert fit_micro_batch(brave, CPU) is brave
+    monkeypatch.setattr(memory, "free_memory_of", lambda device: 1.01 * need.total)
+    fit_micro_batch(args, CPU)
+    with pytest.raises(UserError):  # three processes share it
+        fit_micro_batch(args, CPU, local_world=3)

@@ -17,7 +17,7 @@ from conftest import ROOT
 from checkpoint import differences
 from report import read_records
 
-SMALL = "--n-layers 1 --n-heads 2 --d-model 16 --seq-len 16 --batch-size 4 --num-steps 6 --eval-steps 3 --device cpu"
+SMALL = "--n-layers 1 --n-heads 2 --d-model 16 --seq-len 16 --global-batch-size 4 --num-steps 6 --eval-steps 3 --device cpu"
 
 
 @pytest.fixture
@@ -70,7 +70,8 @@ def test_no_argument_run_and_the_commands_that_it_prints(program):
     )
     assert first["val_bpb"] == pytest.approx(math.log2(257), abs=0.1) and last["val_bpb"] < 6.5
     commands = [shlex.split(line.split(": ", 2)[-1].strip()) for line in lines[-3:]]
-    assert [c[1] for c in commands] == ["eval.py", "train_minimal.py", "generate.py"]
+    scripts = ("eval.py", "train_minimal.py", "generate.py")
+    assert [c[1] for c in commands] == [str(ROOT / s) for s in scripts]  # from another folder
     results = [program(*c[1:]) for c in commands]
     assert f"avg_loss: {last['val_loss']:.6f}" in results[0] and "tokens: 4999" in results[0]
     assert (
@@ -158,6 +159,7 @@ def test_token_shards_train_evaluate_and_sample(script, own_validation):
     assert (
         code == 0 and f"tokens: {1999 if own_validation else 399}" in out and "bpb: n/a" in out
     ), err
+    assert "these token ids name no tokenizer; if they are GPT-2's, " in out
     code, _, err = script("generate.py")
     assert code == 2 and "--tokenizer-name" in err
 
@@ -197,7 +199,9 @@ def test_too_few_steps_for_a_profile_is_said(script, text):
 
 def test_train_ddp_works_without_torchrun(program):
     out = program("train_ddp.py", *SMALL.split(), "--use-toy-data", "--vocab-size", "97")
-    assert "step 6 / 6" in out and "continue: torchrun --nproc-per-node=1 train_ddp.py" in out
+    assert "step 6 / 6" in out and re.search(
+        r"continue: .*(torchrun|torch.distributed.run) --nproc-per-node=1 .*train_ddp.py", out
+    )
 
 
 def test_a_closed_terminal_does_not_stop_the_run(program):
@@ -303,10 +307,10 @@ MISTAKES = {
     "heads that do not divide": ["--n-heads", "3"],
     "sequence beyond the positions": ["--seq-len", "64", "--max-position-embeddings", "32"],
     "zero steps": ["--num-steps", "0"],
-    "batch that cannot be split": ["--global-batch-size", "7"],
+    "batch that cannot be split": ["--global-batch-size", "7", "--batch-size", "4"],
     "unknown preset": ["--preset", "gpt2-smal"],
     "one token to validate on": ["--train-data", "text.txt", "--val-max-tokens", "1"],
-    "folder as checkpoint": ["--train-data", "text.txt", "--checkpoint-path", "."],
+    "folder as checkpoint": ["--train-data", "text.txt", "--checkpoint-path", "taken"],
     "unknown flag": ["--learning-rate", "1"],
     "not a number": ["--lr", "high"],
     "NaN": ["--lr", "nan"],
@@ -367,6 +371,7 @@ def bad_files(tmp_path_factory):
     whole = (folder / "ids.npy").read_bytes()
     (folder / "cut.npy").write_bytes(whole[:-99])
     (folder / "grown.npy").write_bytes(whole + whole)
+    (folder / "taken/minigpt_single.pt").mkdir(parents=True)
     return folder
 
 
@@ -540,7 +545,7 @@ LOOKING = {
 @pytest.mark.parametrize("looking", LOOKING)
 def test_looking_at_a_run_does_not_change_it(script, text, tmp_path, looking):
     flags = ["--train-data", text, "--dropout", "0.1", "--num-steps", "9", "--log-steps", "1"]
-    flags += ["--arch", "gpt2", "--grad-accum-steps", "2"]
+    flags += ["--arch", "gpt2", "--global-batch-size", "8", "--grad-accum-steps", "2"]
     train(script, *flags, "--eval-steps", "9", "--save-steps", "9", "--checkpoint-path", "a.pt")
     losses = {r["step"]: r["train_loss"] for r in read_records_of("a") if r["event"] == "train"}
     train(script, *flags, *LOOKING[looking], "--checkpoint-path", "b.pt")
@@ -619,7 +624,7 @@ def test_a_terminal_of_another_encoding_gets_escapes(program, encoding):
     (program.folder / "a.txt").write_text("世界 文 🌹\n" * 300)
     flags = ["--train-data", "a.txt", "--sample-prompt", "世", "--sample-tokens", "5"]
     out = program("train_minimal.py", *SMALL.split(), *flags, PYTHONIOENCODING=encoding)
-    assert "sample: \\u4e16" in out and "step 6 / 6" in out and "continue: python" in out
+    assert "sample: \\u4e16" in out and "step 6 / 6" in out and "continue: " in out
     assert "sample: 世" in (program.folder / "logs/train_minimal.log").read_text(encoding="utf-8")
     flags = ["--prompt", "界", "--max-new-tokens", "5", "--device", "cpu"]
     assert program("generate.py", *flags, PYTHONIOENCODING=encoding).startswith("\\u754c")
@@ -652,3 +657,15 @@ def test_a_checkpoint_whose_data_are_elsewhere_says_who_named_them(script, text,
     assert "this name is from checkpoints/minigpt_single.pt" in err and "--val-data" in err
     code, out, err = script("eval.py", *flags, "--val-data", "moved.txt")
     assert code == 0 and "data: moved.txt" in out, err
+
+
+def test_every_script_computes_with_the_threads_that_are_asked_for(script, text, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    train(script, "--train-data", text, "--threads", "3")
+    train(script, "--train-data", text, "--checkpoint-path", "other.pt")  # torch's own choice
+    path = ("--checkpoint-path", "checkpoints/minigpt_single.pt")
+    for name, flags in (("eval.py", path), ("generate.py", (*path, "--max-new-tokens", "2"))):
+        code, _, err = script(name, *flags, "--threads", "3")
+        assert code == 0, err
+    assert chosen == [3, 3, 3]

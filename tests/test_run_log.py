@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 
 import numpy as np
@@ -243,7 +244,7 @@ def test_the_end_of_a_stopped_run_says_so_and_continues_with_the_same_steps(fold
     state = RunState(step=3, stop=signal.SIGTERM)
     start(state).finish(state)
     out = capsys.readouterr().out
-    assert "SIGTERM: stopped at step 3" in out and "python train_minimal.py --resume\n" in out
+    assert "SIGTERM: stopped at step 3" in out and re.search(r"train_minimal.py --resume\n", out)
 
 
 def test_a_loss_far_above_the_records_before_is_said_with_them(folder, capsys):
@@ -383,9 +384,47 @@ def test_closing_commands_name_the_checkpoint(folder, capsys):
     log = start(checkpoint_path="my run.pt")
     log.finish(RunState(step=20))
     out = capsys.readouterr().out
-    assert "python eval.py --checkpoint-path 'my run.pt'" in out
-    assert "python train_minimal.py --resume --num-steps 40 --checkpoint-path 'my run.pt'" in out
-    assert "python generate.py --checkpoint-path 'my run.pt' --prompt" in out
+    assert "eval.py --checkpoint-path 'my run.pt'" in out
+    assert "train_minimal.py --resume --num-steps 40 --lr 0.0006 --checkpoint-path 'my run" in out
+    assert "generate.py --checkpoint-path" not in out  # nothing to sample from random tokens
+
+
+def test_more_steps_are_offered_with_a_rate_that_suits_them(folder, capsys):
+    def end(**changes):
+        start(**changes).finish(RunState(step=20, best_val_loss=2.0, best_step=20))
+        return capsys.readouterr().out
+
+    assert "--resume --num-steps 40\n" in end(lr_scheduler="none", lr=0.5)
+    out = end(lr_scheduler="linear", lr=0.5, min_lr=0.0, warmup_steps=0)
+    assert "has come down to 0.025;" in out  # 0.5 x (1 - 19/20)
+    assert "--lr of 0.1 instead of 0.5" in out and "--resume --num-steps 40 --lr 0.1\n" in out
+    assert "--num-steps 40 --lr 0.05\n" in end(lr_scheduler="wsd", lr=0.5)
+    assert "--num-steps 40 --lr 0.2\n" in end(lr_scheduler="linear", lr=0.5, min_lr=0.2)
+
+
+def test_a_finished_run_that_is_resumed_has_nothing_left_to_do(folder, capsys):
+    start(RunState(step=20), resume=True)
+    assert "nothing left to do: all 20 steps are done; --num-steps" in capsys.readouterr().out
+    start(RunState(step=19), resume=True, checkpoint_path="other.pt")
+    assert "nothing left" not in capsys.readouterr().out
+
+
+def test_a_best_loss_above_guessing_is_said_and_not_continued(folder, capsys):
+    start(lr=100.0).finish(RunState(step=20, best_val_loss=5.5, best_step=20))  # ln 97 = 4.5747
+    out = capsys.readouterr().out
+    assert "5.5000, is above that of guessing, ln 97 = 4.5747" in out and "than 100\n" in out
+    assert "evaluate: " in out and "continue: " not in out
+    start().finish(RunState(step=20, best_val_loss=4.58, best_step=20))
+    out = capsys.readouterr().out
+    assert "guessing" not in out and "continue: " in out
+
+
+def test_the_run_line_names_both_batches_and_what_the_preset_became(folder, capsys):
+    start(global_batch_size=12, batch_size=3, grad_accum_steps=4)
+    out = capsys.readouterr().out
+    assert "steps of 12 x 16 tokens (global batch 12, micro-batch 3;" in out
+    start(preset="quickstart", lr=3e-3, checkpoint_path="other.pt")
+    assert "lr is 0.003, which preset quickstart has with adamw" in capsys.readouterr().out
 
 
 def test_secrets_of_the_environment_are_in_no_file(folder, monkeypatch):

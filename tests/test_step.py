@@ -41,7 +41,7 @@ class Run:
 
 
 def test_logged_loss_is_that_of_the_whole_global_batch():
-    run = Run("--batch-size", "4", "--grad-accum-steps", "3")
+    run = Run("--global-batch-size", "12", "--grad-accum-steps", "3")
     batch = run.train.global_batch(0, run.args)
     reference = run.model(batch, labels=batch)[1].item()
     assert batch.shape == (12, 16)
@@ -90,7 +90,7 @@ def test_clipping_bounds_the_norm_and_logs_the_one_before():
 
 def test_dropout_depends_on_step_and_slot_and_not_on_global_random_state():
     def run(before):
-        r = Run("--dropout", "0.3", "--grad-accum-steps", "2")
+        r = Run("--dropout", "0.3", "--global-batch-size", "8", "--grad-accum-steps", "2")
         out = []
         for _ in range(3):
             before()
@@ -101,13 +101,18 @@ def test_dropout_depends_on_step_and_slot_and_not_on_global_random_state():
     again, weights_again = run(lambda: torch.rand(7))
     assert losses == again
     assert all(torch.equal(weights[k], weights_again[k]) for k in weights)
-    other, _ = Run("--dropout", "0.3", "--grad-accum-steps", "2", "--seed", "9"), None
+    other, _ = (
+        Run(
+            "--dropout", "0.3", "--global-batch-size", "8", "--grad-accum-steps", "2", "--seed", "9"
+        ),
+        None,
+    )
     assert other.steps(1) != losses[:1]
 
 
 def test_micro_batches_of_a_step_get_different_masks():
     seeds = []
-    run = Run("--dropout", "0.5", "--grad-accum-steps", "3")
+    run = Run("--dropout", "0.5", "--global-batch-size", "12", "--grad-accum-steps", "3")
     forward = run.model.forward
     run.model.forward = lambda *a, **k: (seeds.append(torch.initial_seed()), forward(*a, **k))[1]
     run.steps(2)
@@ -123,7 +128,7 @@ def test_gradients_are_shared_only_at_the_last_micro_step():
             events.append("quiet")
             yield
 
-    run = Run("--grad-accum-steps", "3")
+    run = Run("--global-batch-size", "12", "--grad-accum-steps", "3")
     batch = run.train.global_batch(0, run.args)
     original = run.model.forward
     run.model.forward = lambda *a, **k: (events.append("forward"), original(*a, **k))[1]
@@ -229,7 +234,7 @@ def test_random_data_cannot_be_learned():
 
 
 def test_a_loss_that_is_not_finite_is_skipped_though_its_gradients_are(monkeypatch):
-    run = Run("--grad-accum-steps", "2")
+    run = Run("--global-batch-size", "8", "--grad-accum-steps", "2")
     run.steps(2)
     before, moments = run.weights(), run.optimizer.state_dict()["state"][0]["exp_avg"].clone()
     forward = type(run.model).forward

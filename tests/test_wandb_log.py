@@ -3,6 +3,7 @@ import time
 import pytest
 from conftest import toy_settings
 
+from config import UserError
 from step import RunState
 from wandb_log import WandB
 
@@ -12,7 +13,7 @@ wandb = pytest.importorskip("wandb")
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nobody listens
@@ -74,3 +75,48 @@ def test_missing_package_is_said(here, monkeypatch):
     said = []
     WandB(toy_settings(wandb_mode="offline"), RunState(), {}, said.append)
     assert "did not start" in said[0]
+
+
+@pytest.mark.parametrize(
+    "settings, environment, expected",  # mode, project, name; "" = not given
+    [
+        (("auto", "", ""), ("", "", ""), ("online", "rosetrainer", None)),
+        (("auto", "", ""), ("offline", "env-p", "env-n"), ("offline", "env-p", "env-n")),
+        (("online", "my-p", "my-n"), ("offline", "env-p", "env-n"), ("online", "my-p", "my-n")),
+        (("auto", "", "my-n"), ("dryrun", "env-p", ""), ("offline", "env-p", "my-n")),
+    ],
+)
+def test_flags_win_over_the_environment_and_that_over_defaults(
+    here, monkeypatch, settings, environment, expected
+):
+    started = {}
+    names = ("WANDB_MODE", "WANDB_PROJECT", "WANDB_NAME")
+    for name, value in zip(names, environment, strict=True):
+        monkeypatch.setenv(name, value)
+
+    def init(**options):
+        started.update({} if started else options)  # of the first try
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("wandb.init", init)
+    flags = dict(zip(("wandb_mode", "wandb_project", "wandb_run_name"), settings, strict=True))
+    WandB(toy_settings(**flags), RunState(), {}, lambda text: None)
+    assert (started["mode"], started["project"], started["name"]) == expected
+
+
+@pytest.mark.parametrize("flag, environment", [("auto", "disabled"), ("disabled", "online")])
+def test_disabled_starts_nothing(here, monkeypatch, flag, environment):
+    monkeypatch.setenv("WANDB_MODE", environment)
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)  # to import it would fail
+    said, state = [], RunState()
+    log = WandB(toy_settings(wandb_mode=flag), state, {}, said.append)
+    log.log({"a": 1}, state)
+    log.finish()
+    assert said == ["wandb: disabled; nothing is sent or kept"] and not state.wandb_run_id
+
+
+def test_a_mode_that_wandb_does_not_know_is_refused(here, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    with pytest.raises(UserError, match=r"WANDB_MODE='offlin' is not one of .*mean offline"):
+        toy_settings("--use-wandb")
+    toy_settings()  # it is read by nothing
