@@ -435,10 +435,10 @@ def load_checkpoint(
 
 
 def _rate_that_rises(before: Settings, now: Settings, step: int) -> str:
-    """What to say where a run that is continued at this step takes up a rate well above its last,
-    as one does that had ended and gets more steps.
+    """What to say where a run that gets more steps goes on at this one with a rate well above its
+    last.
     """
-    if not now.warmup_steps < step < now.num_steps:
+    if now.num_steps <= before.num_steps or not now.warmup_steps < step < now.num_steps:
         return ""
     last, first = lr_at(step - 1, before), lr_at(step, now)
     if first <= 1.5 * last:
