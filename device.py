@@ -83,8 +83,8 @@ def pick_device(name: str = "auto", precision: str = "auto", local_rank: int = 0
     else:
         device = torch.device(kind)
         label = f"{torch.get_num_threads()} threads" if kind == "cpu" else "Apple GPU"
-        for name, value in startup.WAITING_SET_BY_USER.items():
-            label += f"; {name}={value} of the environment decides how they wait"
+        for variable, value in startup.WAITING_SET_BY_USER.items():
+            label += f"; {variable}={value} of the environment decides how they wait"
     chosen = (
         "as asked"
         if name != "auto"

@@ -26,7 +26,8 @@ _SETTINGS = {
 WAITING_SET_BY_USER = {
     name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ
 }
-if not WAITING_SET_BY_USER:
+if WAITING_SET_BY_USER in ({}, {"OMP_WAIT_POLICY": "passive"}):  # the latter from who started this
+    WAITING_SET_BY_USER = {}
     os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
