@@ -155,11 +155,11 @@ def test_token_shards_train_evaluate_and_sample(script, own_validation):
     flags = ["--data-mode", "fineweb_npy", "--train-npy", "a.npy", "b.npy"]
     out = train(script, *flags, *(["--val-npy", "v.npy"] if own_validation else []))
     assert "vocabulary 50,257" in out and "tokenizer: none" in out and "val bpb: n/a" in out
+    assert "these token ids name no tokenizer; if they are GPT-2's, " in out
     code, out, err = script("eval.py", "--checkpoint-path", "checkpoints/minigpt_single.pt")
     assert (
         code == 0 and f"tokens: {1999 if own_validation else 399}" in out and "bpb: n/a" in out
     ), err
-    assert "these token ids name no tokenizer; if they are GPT-2's, " in out
     code, _, err = script("generate.py")
     assert code == 2 and "--tokenizer-name" in err
 
