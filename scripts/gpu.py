@@ -28,7 +28,16 @@ sys.path.insert(0, str(ROOT))
 
 from report import first_difference, read_records  # noqa: E402
 
-LESS = "--val-max-tokens 2000 --batch-size 4 --global-batch-size 4 --sample-tokens 8".split()
+LESS = [
+    "--val-max-tokens",
+    "2000",
+    "--batch-size",
+    "4",
+    "--global-batch-size",
+    "4",
+    "--sample-tokens",
+    "8",
+]
 
 
 @dataclass(frozen=True)
