@@ -9,6 +9,7 @@ logs/gpu. `--device cpu` runs the same stages at toy size, to try out the script
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.speed import SMALL, gpt2_small  # noqa: E402
 from report import first_difference, read_records  # noqa: E402
 
 LESS = [
@@ -150,7 +152,8 @@ class Check:
         device = ["--device", self.device]
         steps, less = ("4", LESS) if self.small else ("100", [])
         saved = ["--checkpoint-path", "checkpoints/minigpt_single.pt"]
-        gpt2 = [train, *device, *gpt2_flags(self.small), "--num-steps", "20"]
+        gpt2 = [train, *device, *gpt2_small(8, *(SMALL if self.small else []))]
+        gpt2 += ["--val-max-tokens", "20000", "--num-steps", "20"]
         toy = ["--preset", "toy", "--use-toy-data", deterministic, *device]
         self.stage(
             "smoke",
@@ -170,7 +173,7 @@ class Check:
         names = ["cuda", "device", "compiling", "loss", "memory", "model", "muon", "optim", "step"]
         names = names[:2] if self.small else names
         files = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
-        workers = ["-n", "8"] if has("xdist") and not self.small else []
+        workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not self.small else []
         words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "--durations=5"]
         self.stage("tests", 200, [Command("tests", [*words, *workers, *files])])
 
@@ -214,23 +217,6 @@ class Check:
         rows.append({"run": "deterministic, twice", "largest": differs or "same bits"})
         names = list(rows[0])
         self.record("curves", {"table": [{k: row.get(k, "") for k in names} for row in rows]})
-
-
-def gpt2_flags(small: bool) -> list[str]:
-    """GPT-2 small on random tokens, 8 sequences a step; a toy in its place."""
-    data = ["--preset", "gpt2-small", "--use-toy-data", "--tokenizer-name", ""]
-    size = ["--batch-size", "8", "--global-batch-size", "8", "--val-max-tokens", "20000"]
-    shape = ["--n-layers", "2", "--n-heads", "2", "--d-model", "64", "--seq-len", "64"]
-    return [*data, *size, "--vocab-size", "50257", *(shape if small else [])]
-
-
-def has(package: str) -> bool:
-    """Whether a package can be imported."""
-    try:
-        __import__(package)
-    except ImportError:
-        return False
-    return True
 
 
 def as_markdown(found: dict[str, Any]) -> str:
