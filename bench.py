@@ -20,6 +20,7 @@ from benchmarks.parts import bench_eval, bench_generate, bench_loss, bench_optim
 from benchmarks.recipe import bench_recipe
 from benchmarks.runs import bench_resume, bench_save
 from benchmarks.speed import bench_growth, bench_profile, bench_train
+from benchmarks.threads import bench_threads
 from cli import parse_flags, run_script
 from config import UserError, choose
 
@@ -41,6 +42,7 @@ VERBS: dict[str, Callable[[BenchSettings], Rows | tuple[Rows, str]]] = {
     "layouts": bench_layouts,
     "processes": bench_processes,
     "tp": bench_tensor_parallel,
+    "threads": bench_threads,
 }
 
 

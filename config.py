@@ -176,7 +176,8 @@ class Settings:
                               "validation tokens x parameters are above 10^12, some 20 seconds",
                               "auto", "on", "off")
     log_steps: int = flag(10, "steps between metrics records", at_least=1)
-    save_steps: int = flag(500, "steps between checkpoints; always at the end", at_least=1)
+    save_steps: int = flag(500, "steps between checkpoints, and the best one since then is written "
+                           "with them; always at the end", at_least=1)
     keep_every: int = flag(0, "steps between checkpoints kept for good; 0 = none", at_least=0)
     save_minutes: float = flag(0.0, "minutes after which a checkpoint is due too; 0 = no limit",
                                at_least=0)

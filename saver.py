@@ -7,12 +7,15 @@ They are names of the same files where they hold the same step, and take no spac
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import os
 import re
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,6 +42,15 @@ from model import GPTModel
 from step import RunState
 
 _LABELS = r"previous|best|step\d+"
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a checkpoint of a step holds, and under which labels it is kept too."""
+
+    content: dict[str, Any]
+    number: int
+    labels: list[str]
 
 
 class Saver:
@@ -70,6 +82,8 @@ class Saver:
         self.wrong: list[str] = []  # with the files that are newer than the one resumed
         self.latest = -1  # step of the file at the path, as far as this run knows it
         self.copies: dict[str, Any] = {}  # of all tensors, used again by each save
+        self.best: _Step | None = None  # the best so far, which the next save has yet to write
+        self.best_copies: dict[str, Any] = {}  # of its tensors, used again by each better one
         if self.rank == 0:
             self.lock = claim(self.path)
             self.number = free_number(self.path, log_base(args))  # for files of earlier runs
@@ -130,9 +144,21 @@ class Saver:
         """Saves the current step, all ranks together; returns the seconds that this took of the
         run's time. A save that fails is noted, and the run goes on.
         """
+        return self._save(self._write_this_step)
+
+    def keep_best(self) -> float:
+        """Keeps the current step as the best so far, in memory if there is room for it; the next
+        save writes it as name.best.pt, before its own step. So a run that gets better with every
+        evaluation writes at most two checkpoints for each save that is due, and a killed one loses
+        nothing: it goes on from its last save, and evaluates again. All ranks call it together;
+        returns seconds, as save() does.
+        """
+        return self._save(self._hold_this_step)
+
+    def _save(self, use: Callable[[_Step], None]) -> float:
+        """Has rank 0 use what a checkpoint of the current step holds."""
         start = time.perf_counter()
         self.finish()
-        self.saved_at = time.monotonic()
         if self.parts is not None:
             self.parts.reshard()
         if self.rank == 0 or self.parts is not None:
@@ -142,23 +168,49 @@ class Saver:
             )  # fmt: skip
             if self.rank == 0:
                 with may_take_long():
-                    self._save(content)
+                    use(_Step(content, self.state.step, self._labels()))
         seconds = time.perf_counter() - start
         self.ranks.meet()
         return seconds
 
-    def _save(self, content: dict[str, Any]) -> None:
-        step, labels = self.state.step, self._labels()
-        if self._in_background(tensor_bytes(content)):
+    def _write_this_step(self, step: _Step) -> None:
+        self.saved_at = time.monotonic()
+        before = [self.best] if self.best and not self.state.at_best else []
+        self.best = None
+        if copy := self._copied(step, self.copies):
+            thread = threading.Thread(target=self._write, args=([*before, copy],))
             try:
-                content = content if self.parts else self._snapshot(content)
-                self.writing = threading.Thread(target=self._write, args=(content, step, labels))
-                self.writing.start()
+                thread.start()
+                self.writing = thread
                 return
-            except (MemoryError, RuntimeError) as reason:
-                self.copies = {}
-                self.state.notes.append(f"no memory to save in the background ({reason})")
-        self._write(content, step, labels)
+            except RuntimeError as reason:
+                self.state.notes.append(f"not saved in the background ({reason})")
+        self._write([*before, step])
+
+    def _hold_this_step(self, step: _Step) -> None:
+        self.best = self._copied(step, self.best_copies)
+        if self.best is None:
+            self._write_this_step(step)
+
+    def _copied(self, step: _Step, copies: dict[str, Any]) -> _Step | None:
+        """The step in memory of its own, `copies`, or None where it is not to have that."""
+        cuda = self.device.torch.type == "cuda"
+        if self.args.checkpoint_async == "off":
+            return None
+        needed = 2 * copy_bytes(step.content, pinned=cuda)
+        if self.args.checkpoint_async == "auto" and not copies and needed >= free_memory():
+            return None
+        if self.parts is not None:  # which have put it together in new memory
+            return step
+        try:
+            content = copied(step.content, copies, pinned=cuda)
+        except (MemoryError, RuntimeError) as reason:
+            copies.clear()
+            self.state.notes.append(f"no memory to save in the background ({reason})")
+            return None
+        if cuda:
+            torch.cuda.synchronize(self.device.torch)
+        return dataclasses.replace(step, content=content)
 
     def _labels(self) -> list[str]:
         """Under which other names the current step is kept."""
@@ -173,19 +225,11 @@ class Saver:
         whole = self.parts.gather(name, tensor)
         return torch.empty(0) if self.rank else whole.to("cpu", copy=whole is tensor)
 
-    def _snapshot(self, content: dict[str, Any]) -> dict[str, Any]:
-        cuda = self.device.torch.type == "cuda"
-        content = copied(content, self.copies, pinned=cuda)
-        if cuda:
-            torch.cuda.synchronize(self.device.torch)
-        return content
+    def _write(self, steps: list[_Step]) -> None:
+        for step in steps:
+            self._write_one(step.content, step.number, step.labels)
 
-    def _in_background(self, n_bytes: int) -> bool:
-        if self.args.checkpoint_async != "auto":
-            return self.args.checkpoint_async == "on"
-        return bool(self.copies) or 2 * n_bytes < free_memory()
-
-    def _write(self, content: dict[str, Any], step: int, labels: list[str]) -> None:
+    def _write_one(self, content: dict[str, Any], step: int, labels: list[str]) -> None:
         # As long as updates are skipped, the weights stay those of one step. The previous file is
         # of an earlier one, and stays too: nobody knows yet whether these are good for anything.
         again = self.latest >= step - content["bad_in_row"]
@@ -213,6 +257,8 @@ class Saver:
     def _go_back(self, step: int) -> int:
         """The step of the latest checkpoint before this one, or -1."""
         target = target_of(self.path)
+        if self.best and self.best.number < step:
+            self._write([self.best])
         for file in (target, sibling(target, "previous")):
             try:
                 with open_checkpoint(file) as contents:
@@ -234,6 +280,16 @@ class Saver:
                 self.writing.join()
             self.writing = None
         self.ranks.meet()
+
+
+def copy_bytes(tree: Any, pinned: bool = False) -> int:
+    """Memory that copies of all tensors in nested dicts take. Torch gives a pinned one a block of
+    the next power of two.
+    """
+    if isinstance(tree, dict):
+        return sum(copy_bytes(value, pinned) for value in tree.values())
+    size = tensor_bytes(tree)
+    return 1 << (size - 1).bit_length() if pinned and size else size
 
 
 def copied(tree: Any, into: dict[str, Any], pinned: bool = False) -> dict[str, Any]:

@@ -21,9 +21,9 @@ _SETTINGS = {
 
 
 # Threads that wait for the others of a matrix product spin by default. On a machine with other
-# work they take the cores from those they wait for: a busy neighbour made steps 3 to 5 times as
-# long, and twice as long with threads that sleep, at the price of small steps on an idle machine
-# (docs/speed.md). What the user has set stays.
+# work they take the cores from those they wait for: one busy process made steps 3 to 4 times as
+# long, two made small ones 70 times as long, and with threads that sleep it is at most twice, at
+# the price of small steps on an idle machine (docs/speed.md). What the user has set stays.
 WAITING_SET_BY_USER = {
     name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ
 }

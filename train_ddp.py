@@ -61,8 +61,10 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
             log.eval(state, evaluate(model, val, args.batch_size, device, share))
         if now.sample:
             log.sample(sample(model, train.tokenizer, args, device))
-        if now.save or state.at_best:
+        if now.save:
             log.saved(saver.save())
+        elif state.at_best:
+            log.saved(saver.keep_best())  # which the next save writes
     saver.finish()
     log.finish(state)
     return state.exit_code(args)

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny
 
 import bench
-from benchmarks import recipe
+from benchmarks import recipe, threads
 from benchmarks.common import BenchSettings, Side, flops_per_token, medians, side_by_side
 from benchmarks.speed import Parts, gpt2_small, growth_shapes
 from cli import parse_settings
@@ -119,3 +119,25 @@ def test_shapes_grow_one_at_a_time():
         assert all(shape[k] > 0 for k in shape) and name in shape
     args = parse_settings("train_minimal", gpt2_small(4))
     assert (args.seq_len, args.global_batch_size, args.model.vocab_size) == (1024, 4, 50257)
+
+
+def test_ways_to_wait_take_turns_beside_processes_that_compute(monkeypatch):
+    seen, beside, start = [], [], threads.subprocess.Popen
+
+    def measured(flags, environment):
+        assert all(process.poll() is None for process in beside[-1:])
+        seen.append((tuple(environment), flags))
+        return float(len(seen))
+
+    def counted(*args, **more):
+        beside.append(start(*args, **more))
+        return beside[-1]
+
+    monkeypatch.setattr(threads, "step_milliseconds", measured)
+    monkeypatch.setattr(threads.subprocess, "Popen", counted)
+    rows = threads.bench_threads(BenchSettings(verb=("threads",), repeats=2))
+    assert len(beside) == 2 * (1 + 2) and all(p.returncode is not None for p in beside)
+    each = len(threads.WAYS) * len(threads.STEPS)
+    assert len(seen) == 2 * 3 * each and seen[:each] == seen[each : 2 * each]
+    assert [row["threads wait"] for row in rows] == list(threads.WAYS)
+    assert rows[0]["quickstart, 0 busy"] == 1 + 3 * each / 2  # medians of runs 1 and 3 each + 1

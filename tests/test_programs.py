@@ -207,7 +207,7 @@ def test_train_ddp_works_without_torchrun(program):
 def test_a_closed_terminal_does_not_stop_the_run(program):
     import subprocess
 
-    flags = f"{SMALL} --use-toy-data --vocab-size 97 --num-steps 40 --log-steps 1".split()
+    flags = f"{SMALL} --use-toy-data --vocab-size 97 --num-steps 40 --log-steps 1 --eval-steps 20 --val-max-tokens 999".split()
     command = shlex.join([sys.executable, str(ROOT / "train_minimal.py"), *flags])
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command} | head -1"], cwd=program.folder, env=program.env,

@@ -17,7 +17,7 @@ import saver as saver_module
 from checkpoint import read_checkpoint
 from config import UserError
 from ranks import Ranks
-from saver import Saver, claim, copied, free_number, run_files, set_aside
+from saver import Saver, claim, copied, copy_bytes, free_number, run_files, set_aside
 
 DATA = {"train": {"fingerprint": "a"}, "val": {"fingerprint": "b"}, "tokenizer": ""}
 
@@ -401,6 +401,85 @@ def test_milestones_and_the_best_are_kept(tmp_path, run, saver):
         "c.step000004.pt": 4,
     }
     assert os.path.samefile(tmp_path / "c.previous.pt", tmp_path / "c.step000004.pt")
+
+
+def best_at(run, step):
+    run.step()
+    assert run.state.step == step
+    run.state.best_step = step
+
+
+@pytest.mark.parametrize("memory", ["on", "auto"])
+def test_the_best_so_far_waits_in_memory_for_the_next_save(
+    tmp_path, run, saver, monkeypatch, memory
+):
+    written, original = [], saver_module.write_checkpoint
+
+    def write(path, content, *labels, **more):
+        written.append((content["step"], *labels))
+        original(path, content, *labels, **more)
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", write)
+    s = saver(checkpoint_async=memory)
+    for step in (2, 3):
+        best_at(run, step)
+        assert 0 < s.keep_best() < 20
+    weights = run.weights()
+    moments = {k: v.clone() for k, v in run.optimizer.state[run.model.wte.weight].items()}
+    assert written == [] and names(tmp_path) == []
+    run.steps(2)
+    s.save()
+    s.finish()
+    assert written == [(3, "best"), (5,)]
+    assert [step_of(tmp_path / f"c{x}.pt") for x in ("", ".best", ".previous")] == [5, 3, 3]
+    best = read_checkpoint(tmp_path / "c.best.pt")
+    assert equal(best["model"], weights) and equal(best["optimizer"]["wte.weight"], moments)
+    run.step()
+    s.save()
+    best_at(run, 7)
+    s.keep_best()
+    best_at(run, 8)
+    s.save()  # better than the one that waits, which nobody will ask for
+    s.finish()
+    assert written[2:] == [(6,), (8, "best")] and step_of(tmp_path / "c.best.pt") == 8
+    assert run.state.notes[-1] == f"saved {tmp_path}/c.pt and c.best.pt at step 8"
+
+
+def test_the_best_so_far_is_written_at_once_where_memory_has_no_room(
+    tmp_path, run, saver, monkeypatch
+):
+    monkeypatch.setattr(saver_module, "free_memory", lambda: 0.0)
+    for step, mode in ((2, "off"), (3, "auto")):
+        s = saver(checkpoint_async=mode)
+        best_at(run, step)
+        s.keep_best()
+        s.finish()
+        assert step_of(tmp_path / "c.best.pt") == step_of(tmp_path / "c.pt") == step
+    s = saver(checkpoint_async="on")
+    monkeypatch.setattr(saver_module, "copied", refuse_memory)
+    best_at(run, 4)
+    s.keep_best()
+    assert step_of(tmp_path / "c.best.pt") == 4
+    assert run.state.notes[0] == "no memory to save in the background (none left)"
+
+
+def refuse_memory(*_, **__):
+    raise MemoryError("none left")
+
+
+def test_a_way_back_has_the_best_that_was_not_written_yet(tmp_path, run, saver):
+    s = saver(checkpoint_async="on")
+    s.save()
+    best_at(run, 2)
+    s.keep_best()
+    run.steps(2)
+    assert "continues step 2" in s.way_back(4)
+    assert [step_of(tmp_path / f"c{x}.pt") for x in ("", ".best", ".previous")] == [2, 2, 1]
+
+
+def test_pinned_copies_count_as_the_blocks_that_torch_gives_them():
+    tree = {"model": {"a": torch.empty(5), "b": torch.empty(4)}, "step": 3, "c": torch.empty(0)}
+    assert copy_bytes(tree) == 36 and copy_bytes(tree, pinned=True) == 32 + 16
 
 
 def test_names_that_a_kill_left_out_are_made_up_for(tmp_path, run, saver):
