@@ -122,10 +122,10 @@ def test_shapes_grow_one_at_a_time():
 
 
 def test_ways_to_wait_take_turns_beside_processes_that_compute(monkeypatch):
-    seen, beside, start = [], [], threads.subprocess.Popen
+    seen, busy, beside, start = [], [], [], threads.subprocess.Popen
 
     def measured(flags, environment):
-        assert all(process.poll() is None for process in beside[-1:])
+        busy.append(sum(process.poll() is None for process in beside))
         seen.append((tuple(environment), flags))
         return float(len(seen))
 
@@ -136,8 +136,9 @@ def test_ways_to_wait_take_turns_beside_processes_that_compute(monkeypatch):
     monkeypatch.setattr(threads, "step_milliseconds", measured)
     monkeypatch.setattr(threads.subprocess, "Popen", counted)
     rows = threads.bench_threads(BenchSettings(verb=("threads",), repeats=2))
-    assert len(beside) == 2 * (1 + 2) and all(p.returncode is not None for p in beside)
     each = len(threads.WAYS) * len(threads.STEPS)
+    assert busy == 2 * ([0] * each + [1] * each + [2] * each)
+    assert all(process.returncode is not None for process in beside)
     assert len(seen) == 2 * 3 * each and seen[:each] == seen[each : 2 * each]
     assert [row["threads wait"] for row in rows] == list(threads.WAYS)
     assert rows[0]["quickstart, 0 busy"] == 1 + 3 * each / 2  # medians of runs 1 and 3 each + 1
