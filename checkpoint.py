@@ -2,7 +2,7 @@
 
 `python checkpoint.py verify|show|compare FILE...` looks at checkpoints from the command line, and
 `checkpoint.py tokenizer FILE OUT.json` takes the tokenizer out of one. Which files a run keeps, and
-when it writes them, is in saver.py.
+when it writes them, is in checkpointing/manager.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from checkpoint_file import (
+from checkpointing.file_format import (
     Contents,
     Stored,
     Unreadable,
@@ -33,7 +33,6 @@ from checkpoint_file import (
     tensor_bytes,
     write_sealed,
 )
-from cli import parse_flags, run_script
 from config import (
     NothingSaved,
     Settings,
@@ -45,10 +44,11 @@ from config import (
     flat,
     settings_from,
 )
+from corpus.tokenizer import build_tokenizer, tokenizer_from_json
 from model import GPTModel
-from optim import lr_at, state_shapes
-from step import RunState
-from tokenizer import build_tokenizer, tokenizer_from_json
+from runtime.command_line import parse_flags, run_script
+from training.optimizers import lr_at, state_shapes
+from training.step import RunState
 
 FORMAT = 2
 _PLAIN_STATE = ("step", "tokens", "best_val_loss", "best_step", "run_id", "wandb_run_id")

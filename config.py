@@ -1,4 +1,5 @@
-"""Every setting, once: dataclasses that check themselves, and presets. cli.py makes the flags.
+"""Every setting, once: dataclasses that check themselves, and presets. The flags are made by
+runtime/command_line.py.
 
 A setting is one line, `name: type = flag(default, "help, with its unit")`: the flag `--name`, its
 help, its type check and its place in every checkpoint follow from it. What wins: what the user

@@ -1,8 +1,8 @@
 """Windows of a token stream: which window is sample i of optimizer step k, and what is held out.
 
-A `TokenDataset` is a range of a token source (shards.py) cut into windows of seq_len tokens with
-stride seq_len - 1: a window of T tokens scores T - 1 of them, so neighbours share one token and
-each token of the range is scored once.
+A `TokenDataset` is a range of a token source (corpus/shards.py) cut into windows of seq_len tokens
+with stride seq_len - 1: a window of T tokens scores T - 1 of them, so neighbours share one token
+and each token of the range is scored once.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alone import ALONE, Alone
 from config import Settings, UserError, expanded, with_vocab
-from device import Device
-from leak import REFUSED_SHARE, refuse_copies, refuse_leak, repeated_files, some
-from shards import (
+from corpus.contamination import REFUSED_SHARE, refuse_copies, refuse_leak, repeated_files, some
+from corpus.hashing import hash_of, permute
+from corpus.shards import (
     JoinedTokens,
     Source,
     SourceFile,
     TokenShards,
     ToyTokens,
     find_shards,
-    hash_of,
-    mix,
 )
-from text import find_texts, stdlib_files
-from token_files import TOKENIZER_FILE, note_on_documents, tokenize_files
-from tokenizer import Tokenizer, build_tokenizer
+from corpus.text import find_texts, stdlib_files
+from corpus.token_files import TOKENIZER_FILE, note_on_documents, tokenize_files
+from corpus.tokenizer import Tokenizer, build_tokenizer
+from parallel.context import SINGLE_PROCESS, ParallelContext
+from runtime.device import Device
 
 __all__ = [
     "FineWebNPYDataset",
@@ -51,31 +50,6 @@ __all__ = [
 
 
 _LONGEST_PATTERN = 1_000_000  # samples after which a mixture repeats its pattern of sources
-
-
-def permute(positions: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a permutation of range(n), chosen by key, sends these positions; O(1) memory, any n
-    below 2**62.
-
-    A six-round Feistel network on the next power of 4, walked until it lands below n (Black and
-    Rogaway 2002, sec. 3).
-    """
-    half = np.uint64(max(3, (n.bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    round_keys = mix(
-        np.uint64(key) + np.arange(1, 7, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    )
-
-    def network(x: np.ndarray) -> np.ndarray:
-        left, right = x >> half, x & mask
-        for round_key in round_keys:
-            left, right = right, left ^ (mix(right ^ round_key) & mask)
-        return (left << half) | right
-
-    x = network(positions.astype(np.uint64))
-    while (outside := x >= n).any():
-        x[outside] = network(x[outside])
-    return x.astype(np.int64)
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -525,9 +499,13 @@ class Prefetch:
     """
 
     def __init__(
-        self, train: TokenDataset, args: Settings, device: Device, share: Alone = ALONE
+        self,
+        train: TokenDataset,
+        args: Settings,
+        device: Device,
+        parallel: ParallelContext = SINGLE_PROCESS,
     ) -> None:
-        self._read = lambda step: train.global_batch(step, args, share.rank, share.world)
+        self._read = lambda step: train.global_batch(step, args, parallel.dp_rank, parallel.dp_size)
         self._pin, self._pool = device.torch.type == "cuda", ThreadPoolExecutor(1, "prefetch")
         self._next: tuple[int, Future[Tensor]] | None = None
 

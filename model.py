@@ -188,7 +188,7 @@ class GPTModel(nn.Module):
             )
         gpt2 = config.arch == "gpt2"
         self.config, self.head_part = config, WHOLE_HEAD
-        self.compiled = False  # its blocks, and the loss: see compiling.py
+        self.compiled = False  # its blocks, and the loss: see training/compilation.py
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.ngrams = nn.Embedding(config.ngram_rows, config.d_model) if config.ngram_rows else None
         self.wpe = nn.Embedding(config.max_position_embeddings, config.d_model) if gpt2 else None

@@ -3,26 +3,26 @@
 The page of train_minimal.py and what makes it distributed: see the `diff` of the two.
 """
 
-import startup  # noqa: F401  # before torch loads
+import runtime.startup  # noqa: F401  # before torch loads
 
 from checkpoint import resumable_settings
-from cli import parse_settings, run_script
-from compiling import compile_model
+from checkpointing.manager import Saver
 from config import Settings
 from dataset import Prefetch, open_data, record_of
-from device import pick_device, tune
-from distributed import Spread
-from eval import evaluate, starts_with_evaluation
-from generate import sample
-from memory import fit_micro_batch
 from model import GPTModel
-from optim import make_optimizer
-from ranks import Ranks, identity, process_group
-from run_log import RunLog
-from saver import Saver
-from start import begun, first_to_say, meet
-from step import RunState, check_finite, due, train_step
-from watch import Watch
+from parallel.parallel_model import ParallelModel
+from parallel.process_group import Ranks, identity, process_group
+from parallel.rendezvous import begun, first_to_say, meet
+from reporting.run_log import RunLog
+from runtime.command_line import parse_settings, run_script
+from runtime.device import pick_device, tune
+from runtime.signals import Watch
+from training.compilation import compile_model
+from training.evaluation import evaluate, starts_with_evaluation
+from training.memory import fit_micro_batch
+from training.optimizers import make_optimizer
+from training.sampling import sample
+from training.step import RunState, check_finite, due, train_step
 
 
 def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
@@ -35,30 +35,32 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
     model = GPTModel(args.model, seed=args.seed)
     ranks.must_agree(identity(args, data, model))
     state.notes += compile_model(model, args, device, ranks.agree)
-    share = Spread(model, args, device, ranks)  # this rank's, of the model and of each batch
-    net = share.net  # the model, but its backward pass averages over ranks
-    optimizer = make_optimizer(model, args, share)
-    saver = Saver(args, model, optimizer, state, data, device, ranks, share)
+    parallel = ParallelModel(model, args, device, ranks)  # what each rank has of it
+    net = parallel.net  # the model, but its backward pass averages over ranks
+    optimizer = make_optimizer(model, args, parallel)
+    saver = Saver(args, model, optimizer, state, data, device, ranks, parallel)
     if args.resume:
         saver.load()
     log = RunLog("train_ddp", args, state, device, model, train, val, ranks.rank, ranks.world)
-    batches = Prefetch(train, args, device, share)
+    batches = Prefetch(train, args, device, parallel)
     if starts_with_evaluation(state.step, model, val, args, device):
-        log.eval(state, evaluate(model, val, args.batch_size, device, share))
+        log.eval(state, evaluate(model, val, args.batch_size, device, parallel))
     saver.begin()  # from here on the checkpoint path is this run's,
     watch.begin()  # a signal ends the run after its step, with a checkpoint,
     begun()  # and torchrun --max-restarts continues it
     while state.step < args.num_steps and not state.stop:  # step = updates finished, everywhere
         batch = batches(state.step)  # this rank's rows of it
-        stats = train_step(net, optimizer, batch, args, state, device, share)
+        stats = train_step(net, optimizer, batch, args, state, device, parallel)
         log.tick(state)
         state.stop, save = ranks.agree(watch.signal, saver.overdue)
         now = due(state, args, save)
         if now.log:
-            log.train(state, share.summed(stats))
+            log.train(state, stats.summed(parallel))
             check_finite(state, args, saver.way_back)
         if now.eval:
-            log.eval(state, evaluate(model, val, args.batch_size, device, share))
+            result = evaluate(model, val, args.batch_size, device, parallel)
+            state.update_best(result.loss)
+            log.eval(state, result)
         if now.sample:
             log.sample(sample(model, train.tokenizer, args, device))
         if now.save:

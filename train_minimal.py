@@ -1,23 +1,23 @@
 """Trains a GPT on one device: `python train_minimal.py` (`--help` shows all flags)."""
 
-import startup  # noqa: F401  # before torch loads
+import runtime.startup  # noqa: F401  # before torch loads
 
 from checkpoint import resumable_settings
-from cli import parse_settings, run_script
-from compiling import compile_model
+from checkpointing.manager import Saver
 from config import Settings
 from dataset import Prefetch, open_data, record_of
-from device import pick_device, tune, use_threads
-from eval import evaluate, starts_with_evaluation
-from generate import sample
-from memory import fit_micro_batch
 from model import GPTModel
-from optim import make_optimizer
-from run_log import RunLog
-from saver import Saver
-from start import first_to_say, must_be_alone
-from step import RunState, check_finite, due, train_step
-from watch import Watch
+from parallel.rendezvous import first_to_say, must_be_alone
+from reporting.run_log import RunLog
+from runtime.command_line import parse_settings, run_script
+from runtime.device import pick_device, tune, use_threads
+from runtime.signals import Watch
+from training.compilation import compile_model
+from training.evaluation import evaluate, starts_with_evaluation
+from training.memory import fit_micro_batch
+from training.optimizers import make_optimizer
+from training.sampling import sample
+from training.step import RunState, check_finite, due, train_step
 
 
 def main(args: Settings, watch: Watch) -> int:
@@ -49,7 +49,9 @@ def main(args: Settings, watch: Watch) -> int:
             log.train(state, stats)
             check_finite(state, args, saver.way_back)
         if now.eval:
-            log.eval(state, evaluate(model, val, args.batch_size, device))
+            result = evaluate(model, val, args.batch_size, device)
+            state.update_best(result.loss)
+            log.eval(state, result)
         if now.sample:
             log.sample(sample(model, train.tokenizer, args, device))
         if now.save:

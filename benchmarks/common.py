@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from config import GPTConfig, check_fields, flag
-from ranks import Ranks
+from parallel.process_group import Ranks
 
 
 # fmt: off

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from benchmarks.common import BenchSettings, in_new_process, memory
-from cli import parse_settings
-from text import find_sources, read_texts, stdlib_files
-from token_files import prepare
-from tokenizer import build_tokenizer
+from corpus.text import find_sources, read_texts, stdlib_files
+from corpus.token_files import prepare
+from corpus.tokenizer import build_tokenizer
+from runtime.command_line import parse_settings
 
 
 def open_and_read(path: str) -> dict[str, float]:

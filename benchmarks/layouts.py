@@ -24,17 +24,17 @@ from torch.distributed.tensor.parallel import (
 
 from benchmarks.common import BenchSettings, on_ranks
 from benchmarks.speed import gpt2_small
-from cli import parse_settings
 from config import GPTConfig, UserError
 from dataset import open_data
-from device import Device
-from distributed import Spread
 from model import GPTModel, storage_of
-from optim import make_optimizer
-from ranks import Ranks
-from report import read_records
-from step import RunState, train_step
-from tensor_parallel import split_model
+from parallel.parallel_model import ParallelModel
+from parallel.process_group import Ranks
+from parallel.tensor_parallel import split_model
+from reporting.plots import read_records
+from runtime.command_line import parse_settings
+from runtime.device import Device
+from training.optimizers import make_optimizer
+from training.step import RunState, train_step
 
 _LAYOUTS = {
     "one process": (1, []),
@@ -55,8 +55,8 @@ def state_bytes(ranks: Ranks, flags: list[str]) -> dict[str, float]:
     device = Device(torch.device("cpu"), "fp32", "")
     train, _, args = open_data(args)
     model = GPTModel(args.model, seed=0)
-    spread = Spread(model, args, device, ranks)
-    optimizer, state = make_optimizer(model, args, spread), RunState.fresh(device)
+    parallel = ParallelModel(model, args, device, ranks)
+    optimizer, state = make_optimizer(model, args, parallel), RunState.fresh(device)
     found: dict[str, float] = {}
 
     def count(*_: Any) -> None:
@@ -71,8 +71,8 @@ def state_bytes(ranks: Ranks, flags: list[str]) -> dict[str, float]:
 
     optimizer.register_step_post_hook(count)
     for step in range(2):
-        batch = train.global_batch(step, args, spread.rank, spread.world)
-        train_step(spread.net, optimizer, batch, args, state, device, spread)
+        batch = train.global_batch(step, args, parallel.dp_rank, parallel.dp_size)
+        train_step(parallel.net, optimizer, batch, args, state, device, parallel)
     return found
 
 

@@ -26,14 +26,14 @@ from benchmarks.common import (
     synchronize,
 )
 from benchmarks.speed import device_of, gpt2_small
-from cli import parse_settings
 from dataset import ToyRandomDataset, open_data
-from device import pick_device, tune
-from eval import evaluate
-from generate import generate
 from loss import next_token_loss
 from model import GPTModel
-from optim import Muon, make_optimizer
+from runtime.command_line import parse_settings
+from runtime.device import pick_device, tune
+from training.evaluation import evaluate
+from training.optimizers import Muon, make_optimizer
+from training.sampling import generate
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def build_optimizer_step(flags: list[str], kind: str) -> Callable[[], float]:
     optimizers: list[torch.optim.Optimizer] = [optimizer]
     if kind == "torch":
         assert isinstance(optimizer, Muon)
-        optimizers = [torch.optim.Muon(optimizer.matrices), optimizer.others]
+        optimizers = [torch.optim.Muon(optimizer.matrices), optimizer.adamw]
     for p in model.parameters():
         p.grad = torch.randn_like(p)
 

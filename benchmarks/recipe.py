@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.common import BenchSettings
 from config import UserError
-from report import read_records
+from reporting.plots import read_records
 
 # The settings that nanoGPT's README gives for a CPU; the model has 0.83M parameters.
 PLAIN = [

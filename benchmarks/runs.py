@@ -18,10 +18,10 @@ import torch
 
 from benchmarks.common import BenchSettings
 from checkpoint import differences, read_checkpoint
-from cli import parse_settings
+from checkpointing.manager import Saver, claim
 from config import UserError
-from report import first_difference, read_records
-from saver import Saver, claim
+from reporting.plots import first_difference, read_records
+from runtime.command_line import parse_settings
 
 
 def bench_resume(args: BenchSettings) -> list[dict[str, Any]]:
@@ -96,10 +96,10 @@ def bench_save(args: BenchSettings) -> list[dict[str, Any]]:
     background, and what it costs to check every byte of it.
     """
     from dataset import open_data, record_of
-    from device import pick_device
     from model import GPTModel
-    from optim import make_optimizer
-    from step import RunState, train_step
+    from runtime.device import pick_device
+    from training.optimizers import make_optimizer
+    from training.step import RunState, train_step
 
     size = str(args.batch_size)
     flags = ["--preset", "gpt2-small", "--use-toy-data", "--tokenizer-name", "", "--device", "cpu"]

@@ -24,15 +24,15 @@ from benchmarks.common import (
     side_by_side,
     synchronize,
 )
-from cli import parse_settings
-from compiling import compile_model
 from config import GPTConfig, Settings
 from dataset import Prefetch, open_data
-from device import Device, pick_device, tune
-from memory import fit_micro_batch
 from model import GPTModel
-from optim import make_optimizer
-from step import RunState, train_step
+from runtime.command_line import parse_settings
+from runtime.device import Device, pick_device, tune
+from training.compilation import compile_model
+from training.memory import fit_micro_batch
+from training.optimizers import make_optimizer
+from training.step import RunState, train_step
 
 # Dense bfloat16 matrix products, FLOP/s, as their maker's data sheets say.
 _KNOWN_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}

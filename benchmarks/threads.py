@@ -14,10 +14,10 @@ from typing import Any
 
 from benchmarks.common import BenchSettings
 from config import UserError
-from report import read_records
+from reporting.plots import read_records
 
-# The environment of each side. An empty OMP_WAIT_POLICY counts as set by the user (startup.py);
-# OpenMP then spins, as it does without the variable.
+# The environment of each side. An empty OMP_WAIT_POLICY counts as set by the user, see
+# runtime/startup.py; OpenMP then spins, as it does without the variable.
 WAYS = {
     "sleeping": {},
     "spinning": {"OMP_WAIT_POLICY": ""},

@@ -10,12 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import parse_flags, run_script
 from config import UserError, check_fields, flag
-from console import command, say
-from text import find_texts
-from token_files import SHARD_TOKENS, note_on_documents, prepare
-from tokenizer import build_tokenizer
+from corpus.text import find_texts
+from corpus.token_files import SHARD_TOKENS, note_on_documents, prepare
+from corpus.tokenizer import build_tokenizer
+from runtime.command_line import parse_flags, run_script
+from runtime.console import command, say
 
 
 @dataclass(frozen=True)

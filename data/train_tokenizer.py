@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import parse_flags, run_script
 from config import UserError, check_fields, flag, in_folder
-from console import say
-from text import find_sources, read_texts, stdlib_files
-from tokenizer import BPETokenizer
+from corpus.text import find_sources, read_texts, stdlib_files
+from corpus.tokenizer import BPETokenizer
+from runtime.command_line import parse_flags, run_script
+from runtime.console import say
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
-from cli import parse_settings  # noqa: E402
 from config import GPTConfig, Settings  # noqa: E402
-from device import Device  # noqa: E402
 from model import storage_of  # noqa: E402
+from runtime.command_line import parse_settings  # noqa: E402
+from runtime.device import Device  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 

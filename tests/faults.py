@@ -43,7 +43,7 @@ from checkpoint import (  # noqa: E402
     saved_settings,
 )
 from config import UserError  # noqa: E402
-from report import comparable, first_difference, read_records  # noqa: E402
+from reporting.plots import comparable, first_difference, read_records  # noqa: E402
 
 OUTCOMES = ("survived", "refused", "hung", "silent", "lost", "orphans")
 TOY = """
@@ -566,7 +566,7 @@ def restarts(rig: Rig) -> None:
     note = difference(place, reference) if code == 0 else f"exit code {code}"
     rig.count("a rank killed under --max-restarts", "silent" if note else "survived", place, note)
     body = """
-import saver
+from checkpointing import manager as saver
 load = saver.Saver._load
 def load_other(self, file):
     load(self, file)
@@ -853,9 +853,9 @@ def damage(rig: Rig) -> None:
     import torch
 
     from model import GPTModel
-    from optim import make_optimizer
-    from step import RunState
     from tests.conftest import tiny, toy_settings
+    from training.optimizers import make_optimizer
+    from training.step import RunState
 
     shape = {"vocab_size": 8, "max_position_embeddings": 4, "d_model": 4, "n_layers": 1}
     model = GPTModel(tiny(**shape), seed=0)

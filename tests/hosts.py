@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import differences, saved_settings  # noqa: E402
-from report import first_difference, read_records  # noqa: E402
+from reporting.plots import first_difference, read_records  # noqa: E402
 
 TINY = """
     --use-toy-data --vocab-size 97 --seq-len 16 --n-layers 2 --n-heads 2 --d-model 16 --dropout 0.1

@@ -22,19 +22,19 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import distributed  # noqa: E402
-import tensor_parallel  # noqa: E402
 from benchmarks.common import on_ranks  # noqa: E402
 from checkpoint import content_of, load_checkpoint, read_checkpoint, write_checkpoint  # noqa: E402
-from cli import parse_settings  # noqa: E402
 from dataset import open_data  # noqa: E402
-from device import Device  # noqa: E402
-from distributed import Spread  # noqa: E402
-from eval import evaluate  # noqa: E402
 from model import GPTModel  # noqa: E402
-from optim import make_optimizer  # noqa: E402
-from ranks import Ranks  # noqa: E402
-from step import RunState, train_step  # noqa: E402
+from parallel import parallel_model as distributed  # noqa: E402
+from parallel import tensor_parallel  # noqa: E402
+from parallel.parallel_model import ParallelModel  # noqa: E402
+from parallel.process_group import Ranks  # noqa: E402
+from runtime.command_line import parse_settings  # noqa: E402
+from runtime.device import Device  # noqa: E402
+from training.evaluation import evaluate  # noqa: E402
+from training.optimizers import make_optimizer  # noqa: E402
+from training.step import RunState, train_step  # noqa: E402
 
 # name: (processes, flags). Sizes are such that nothing divides evenly but what has to.
 LAYOUTS = {
@@ -94,29 +94,29 @@ class Run:
             draw = torch.Generator().manual_seed(1)
             for p in self.model.parameters():
                 p.add_(torch.randn(p.shape, generator=draw) * 0.02)
-        self.spread = Spread(self.model, self.args, self.device, ranks)
+        self.parallel = ParallelModel(self.model, self.args, self.device, ranks)
         self.optimizer: torch.optim.Optimizer
         if sgd:
             self.optimizer = SGDOfParts(self.model.parameters(), {"lr": args.lr})
         else:
-            self.optimizer = make_optimizer(self.model, self.args, self.spread)
+            self.optimizer = make_optimizer(self.model, self.args, self.parallel)
         self.ranks, self.state = ranks, RunState.fresh(self.device)
 
     def step(self) -> tuple[float, float]:
         """Loss and gradient norm of one update."""
-        s = self.spread
-        batch = self.train.global_batch(self.state.step, self.args, s.rank, s.world)
+        s = self.parallel
+        batch = self.train.global_batch(self.state.step, self.args, s.dp_rank, s.dp_size)
         stats = train_step(s.net, self.optimizer, batch, self.args, self.state, self.device, s)
-        return float(s.summed(stats).nll_sum) / stats.n_tokens, float(stats.grad_norm)
+        return float(stats.summed(s).nll_sum) / stats.n_tokens, float(stats.grad_norm)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All of each."""
         named = self.model.named_parameters()
-        return {k: self.spread.gather(k, p.detach()).clone() for k, p in named}
+        return {k: self.parallel.gather(k, p.detach()).clone() for k, p in named}
 
     def evaluate(self) -> tuple[float, int]:
         """Validation loss and tokens."""
-        s = self.spread
+        s = self.parallel
         found = evaluate(self.model, self.val, 5, self.device, s)
         return found.loss, found.tokens
 
@@ -144,7 +144,7 @@ BREAKAGES: dict[str, tuple[str, Any, str, Any]] = {
     "outputs of second parts": (
         "tp 2", tensor_parallel._Added, "forward", staticmethod(lambda ctx, x, group: x),
     ),
-    "norm of parts": ("fsdp 2", distributed.Spread, "sum", lambda self, x: x),
+    "norm of parts": ("fsdp 2", distributed.ParallelModel, "sum", lambda self, x: x),
     "norm of split layers": ("tp 2", distributed, "sum_ranks", lambda x, group=None: x),
     "gradients under DDP": ("ddp 2", distributed, "replicate", _alone),
 }  # fmt: skip
@@ -212,10 +212,10 @@ def count_collectives(ranks: Ranks, names: list[str]) -> dict[str, Counter[str]]
     for name in names:
         run, counts = Run(ranks, f"{ADAMW} {LAYOUTS[name][1]}"), Counter[str]()
         run.step()
-        s = run.spread
+        s = run.parallel
         if isinstance(s.net, torch.nn.parallel.DistributedDataParallel):
-            s.net.register_comm_hook(s.data, allreduce_hook)  # instead of DDP's own, in C++
-        batch = run.train.global_batch(1, run.args, s.rank, s.world)
+            s.net.register_comm_hook(s.dp_group, allreduce_hook)  # instead of DDP's own, in C++
+        batch = run.train.global_batch(1, run.args, s.dp_rank, s.dp_size)
         with ExitStack() as patches:
             for function, kind in _COLLECTIVES.items():
                 if original := getattr(dist, function, None):
@@ -240,7 +240,7 @@ def write_all(ranks: Ranks, names: list[str], kind: str, folder: str) -> None:
         run = Run(ranks, f"{kind} {LAYOUTS[name][1]}")
         run.step(), run.step()
         content = content_of(
-            run.model, run.optimizer, run.state, run.args, gather=run.spread.gather
+            run.model, run.optimizer, run.state, run.args, gather=run.parallel.gather
         )
         if ranks.rank == 0:
             write_checkpoint(f"{folder}/{name}.pt", content)
@@ -253,9 +253,9 @@ def read_all(ranks: Ranks, names: list[str], kind: str, folder: str) -> dict[str
         run = Run(ranks, f"{kind} {LAYOUTS[name][1]}")
         found[name] = []
         for file in sorted(Path(folder).glob("*.pt")):
-            load_checkpoint(file, run.model, run.optimizer, own_part=run.spread.part)
+            load_checkpoint(file, run.model, run.optimizer, own_part=run.parallel.part)
             content = content_of(
-                run.model, run.optimizer, run.state, run.args, gather=run.spread.gather
+                run.model, run.optimizer, run.state, run.args, gather=run.parallel.gather
             )
             written = read_checkpoint(file)
             if all(_equal(content[k], written[k]) for k in ("model", "optimizer")):

@@ -27,11 +27,11 @@ from checkpoint import (
     sibling,
     write_checkpoint,
 )
-from checkpoint_file import Unreadable, write_sealed
-from cli import parse_flags
+from checkpointing.file_format import Unreadable, write_sealed
 from config import UserError, flat
 from model import GPTModel
-from step import RunState
+from runtime.command_line import parse_flags
+from training.step import RunState
 
 DATA = {"train": {"fingerprint": "a", "tokens": 9}, "val": {"fingerprint": "b"}, "tokenizer": ""}
 
@@ -271,7 +271,7 @@ def test_a_disk_that_gets_full_while_writing_is_named(tmp_path, run, path, monke
         if written[0] > n_bytes:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("checkpoint_file._Sealing._pass_on", write)
+    monkeypatch.setattr("checkpointing.file_format._Sealing._pass_on", write)
     refused(lambda: save(run, path), str(path), "No space left on device")
     assert files(tmp_path) == before
 

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-import checkpoint_file
-from checkpoint_file import Stored, Unreadable, open_sealed, tensor_bytes, write_sealed
+from checkpointing import file_format as checkpoint_file
+from checkpointing.file_format import Stored, Unreadable, open_sealed, tensor_bytes, write_sealed
 
 CONTENT = {"a": torch.arange(3.0), "n": 1, "d": {"s": "ü", "l": [None, True, 0.5]}}
 START = b"\x80\x02"  # of every pickle of protocol 2

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import CPU, ROOT, toy_settings
 
-import compiling
-from compiling import compile_model, why_not_compiled
 from config import UserError
-from device import Device
 from model import GPTModel
+from runtime.device import Device
+from training import compilation as compiling
+from training.compilation import compile_model, why_not_compiled
 
 GPU = Device(torch.device("cuda", 0), "bf16", "test")
 
@@ -57,15 +57,15 @@ def test_a_compiler_that_fails_on_any_rank_leaves_the_model_as_it_was(monkeypatc
 COUNT = """
 import sys, torch
 from torch._dynamo.utils import counters
-from cli import parse_settings
-from compiling import compile_model
+from runtime.command_line import parse_settings
+from training.compilation import compile_model
 from dataset import open_data
-from device import pick_device
-from eval import evaluate
-from generate import generate
+from runtime.device import pick_device
+from training.evaluation import evaluate
+from training.sampling import generate
 from model import GPTModel
-from optim import make_optimizer
-from step import RunState, train_step
+from training.optimizers import make_optimizer
+from training.step import RunState, train_step
 
 flags = "--preset toy --use-toy-data --vocab-size 97 --n-heads 2 --d-model 16 --seq-len 16"
 flags += " --batch-size 4 --global-batch-size 8 --compile on --device cpu --val-max-tokens 1000"

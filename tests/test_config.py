@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from cli import parse_flags, parse_settings, run_script
 from config import (
     PRESETS,
     EvalSettings,
@@ -21,6 +20,7 @@ from config import (
     notes_on_preset,
     settings_from,
 )
+from runtime.command_line import parse_flags, parse_settings, run_script
 
 DESIGN_FLAGS = [
     "--vocab-size",
@@ -327,7 +327,9 @@ def test_help_has_a_sound_word_for_each_value_and_no_empty_default(capsys, kind,
 
 
 def test_help_needs_no_torch():
-    code = "import cli, config, startup, sys; print('torch' in sys.modules)"
+    code = (
+        "import config, runtime.command_line, runtime.startup, sys; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

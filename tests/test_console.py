@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from config import UserError, checkpoint_in
-from console import command, progress
+from runtime.console import command, progress
 
 
 def test_a_command_works_in_the_folder_where_it_is_printed(tmp_path, monkeypatch):
@@ -41,7 +41,7 @@ def test_a_folder_of_checkpoints_stands_for_the_one_in_it(tmp_path):
 
 def test_long_work_says_how_far_it_is_in_few_lines(monkeypatch, capsys):
     clock = [0.0]
-    monkeypatch.setattr("console.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("runtime.console.time.monotonic", lambda: clock[0])
 
     def items(n):
         for i in range(n):

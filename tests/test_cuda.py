@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from test_distributed import TINY
 
 import loss
-from ranks import queue_of
-from report import first_difference, read_records
+from parallel.process_group import queue_of
+from reporting.plots import first_difference, read_records
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ON_GPU = TINY.replace("--device cpu", "--device cuda") + " --num-steps 20 --global-batch-size 4"

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import CPU, toy_settings
 
-from cli import parse_settings
 from config import UserError, flat
 from dataset import (
     FineWebNPYDataset,
@@ -22,6 +21,7 @@ from dataset import (
     share_out,
     weighted,
 )
+from runtime.command_line import parse_settings
 
 
 class Counting:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import CPU, ROOT
 
-import device as device_module
 from config import UserError
-from device import (
+from runtime import device as device_module
+from runtime.device import (
     Device,
     has_bf16_units,
     pick_device,

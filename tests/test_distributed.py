@@ -8,12 +8,12 @@ import torch.distributed as dist
 from conftest import CPU
 from test_step import Run
 
-from alone import Alone
 from checkpoint import differences
-from distributed import Spread, replicate
-from ranks import Ranks
-from report import first_difference, read_records
-from step import train_step
+from parallel.context import ParallelContext
+from parallel.parallel_model import ParallelModel, replicate
+from parallel.process_group import Ranks
+from reporting.plots import first_difference, read_records
+from training.step import train_step
 
 TINY = (
     "--use-toy-data --vocab-size 97 --seq-len 16 --n-layers 2 --n-heads 2 --d-model 16 --device cpu"
@@ -34,8 +34,8 @@ def count_syncs(ddp):
     return calls
 
 
-class Wrapped(Alone):
-    """A share of which only no_sync is not that of one process."""
+class Wrapped(ParallelContext):
+    """A context of which only no_sync is not that of one process."""
 
     def __init__(self, ddp):
         self.no_sync = ddp.no_sync
@@ -152,13 +152,13 @@ def test_three_ranks_that_resume_are_those_that_did_not_stop(program, more):
     assert differences(folder / "straight.pt", folder / "checkpoints/minigpt_ddp.pt")[1] == []
 
 
-def test_alone_nothing_is_spread(group):
+def test_one_process_has_the_whole_model(group):
     run = Run()
-    spread = Spread(run.model, run.args, CPU, Ranks())
+    parallel = ParallelModel(run.model, run.args, CPU, Ranks())
     stack, p = torch.randn(5, 3, 4), run.model.wte.weight
-    assert spread.net is run.model and spread.parts is None
-    assert torch.equal(spread.divide(lambda x: 2 * x, "wte.weight", stack), 2 * stack)
-    assert spread.gather("wte.weight", p) is p and spread.part("wte.weight", p).equal(p)
+    assert parallel.net is run.model and parallel.sharded_state is None
+    assert torch.equal(parallel.distribute(lambda x: 2 * x, "wte.weight", stack), 2 * stack)
+    assert parallel.gather("wte.weight", p) is p and parallel.part("wte.weight", p).equal(p)
 
 
 @pytest.mark.long

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from conftest import CPU, tiny, toy_settings
 
-from alone import Alone
 from dataset import TextDatasetForCausalLM, TokenDataset, build_tokenizer, open_data
-from device import Device
-from eval import EvalResult, evaluate, perplexity, starts_with_evaluation
 from model import GPTModel
-from run_log import report_evaluations
+from parallel.context import ParallelContext
+from reporting.run_log import report_evaluations
+from runtime.device import Device
+from training.evaluation import EvalResult, evaluate, perplexity, starts_with_evaluation
 
 
 def awake_model(**changes):
@@ -46,11 +46,11 @@ def test_loss_is_the_mean_over_scored_tokens(val):
     assert result.ppl == pytest.approx(math.exp(result.loss))
 
 
-class Share(Alone):
+class Part(ParallelContext):
     """Of one of several ranks: keeps what it would add to the others', or gets the sum."""
 
     def __init__(self, rank, world, whole=None):
-        self.rank, self.world, self.whole = rank, world, whole
+        self.dp_rank, self.dp_size, self.whole = rank, world, whole
 
     def sum(self, sums):
         self.sums = sums
@@ -62,11 +62,11 @@ def test_batch_size_and_ranks_change_nothing(val):
     one = evaluate(model, val, 8, CPU)
     for batch_size in (1, 7, 64):
         for world in (1, 2, 3):
-            shares = [Share(rank, world) for rank in range(world)]
-            for share in shares:
-                evaluate(model, val, batch_size, CPU, share)
-            whole = torch.stack([share.sums for share in shares]).sum(0)
-            joint = evaluate(model, val, batch_size, CPU, Share(0, world, whole))
+            parts = [Part(rank, world) for rank in range(world)]
+            for part in parts:
+                evaluate(model, val, batch_size, CPU, part)
+            whole = torch.stack([part.sums for part in parts]).sum(0)
+            joint = evaluate(model, val, batch_size, CPU, Part(0, world, whole))
             assert joint.tokens == one.tokens
             assert joint.loss == pytest.approx(one.loss, rel=1e-7)
             assert joint.loss_se == pytest.approx(one.loss_se, rel=1e-5)
@@ -164,7 +164,7 @@ def test_a_run_evaluates_before_its_first_step_unless_that_takes_long(
 
 
 def test_the_total_of_an_evaluation_is_the_number_of_its_batches(monkeypatch):
-    import eval as module
+    from training import evaluation as module
 
     totals = []
 

@@ -9,9 +9,9 @@ import pytest
 from test_shards import llmc, npy
 
 from config import UserError
-from shards import TokenShards
-from text import read_texts
-from tokenizer import build_tokenizer
+from corpus.shards import TokenShards
+from corpus.text import read_texts
+from corpus.tokenizer import build_tokenizer
 
 IDS = np.random.default_rng(0).integers(0, 50257, 400)
 CASES = 2000

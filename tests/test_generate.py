@@ -2,10 +2,10 @@ import pytest
 import torch
 from conftest import CPU, tiny
 
+from corpus.tokenizer import build_tokenizer
 from dataset import TextDatasetForCausalLM
-from generate import continue_text, fitting_prompt, generate
 from model import GPTModel
-from tokenizer import build_tokenizer
+from training.sampling import continue_text, fitting_prompt, generate
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from dataclasses import asdict
 import pytest
 from conftest import ROOT, toy_settings
 
-import hang
-import ranks
-from hang import (
+from parallel import hang_guard as hang
+from parallel import process_group as ranks
+from parallel.hang_guard import (
     HangGuard,
     Report,
     exchange_finished,
@@ -20,7 +20,7 @@ from hang import (
     report_of,
     stacks_of_threads,
 )
-from start import Start
+from parallel.rendezvous import Start
 
 
 def report(waiting=False, still=50.0, patient=False, where="model.py:1 in forward"):
@@ -263,7 +263,7 @@ def test_without_a_place_for_stacks_nobody_is_blamed(ended, guarded, monkeypatch
 CRASH = """
 import faulthandler, gc, sys, threading, time
 sys.path.insert(0, {root!r})
-import hang
+from parallel import hang_guard as hang
 
 faulthandler.enable()
 gc.disable()

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-import leak
-from cli import parse_settings
 from config import UserError
+from corpus import contamination as leak
+from corpus.contamination import leaked_share, refuse_leak, run_hashes
 from dataset import TokenDataset, open_data
-from leak import leaked_share, refuse_leak, run_hashes
+from runtime.command_line import parse_settings
 
 
 class Ids:
@@ -38,7 +38,7 @@ def test_other_text_of_the_same_words_is_not(train):
 
 def test_phrases_that_source_code_repeats_are_no_leak(tmp_path):
     import dataset
-    from text import stdlib_files
+    from corpus.text import stdlib_files
 
     tokenizer = dataset.build_tokenizer("bytes")
     files = [p for p in stdlib_files() if "encodings" not in p.parts][:200]  # they do repeat

@@ -5,12 +5,12 @@ import torch
 from conftest import CPU, record_kept, toy_settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import memory
 from config import UserError
-from device import Device
 from loss import workspace_bytes
-from memory import estimate, fit_micro_batch
 from model import GPTModel, storage_of
+from runtime.device import Device
+from training import memory
+from training.memory import estimate, fit_micro_batch
 
 BF16 = Device(torch.device("cpu"), "bf16", "test")
 SHAPE = "--n-layers 6 --n-heads 4 --d-model 256 --vocab-size 1000 --seq-len 512 --lr 1e-3".split()

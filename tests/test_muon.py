@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import tiny, toy_settings
 
-import optim
 from model import GPTModel
-from optim import Muon, make_optimizer, orthogonalize, state_shapes
+from training import optimizers as optim
+from training.optimizers import Muon, make_optimizer, orthogonalize, state_shapes
 
 
 def model_with(*flags, arch="modern", seed=0):
@@ -51,7 +51,7 @@ def test_bfloat16_is_used_where_it_is_asked_for_and_fast(monkeypatch, precision,
     monkeypatch.setattr(optim, "has_bf16_units", lambda device: units)
     _, optimizer = model_with("--precision", precision)
     x = torch.randn(2, 16, 32)
-    found = optimizer.work(x)
+    found = optimizer.orthogonalize(x)
     assert found.dtype == wanted
     assert (found.float() - orthogonalize(x)).norm() < 0.05 * orthogonalize(x).norm()
 

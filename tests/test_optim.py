@@ -5,7 +5,7 @@ import torch
 from conftest import tiny, toy_settings
 
 from model import GPTModel
-from optim import lr_at, make_optimizer
+from training.optimizers import lr_at, make_optimizer
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])

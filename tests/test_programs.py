@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 from checkpoint import differences
-from report import read_records
+from reporting.plots import read_records
 
 SMALL = "--n-layers 1 --n-heads 2 --d-model 16 --seq-len 16 --global-batch-size 4 --num-steps 6 --eval-steps 3 --device cpu"
 

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from conftest import ROOT, toy_settings
 from test_distributed import TINY
 
-import hang
-import start as start_module
 from benchmarks.common import on_ranks
 from config import UserError
 from model import GPTModel
-from ranks import Ranks, identity, refuse_shared_gpus, sum_ranks
-from start import Start, agree_on_name
+from parallel import hang_guard as hang
+from parallel import rendezvous as start_module
+from parallel.process_group import Ranks, identity, refuse_shared_gpus, sum_ranks
+from parallel.rendezvous import Start, agree_on_name
 
 
 def test_sums_stay_float64_and_leave_their_input_alone(group):
@@ -220,7 +220,7 @@ def test_data_that_one_rank_lacks_is_an_error_of_all(tmp_path, program):
 
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch):
-    from device import use_threads
+    from runtime.device import use_threads
 
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)

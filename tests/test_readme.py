@@ -9,8 +9,8 @@ from conftest import ROOT
 from bench import VERBS as BENCHMARKS
 from bench import BenchSettings
 from checkpoint import VERBS, CheckpointSettings
-from cli import parse_flags, parse_settings
 from config import EvalSettings, SampleSettings
+from runtime.command_line import parse_flags, parse_settings
 
 TEXT = (ROOT / "README.md").read_text()
 COMMANDS = [

@@ -12,11 +12,11 @@ from conftest import CPU, toy_settings
 
 from config import UserError
 from dataset import open_data
-from eval import EvalResult
 from model import GPTModel
-from report import draw_losses, first_difference, read_records
-from run_log import RunLog, to_json
-from step import RunState, StepStats
+from reporting.plots import draw_losses, first_difference, read_records
+from reporting.run_log import RunLog, to_json
+from training.evaluation import EvalResult
+from training.step import RunState, StepStats
 
 RESULT = EvalResult(loss=10.9447, loss_se=0.01, ppl=56653.46, bpb=3.1234, tokens=99)
 
@@ -90,16 +90,6 @@ def test_infinite_perplexity_is_shown_and_the_record_stays_json(folder, capsys):
         "b": None,
         "c": 1.5,
     }
-
-
-def test_a_nan_is_never_the_best(folder):
-    state = RunState(step=1)
-    log = start(state)
-    log.eval(state, dataclasses.replace(RESULT, loss=math.nan))
-    assert state.best_val_loss == math.inf
-    log.eval(state, RESULT)
-    log.eval(state, dataclasses.replace(RESULT, loss=math.nan))
-    assert state.best_val_loss == RESULT.loss
 
 
 def test_skipped_updates_are_said_even_between_logged_steps(folder, capsys):
@@ -192,7 +182,7 @@ def test_a_run_cannot_have_the_logs_of_eval(folder):
 
 def test_timings_cover_training_and_nothing_else(folder, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("run_log.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("reporting.run_log.time.perf_counter", lambda: clock[0])
     state = RunState()
     log = start(state)
     for spent_on_step, spent_on_evaluation in ((2.0, 50.0), (2.0, 70.0)):
@@ -217,7 +207,6 @@ def test_other_ranks_write_nothing(folder, capsys):
     log.tick(state)
     log.finish(state)
     assert capsys.readouterr().out == "" and list(folder.iterdir()) == []
-    assert state.best_val_loss == RESULT.loss  # all ranks agree on it
 
 
 def test_a_new_run_sets_the_old_metrics_aside_and_says_so(folder, capsys):

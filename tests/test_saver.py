@@ -12,12 +12,20 @@ from conftest import CPU
 from test_checkpoint_file import equal
 from test_step import Run
 
-import hang
-import saver as saver_module
 from checkpoint import read_checkpoint
+from checkpointing import manager as saver_module
+from checkpointing.manager import (
+    Saver,
+    claim,
+    copied,
+    copy_bytes,
+    free_number,
+    run_files,
+    set_aside,
+)
 from config import UserError
-from ranks import Ranks
-from saver import Saver, claim, copied, copy_bytes, free_number, run_files, set_aside
+from parallel import hang_guard as hang
+from parallel.process_group import Ranks
 
 DATA = {"train": {"fingerprint": "a"}, "val": {"fingerprint": "b"}, "tokenizer": ""}
 

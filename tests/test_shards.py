@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from config import UserError
-from shards import JoinedTokens, TokenShards, ToyTokens, hash_of, mix
+from corpus.hashing import hash_of, mix
+from corpus.shards import JoinedTokens, TokenShards, ToyTokens
 
 
 def npy(path, ids, dtype="<u2"):

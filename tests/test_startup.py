@@ -17,13 +17,13 @@ def run(code, *argv, **env):
 
 
 def test_threads_sleep_while_they_wait_before_torch_reads_how():
-    code = "import startup, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    code = "import runtime.startup, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     assert run(code) == "passive False\n"
 
 
 @pytest.mark.parametrize("name, value", [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "9")])
 def test_what_the_user_set_stays_and_is_said(name, value):
-    code = "import device, os; print(device.pick_device('cpu').why, os.environ['OMP_WAIT_POLICY'])"
+    code = "import runtime.device as d, os; print(d.pick_device('cpu').why, os.environ['OMP_WAIT_POLICY'])"
     code = code.replace("os.environ['OMP_WAIT_POLICY']", "os.environ.get('OMP_WAIT_POLICY')")
     out = run(code, **{name: value})
     assert f"{name}={value} of the environment decides how they wait" in out

@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import CPU, toy_settings
 
-from alone import Alone
 from config import UserError
 from dataset import open_data
-from device import Device
 from model import GPTModel
-from optim import make_optimizer
-from step import RunState, check_finite, due, train_step
+from parallel.context import ParallelContext
+from runtime.device import Device
+from training.optimizers import make_optimizer
+from training.step import RunState, check_finite, due, train_step
 
 FP16 = Device(torch.device("cpu"), "fp16", "test")
 
@@ -122,7 +122,7 @@ def test_micro_batches_of_a_step_get_different_masks():
 def test_gradients_are_shared_only_at_the_last_micro_step():
     events = []
 
-    class Quiet(Alone):
+    class Quiet(ParallelContext):
         @contextmanager
         def no_sync(self):
             events.append("quiet")
@@ -260,3 +260,15 @@ def test_the_end_after_bad_updates_names_steps_and_samples():
     said = "steps 31 to 35, samples 360 to 419.* those of step 30; go back from 30$"
     with pytest.raises(UserError, match=said):
         check_finite(RunState(step=35, bad_in_row=torch.tensor(5.0)), args, way_back)
+
+
+def test_the_lowest_loss_is_the_best_and_a_nan_never():
+    state = RunState(step=1)
+    state.update_best(math.nan)
+    assert state.best_val_loss == math.inf and not state.at_best
+    state.update_best(2.0)
+    assert state.at_best
+    for step, loss in ((2, 2.0), (3, math.nan), (4, 2.5)):
+        state.step = step
+        state.update_best(loss)
+        assert (state.best_val_loss, state.best_step) == (2.0, 1) and not state.at_best

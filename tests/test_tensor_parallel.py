@@ -9,7 +9,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from benchmarks.common import on_ranks
 from model import GPTModel
-from tensor_parallel import joined, part_of, split_dim, split_model
+from parallel.tensor_parallel import joined, part_of, split_dim, split_model
 
 
 def two_ways(ranks, arch):

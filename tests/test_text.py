@@ -7,12 +7,11 @@ import subprocess
 import numpy as np
 import pytest
 
-import text
-import token_files
 from config import UserError
-from text import stdlib_files
-from token_files import tokenize_files
-from tokenizer import build_tokenizer
+from corpus import text, token_files
+from corpus.text import stdlib_files
+from corpus.token_files import tokenize_files
+from corpus.tokenizer import build_tokenizer
 
 BYTES = build_tokenizer("bytes")
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-import text
-import token_files
 from config import UserError
-from text import Text, find_sources
-from token_files import prepare
-from tokenizer import build_tokenizer
+from corpus import text, token_files
+from corpus.text import Text, find_sources
+from corpus.token_files import prepare
+from corpus.tokenizer import build_tokenizer
 
 BYTES = build_tokenizer("bytes")
 
@@ -111,9 +110,9 @@ def test_a_stopped_run_keeps_its_shards_and_ends_with_the_same_bytes(corpus, tmp
 KILL = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import token_files
+from corpus import token_files
 from pathlib import Path
-from tokenizer import build_tokenizer
+from corpus.tokenizer import build_tokenizer
 
 original, calls = getattr({where}), []
 

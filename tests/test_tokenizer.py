@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from config import UserError
-from tokenizer import BPETokenizer, build_tokenizer, stored_tokenizer
+from corpus.tokenizer import BPETokenizer, build_tokenizer, stored_tokenizer
 
 TEXTS = ["", "plain", "Grüße, 世界 🌹\n\ttabs", "<|endoftext|> is text here", "a" * 1000]
 

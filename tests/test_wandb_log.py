@@ -4,8 +4,8 @@ import pytest
 from conftest import toy_settings
 
 from config import UserError
-from step import RunState
-from wandb_log import WandB
+from reporting.wandb_log import WandB
+from training.step import RunState
 
 wandb = pytest.importorskip("wandb")
 

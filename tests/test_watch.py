@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from watch import Watch
+from runtime.signals import Watch
 
 
 def until(true, seconds=10.0):
@@ -81,7 +81,7 @@ def test_a_system_without_locks_is_refused_in_one_line(program):
 def test_the_signals_that_there_are_stop_a_run(monkeypatch):
     import importlib
 
-    import watch
+    from runtime import signals as watch
 
     monkeypatch.delattr(signal, "SIGHUP")
     monkeypatch.delattr(signal, "SIGUSR1")
@@ -95,7 +95,7 @@ def test_the_signals_that_there_are_stop_a_run(monkeypatch):
 SCRIPT = f"""
 import hashlib, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from watch import Watch, end_with_parent
+from runtime.signals import Watch, end_with_parent
 """
 BUSY = """
 with Watch() as watch:

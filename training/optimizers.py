@@ -10,20 +10,22 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from alone import ALONE, Alone
 from config import Settings
-from device import has_bf16_units
 from model import GPTModel
+from parallel.context import SINGLE_PROCESS, ParallelContext, local_part
+from runtime.device import has_bf16_units
 
 _STACK_NUMBERS = 1 << 25  # orthogonalized at once: bounds the memory that this takes
 
 
-def make_optimizer(model: GPTModel, args: Settings, share: Alone = ALONE) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: GPTModel, args: Settings, parallel: ParallelContext = SINGLE_PROCESS
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019), or Muon for the matrices in blocks and AdamW for the
     rest. Matrices and embeddings decay, but no bias and no norm.
 
     AdamW is fused on every device: one kernel, and the only AdamW of torch that can skip an update
-    on the device (`found_inf`) without asking the host. share: see `Muon`.
+    on the device (`found_inf`) without asking the host. parallel: see `Muon`.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {
@@ -46,27 +48,27 @@ def make_optimizer(model: GPTModel, args: Settings, share: Alone = ALONE) -> tor
         adamw.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     if not matrices:
         return adamw
-    return Muon(matrices, model.shapes, adamw, args, share)
+    return Muon(matrices, model.shapes, adamw, args, parallel)
 
 
 class Muon(torch.optim.Optimizer):
     """Steepest descent in the spectral norm (Jordan et al. 2024, "Muon"): a matrix moves by its
-    momentum with all singular values made about 1. `others`, an AdamW, updates all else.
+    momentum with all singular values made about 1. `adamw` updates all else.
 
     The update of a matrix (m, n) is scaled by 0.2 sqrt(max(m, n)), so that its numbers are as large
     as those of AdamW, and lr and weight_decay mean the same for both (Liu et al. 2025, sec. 2.2).
     Matrices of one shape are orthogonalized together: for the small ones of small models, calls
     cost more than computing. shapes: of the whole matrices, by name. Where ranks have parts of
-    them, or do a part of the work each, share.divide sees to it.
+    them, or do a part of the work each, parallel.distribute sees to it.
     """
 
     def __init__(
         self,
         matrices: dict[str, nn.Parameter],
         shapes: Mapping[str, tuple[int, ...]],
-        others: torch.optim.AdamW,
+        adamw: torch.optim.AdamW,
         args: Settings,
-        share: Alone,
+        parallel: ParallelContext,
     ) -> None:
         ratio = args.muon_lr_ratio
         defaults = {"lr": args.lr * ratio, "lr_ratio": ratio, "weight_decay": args.weight_decay}
@@ -78,17 +80,17 @@ class Muon(torch.optim.Optimizer):
         self.stacks = [
             [(name, matrices[name]) for name in alike]
             for (shape, _), group in groupby(in_order, key=lambda name: places[name])
-            for alike in _pieces(list(group), most_alike(shape, share.helpers))
+            for alike in _pieces(list(group), most_alike(shape, parallel.world_size))
         ]
-        self.sizes = [0.2 * math.sqrt(max(shapes[stack[0][0]])) for stack in self.stacks]
-        self.momentum, self.others, self.divide = args.muon_momentum, others, share.divide
+        self.update_scales = [0.2 * math.sqrt(max(shapes[stack[0][0]])) for stack in self.stacks]
+        self.momentum, self.adamw, self.distribute = args.muon_momentum, adamw, parallel.distribute
         # In bfloat16 where other products are too: float32 asked for is float32 everywhere.
         device = self.matrices[0].device
         half = args.precision != "fp32" and (args.precision != "auto" or device.type == "cuda")
         fast = half and has_bf16_units(device)
-        self.work = partial(orthogonalize, dtype=torch.bfloat16 if fast else torch.float32)
-        self.param_groups += others.param_groups  # one list and one mapping for whoever sets lr
-        self.state = others.state  # or saves
+        self.orthogonalize = partial(orthogonalize, dtype=torch.bfloat16 if fast else torch.float32)
+        self.param_groups += adamw.param_groups  # one list and one mapping for whoever sets lr
+        self.state = adamw.state  # or saves
         for p in self.matrices:
             self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
         self.grad_scale: Tensor | None = None
@@ -97,11 +99,11 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update. Where `found_inf` is 1, of nothing: weights and moments stay as they are."""
-        self.others.grad_scale, self.others.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
-        self.others.step()
+        self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
+        self.adamw.step()
         group = self.param_groups[0]
         lr, decay = group["lr"], group["lr"] * group["weight_decay"]
-        for stack, size in zip(self.stacks, self.sizes, strict=True):
+        for stack, size in zip(self.stacks, self.update_scales, strict=True):
             ps = [local_part(p) for _, p in stack]
             moments = [local_part(self.state[p]["momentum_buffer"]) for _, p in stack]
             grads = [local_part(p.grad) for _, p in stack if p.grad is not None]
@@ -111,26 +113,21 @@ class Muon(torch.optim.Optimizer):
                 ]
             torch._foreach_lerp_(moments, grads, 1 - self.momentum)
             ahead = torch.stack(torch._foreach_lerp(grads, moments, self.momentum))  # Nesterov's
-            updates = self.divide(self.work, stack[0][0], ahead)
+            updates = self.distribute(self.orthogonalize, stack[0][0], ahead)
             go = 1.0 if self.found_inf is None else 1.0 - self.found_inf
             for p, update in zip(ps, updates, strict=True):
                 p.mul_(1 - decay * go).sub_(update * (size * lr * go))
 
 
-def most_alike(shape: tuple[int, ...], helpers: int) -> int:
-    """How many matrices of this shape are orthogonalized together, by so many ranks that do a part
-    each: at least one for each rank, or some would have nothing to do.
+def most_alike(shape: tuple[int, ...], world_size: int) -> int:
+    """How many matrices of this shape are orthogonalized together, by world_size ranks that do a
+    part each: at least one for each rank, or some would have nothing to do.
     """
-    return max(1, _STACK_NUMBERS // math.prod(shape)) * helpers
+    return max(1, _STACK_NUMBERS // math.prod(shape)) * world_size
 
 
 def _pieces(names: list[str], most: int) -> Iterator[list[str]]:
     yield from (names[i : i + most] for i in range(0, len(names), most))
-
-
-def local_part(x: Tensor) -> Tensor:
-    """What this process has of a tensor: all of it, except under FSDP."""
-    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def orthogonalize(stack: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

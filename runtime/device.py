@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import startup
+import runtime.startup as startup
 
 import ctypes
 import functools

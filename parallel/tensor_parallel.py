@@ -16,10 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from device import generator_of
+from corpus.hashing import hash_of
 from loss import HeadPart
 from model import GPTModel
-from shards import hash_of
+from runtime.device import generator_of
 
 
 def split_dim(name: str) -> int | None:

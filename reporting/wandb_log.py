@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from config import Settings, wandb_mode
-from step import RunState
+from training.step import RunState
 
 _START_SECONDS = 8  # that it may take to start; with its own overhead, 10
 _FINISH_SECONDS = 30  # that uploads may take at the end

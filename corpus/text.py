@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from config import UserError
-from shards import OTHER_FORMATS
+from corpus.shards import OTHER_FORMATS
 
 _KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 _PACKED = (".gz", ".zst")

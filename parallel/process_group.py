@@ -1,5 +1,5 @@
 """Many processes: how they connect, agree, and fail together. How they find each other is in
-start.py, how a model is spread over them in distributed.py.
+parallel/rendezvous.py, how a model is spread over them in parallel/parallel_model.py.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alone import Alone
 from config import EvalSettings, Settings, UserError, flat
-from device import pick_device, use_threads
-from hang import PATIENT_SECONDS, HangGuard, exchange_finished, may_take_long
-from start import (
+from parallel.context import ParallelContext
+from parallel.hang_guard import PATIENT_SECONDS, HangGuard, exchange_finished, may_take_long
+from parallel.rendezvous import (
     Start,
     by_torchrun,
     everyone,
@@ -29,13 +28,14 @@ from start import (
     meet,
     store_of_launcher,
 )
-from watch import end_with_parent
+from runtime.device import pick_device, use_threads
+from runtime.signals import end_with_parent
 
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Ranks(Alone):
+class Ranks:
     """This process among those that torchrun started; alone, it is rank 0 of 1."""
 
     rank: int = 0
@@ -46,15 +46,12 @@ class Ranks(Alone):
     patient: dist.ProcessGroup | None = None  # and once more, for waiting longer than for a step
     host: str = ""
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Waits until all ranks are here, such as after rank 0 has saved, which may take
         minutes.
         """
         if self.patient is not None:
             dist.barrier(group=self.patient)
-
-    def sum(self, values: Tensor) -> Tensor:
-        return sum_ranks(values)
 
     def agree(self, *wishes: int) -> list[int]:
         """The largest of each wish over the ranks, so that they all do the same after the same
@@ -111,6 +108,16 @@ class Ranks(Alone):
         if self.patient is not None:
             dist.all_gather_object(found, mine, group=self.patient)
         return found
+
+
+class DataParallel(ParallelContext):
+    """The context in which each rank has the whole model and works on data of its own."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.dp_rank, self.dp_size, self.world_size = ranks.rank, ranks.world, ranks.world
+
+    def sum(self, values: Tensor) -> Tensor:
+        return sum_ranks(values)
 
 
 def identity(args: Settings, data: Mapping[str, Any], model: nn.Module) -> dict[str, object]:

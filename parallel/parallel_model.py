@@ -1,10 +1,10 @@
 """How one model is spread over many processes: DDP, FSDP, tensor parallelism, and the two together.
-What is whole on one process is put together here, and taken apart. Processes themselves: ranks.py.
+What is whole on one process is put together here, and taken apart. Processes themselves are in
+process_group.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import inspect
 import warnings
@@ -20,17 +20,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from alone import Alone
 from config import Settings
-from device import Device
 from model import GPTModel
-from optim import local_part
-from ranks import Ranks, sum_ranks
-from step import StepStats, rehearse
-from tensor_parallel import joined, part_of, split_dim, split_model
+from parallel.context import ParallelContext, local_part
+from parallel.process_group import Ranks, sum_ranks
+from parallel.tensor_parallel import joined, part_of, split_dim, split_model
+from runtime.device import Device
 
 
-class Spread(Alone):
+class ParallelModel(ParallelContext):
     """One model on all ranks: `net` is what to call, and its backward pass averages gradients over
     the ranks that see other data. Those that share each layer see the same data.
 
@@ -40,27 +38,27 @@ class Spread(Alone):
     def __init__(self, model: GPTModel, args: Settings, device: Device, ranks: Ranks) -> None:
         """Moves the model, which all ranks have the same, to the device and splits it in place."""
         self.model, self.device = model, device
-        self.split = args.tensor_parallel_size
+        self.tp_size = args.tensor_parallel_size
         self.sharded = args.parallel == "fsdp"
-        self.helpers = ranks.world
-        self.rank, self.world = ranks.rank // self.split, ranks.world // self.split
+        self.world_size = ranks.world
+        self.dp_rank, self.dp_size = ranks.rank // self.tp_size, ranks.world // self.tp_size
         # Ranks that share layers talk most, so they are neighbours, on one machine where they fit.
-        grid = torch.arange(ranks.world).view(self.world, self.split)
+        grid = torch.arange(ranks.world).view(self.dp_size, self.tp_size)
         wait = datetime.timedelta(seconds=args.timeout_seconds)
-        self.data, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), wait)
-        self.layers, _ = dist.new_subgroups_by_enumeration(grid.tolist(), wait)
-        self.mesh = DeviceMesh.from_group(self.data, device.torch.type)
+        self.dp_group, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), wait)
+        self.tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), wait)
+        self.mesh = DeviceMesh.from_group(self.dp_group, device.torch.type)
         self.net = self._wrap(args)
 
     def _wrap(self, args: Settings) -> nn.Module:
         model, device = self.model, self.device
-        if self.split > 1:
-            split_model(model, self.layers)
+        if self.tp_size > 1:
+            split_model(model, self.tp_group)
         if self.sharded:
             shard(model, self.mesh, device)
             return model
         model.to(device.torch)
-        return replicate(model, self.data, args, device) if self.world > 1 else model
+        return replicate(model, self.dp_group, args, device) if self.dp_size > 1 else model
 
     def no_sync(self) -> AbstractContextManager[object]:
         if isinstance(self.net, DistributedDataParallel):
@@ -68,24 +66,20 @@ class Spread(Alone):
         return _unsynced(self.net) if isinstance(self.net, FSDPModule) else nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:
-        return sum_ranks(values, self.data)
-
-    def summed(self, stats: StepStats) -> StepStats:
-        """The stats of a step over all ranks; n_tokens, lr and grad_norm are already global."""
-        return dataclasses.replace(stats, nll_sum=self.sum(stats.nll_sum))
+        return sum_ranks(values, self.dp_group)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """By the norm of the whole gradient: each number counts once, wherever it lies."""
-        if self.parts is None:
+        if self.sharded_state is None:
             return nn.utils.clip_grad_norm_(parameters, max_norm)
         grads: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, p in self.model.named_parameters():
             if p.grad is not None:
-                grads[self.split > 1 and split_dim(name) is not None].append(local_part(p.grad))
+                grads[self.tp_size > 1 and split_dim(name) is not None].append(local_part(p.grad))
         squares = torch.stack([_sum_of_squares(grads[k], self.device) for k in (True, False)])
         if self.sharded:
             squares = self.sum(squares)
-        in_parts = sum_ranks(squares[0], self.layers) if self.split > 1 else squares[0]
+        in_parts = sum_ranks(squares[0], self.tp_group) if self.tp_size > 1 else squares[0]
         norm = (in_parts + squares[1]).sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads[True] + grads[False], scale)
@@ -99,9 +93,9 @@ class Spread(Alone):
             self.net.reshard()
 
     @property
-    def parts(self) -> Spread | None:
-        """This, where ranks have parts of the model; None where each has all of it."""
-        return self if self.sharded or self.split > 1 else None
+    def sharded_state(self) -> ParallelModel | None:  # type: ignore[override]
+        """This object where ranks have parts of the model, None where each has all of it."""
+        return self if self.sharded or self.tp_size > 1 else None
 
     def gather(self, name: str, tensor: Tensor) -> Tensor:
         """All of a parameter, or of what the optimizer keeps for it, of which each rank has a part;
@@ -120,35 +114,35 @@ class Spread(Alone):
             own, self.mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride()
         )
 
-    def divide(self, work: Callable[[Tensor], Tensor], name: str, stack: Tensor) -> Tensor:
-        """work(stack), for work that treats each of stack's (N, m, n) alone and needs it whole:
-        each rank does N / world of them. stack: this rank's parts of parameters like `name`; so is
-        what comes back.
+    def distribute(self, function: Callable[[Tensor], Tensor], name: str, stack: Tensor) -> Tensor:
+        """function(stack), for a function that treats each matrix of stack (N, m, n) separately and
+        needs whole ones: each rank computes N / world_size of them. stack: this rank's parts of
+        parameters like the one called name; the result has the same parts.
         """
         whole = self._whole(name, stack, 1)
         world, rank = dist.get_world_size(), dist.get_rank()
         everyone = dist.distributed_c10d._get_default_group()
-        done = joined(work(part_of(whole, 0, rank, world)), 0, len(whole), everyone)
+        done = joined(function(part_of(whole, 0, rank, world)), 0, len(whole), everyone)
         return self._own(name, done, 1)
 
     def _whole(self, name: str, tensor: Tensor, offset: int) -> Tensor:
         """offset: the dimensions of `tensor` before those of the parameter."""
-        shape, dim = self.model.shapes[name], split_dim(name) if self.split > 1 else None
+        shape, dim = self.model.shapes[name], split_dim(name) if self.tp_size > 1 else None
         tensor = local_part(tensor)
         if self.sharded:
             rows = shape[0]
             if dim == 0:
-                rows = len(part_of(torch.empty(rows), 0, self.layers.rank(), self.split))
-            tensor = joined(tensor, offset, rows, self.data)
+                rows = len(part_of(torch.empty(rows), 0, self.tp_group.rank(), self.tp_size))
+            tensor = joined(tensor, offset, rows, self.dp_group)
         if dim is not None:
-            tensor = joined(tensor, offset + dim, shape[dim], self.layers)
+            tensor = joined(tensor, offset + dim, shape[dim], self.tp_group)
         return tensor
 
     def _own(self, name: str, whole: Tensor, offset: int) -> Tensor:
-        dim = split_dim(name) if self.split > 1 else None
+        dim = split_dim(name) if self.tp_size > 1 else None
         if dim is not None:
-            whole = part_of(whole, offset + dim, self.layers.rank(), self.split)
-        return part_of(whole, offset, self.rank, self.world) if self.sharded else whole
+            whole = part_of(whole, offset + dim, self.tp_group.rank(), self.tp_size)
+        return part_of(whole, offset, self.dp_rank, self.dp_size) if self.sharded else whole
 
 
 def replicate(
@@ -166,8 +160,19 @@ def replicate(
     # After its first backward pass DDP sorts gradients into other buckets, in which three or more
     # ranks add them in another order. So that a resumed run adds as the one that did not stop, that
     # first pass belongs to no step: here it is, on zeros, with its gradients thrown away.
-    rehearse(ddp, args, device)
+    warmup_pass(ddp, args, device)
     return ddp
+
+
+def warmup_pass(model: nn.Module, args: Settings, device: Device) -> None:
+    """A forward and a backward pass on zeros that belongs to no step and leaves nothing behind."""
+    zeros = torch.zeros(args.batch_size, args.seq_len, dtype=torch.int64, device=device.torch)
+    try:
+        with device.autocast():
+            loss = model(zeros, labels=zeros, reduction="sum", return_logits=False)[1]
+        loss.backward()
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def shard(model: GPTModel, mesh: DeviceMesh, device: Device) -> None:

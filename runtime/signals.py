@@ -11,7 +11,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from locks import need_locks
+from runtime.locks import need_locks
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 _STOPPING = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]

@@ -22,14 +22,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from watch import tell
+from runtime.signals import tell
 
 PATIENT_SECONDS = 7200  # that a save, or reading a new text, may take
 _WAITED = 0.8  # part of a limit after which a rank that waits looks for the one to blame
 _STUCK = 0.4  # part of the timeout in which a rank that works gets on to another line
 _STORE_SECONDS = 15.0  # longer than any call of the store takes: see start.store_of_launcher
 _SILENT_SECONDS = 10.0  # without a report: far longer than a busy rank needs for one
-_HERE = str(Path(__file__).parent)
+_HERE = str(Path(__file__).resolve().parent.parent)
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+) ")
 _CALL = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 

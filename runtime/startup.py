@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
-from cli import parse_flags
 from config import EvalSettings, SampleSettings, Settings
+from runtime.command_line import parse_flags
 
 _SETTINGS = {
     "train_minimal.py": Settings,

@@ -22,7 +22,6 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from alone import ALONE, Alone
 from checkpoint import (
     add_names,
     check_space,
@@ -33,13 +32,15 @@ from checkpoint import (
     sibling,
     write_checkpoint,
 )
-from checkpoint_file import Unreadable, tensor_bytes
+from checkpointing.file_format import Unreadable, tensor_bytes
 from config import Settings, UserError, log_base
-from device import Device, environment, free_memory
-from hang import may_take_long
-from locks import lock
 from model import GPTModel
-from step import RunState
+from parallel.context import SINGLE_PROCESS, ParallelContext
+from parallel.hang_guard import may_take_long
+from parallel.process_group import Ranks
+from runtime.device import Device, environment, free_memory
+from runtime.locks import lock
+from training.step import RunState
 
 _LABELS = r"previous|best|step\d+"
 
@@ -66,16 +67,17 @@ class Saver:
         state: RunState,
         data: dict[str, Any],
         device: Device,
-        ranks: Alone = ALONE,
-        share: Alone = ALONE,
+        ranks: Ranks | None = None,
+        parallel: ParallelContext = SINGLE_PROCESS,
     ) -> None:
         """Takes the lock on the checkpoint path, which is kept until the process ends. Raises
-        UserError where it can't save. ranks: all of them; share: what each has of the model.
+        UserError where it can't save. ranks: all of them; parallel: what each has of the model.
         """
         self.args, self.model, self.optimizer, self.state = args, model, optimizer, state
         self.data, self.device = data, device
-        self.ranks, self.rank, self.parts = ranks, ranks.rank, share.parts
-        self.environment = environment(device, ranks.world)
+        self.ranks = ranks or Ranks()
+        self.rank, self.sharded_state = self.ranks.rank, parallel.sharded_state
+        self.environment = environment(device, self.ranks.world)
         self.path = Path(args.checkpoint_path)
         self.saved_at = time.monotonic()
         self.writing: threading.Thread | None = None
@@ -125,13 +127,13 @@ class Saver:
             self.state.notes += set_aside([target_of(self.path)], self.number)
         elif self.rank == 0 and self.state.step:  # a kill may have come before its other names
             add_names(target_of(self.path), *self._labels())
-        self.ranks.meet()
+        self.ranks.barrier()
 
     def _load(self, file: Path) -> None:
         args, state = self.args, self.state
         load_checkpoint(
             file, self.model, self.optimizer, state, self.data, args, self.environment,
-            self.parts.part if self.parts else None,
+            self.sharded_state.part if self.sharded_state else None,
         )  # fmt: skip
 
     @property
@@ -159,9 +161,9 @@ class Saver:
         """Has rank 0 use what a checkpoint of the current step holds."""
         start = time.perf_counter()
         self.finish()
-        if self.parts is not None:
-            self.parts.reshard()
-        if self.rank == 0 or self.parts is not None:
+        if self.sharded_state is not None:
+            self.sharded_state.reshard()
+        if self.rank == 0 or self.sharded_state is not None:
             content = content_of(
                 self.model, self.optimizer, self.state, self.args, self.data, self.environment,
                 self._gather,
@@ -170,7 +172,7 @@ class Saver:
                 with may_take_long():
                     use(_Step(content, self.state.step, self._labels()))
         seconds = time.perf_counter() - start
-        self.ranks.meet()
+        self.ranks.barrier()
         return seconds
 
     def _write_this_step(self, step: _Step) -> None:
@@ -200,7 +202,7 @@ class Saver:
         needed = 2 * copy_bytes(step.content, pinned=cuda)
         if self.args.checkpoint_async == "auto" and not copies and needed >= free_memory():
             return None
-        if self.parts is not None:  # which have put it together in new memory
+        if self.sharded_state is not None:  # which have put it together in new memory
             return step
         try:
             content = copied(step.content, copies, pinned=cuda)
@@ -220,9 +222,9 @@ class Saver:
 
     def _gather(self, name: str, tensor: Tensor) -> Tensor:
         """All of it. Where ranks have parts, a copy on the CPU of rank 0; others keep nothing."""
-        if self.parts is None:
+        if self.sharded_state is None:
             return tensor
-        whole = self.parts.gather(name, tensor)
+        whole = self.sharded_state.gather(name, tensor)
         return torch.empty(0) if self.rank else whole.to("cpu", copy=whole is tensor)
 
     def _write(self, steps: list[_Step]) -> None:
@@ -279,7 +281,7 @@ class Saver:
             with may_take_long():
                 self.writing.join()
             self.writing = None
-        self.ranks.meet()
+        self.ranks.barrier()
 
 
 def copy_bytes(tree: Any, pinned: bool = False) -> int:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from compiling import why_not_compiled
 from config import GPTConfig, Settings, UserError
-from device import Device, free_memory
 from loss import workspace_bytes
+from runtime.device import Device, free_memory
+from training.compilation import why_not_compiled
 
 # Bytes per token and channel that a block keeps for its backward pass, besides those of the MLP, in
 # float32 and in 16 bits: its two inputs, QKV, what attention gives, and in modern the normed and

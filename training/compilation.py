@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from config import Settings, UserError
-from device import Device
 from loss import next_token_loss, token_losses
 from model import Block, GPTModel, rotary_table
+from runtime.device import Device
 
 
 def why_not_compiled(args: Settings, device: Device) -> str:

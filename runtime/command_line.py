@@ -27,7 +27,7 @@ from config import (
     settings_from,
     wandb_mode,
 )
-from console import accept_any_text, visible
+from runtime.console import accept_any_text, visible
 
 _SPREAD = ("parallel", "tensor_parallel_size", "use_tensor_parallel", "threads")
 _NO_MEMORY = ("out of memory", "can't allocate memory")  # in what torch says

@@ -22,19 +22,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from checkpointing.manager import free_number, hold, set_aside
 from config import Settings, UserError, default_checkpoint, flat, log_base, notes_on_preset
-from console import command, say, visible
 from dataset import TokenDataset
-from device import Device, environment
-from eval import EvalResult, starts_with_evaluation
-from generate import fitting_prompt
-from memory import estimate, free_memory_of
 from model import GPTModel
-from optim import lr_at
-from report import draw_losses, read_records, run_of
-from saver import free_number, hold, set_aside
-from step import RunState, StepStats
-from wandb_log import WandB
+from reporting.plots import draw_losses, read_records, run_of
+from reporting.wandb_log import WandB
+from runtime.console import command, say, visible
+from runtime.device import Device, environment
+from training.evaluation import EvalResult, starts_with_evaluation
+from training.memory import estimate, free_memory_of
+from training.optimizers import lr_at
+from training.sampling import fitting_prompt
+from training.step import RunState, StepStats
 
 _PROFILED = 8  # steps until the profile is complete
 _SPIKE_RECORDS, _SPIKE_SIGMAS = 20, 5.0
@@ -286,8 +286,6 @@ class RunLog:
 
     def eval(self, state: RunState, result: EvalResult) -> None:
         """Records an evaluation and prints the one line that says how the run stands."""
-        if state.step and result.loss < state.best_val_loss:  # a NaN is never the best
-            state.best_val_loss, state.best_step = result.loss, state.step
         if not self.on:
             return
         values = {

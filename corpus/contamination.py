@@ -6,16 +6,14 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 
 from config import UserError
-from locks import lock
-from shards import SourceFile, mix
-
-if TYPE_CHECKING:
-    from dataset import TokenDataset
+from corpus.hashing import mix
+from corpus.shards import Source, SourceFile
+from runtime.locks import lock
 
 PROBES = 256  # pieces of the validation data that are searched for
 _DOUBLINGS = 5  # a piece has 2**5 tokens,
@@ -30,8 +28,25 @@ _LEAST_NAMED = 1000  # bytes or tokens of a copied file that is worth a line in 
 _VERSION = 2  # of this search, for its cache
 
 
+class TokenRange(Protocol):
+    """Tokens start .. stop - 1 of a source, as a `TokenDataset` has them."""
+
+    source: Source
+    start: int
+    stop: int
+    num_tokens: int
+
+    def files(self) -> list[tuple[SourceFile, int, int]]:
+        """The files that the tokens are from, each with the range of its own tokens."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What tells these tokens from all others."""
+        ...
+
+
 def refuse_leak(
-    train: TokenDataset, val: TokenDataset, cache_dir: Path, allow: bool = False, hint: str = ""
+    train: TokenRange, val: TokenRange, cache_dir: Path, allow: bool = False, hint: str = ""
 ) -> float:
     """The share of the text of `val` that also stands in `train`; more than a fifth is refused.
 
@@ -77,7 +92,7 @@ _WAYS_OUT = (
 )
 
 
-def refuse_copies(train: TokenDataset, val: TokenDataset, allow: bool = False) -> list[str]:
+def refuse_copies(train: TokenRange, val: TokenRange, allow: bool = False) -> list[str]:
     """Which files of some size of `val` are copies of files of `train`, in words ("b.txt is a copy
     of a.txt"); if copies are more than a fifth of `val`, they are refused. Raises UserError.
     """
@@ -101,7 +116,7 @@ def refuse_copies(train: TokenDataset, val: TokenDataset, allow: bool = False) -
     return large
 
 
-def repeated_files(data: TokenDataset) -> list[str]:
+def repeated_files(data: TokenRange) -> list[str]:
     """Which files of some size the data holds more than once, in words."""
     first: dict[str, SourceFile] = {}
     names = []
@@ -127,7 +142,7 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def leaked_share(train: TokenDataset, val: TokenDataset) -> float:
+def leaked_share(train: TokenRange, val: TokenRange) -> float:
     """Of the different pieces of `val`, the share that stands in `train`, 0 to 1; estimated where
     only a part of `train` was read.
     """
@@ -146,17 +161,17 @@ def leaked_share(train: TokenDataset, val: TokenDataset) -> float:
     return min(1.0, float(found.mean()) / share_read)
 
 
-def _longest(val: TokenDataset) -> int:
+def _longest(val: TokenRange) -> int:
     """Doublings to the length of a piece, by what the ids are, not by how many there might be."""
     largest = val.source.read(val.start, min(_VAL_BLOCK, val.num_tokens)).max()
     return _DOUBLINGS_OF_BYTES if largest < _SMALL_VOCABULARY else _DOUBLINGS
 
 
-def _doublings(val: TokenDataset) -> int:
+def _doublings(val: TokenRange) -> int:
     return min(_longest(val), val.num_tokens.bit_length() - 1)
 
 
-def _distinct_runs(val: TokenDataset) -> np.ndarray:
+def _distinct_runs(val: TokenRange) -> np.ndarray:
     """Hashes of the different runs of 2**_doublings(val) tokens of the validation data, or of
     blocks spread evenly over it, in the order in which they appear there.
     """
@@ -166,7 +181,7 @@ def _distinct_runs(val: TokenDataset) -> np.ndarray:
     return different[np.argsort(first)]
 
 
-def _hashes(data: TokenDataset, start: int, block: int, doublings: int) -> np.ndarray:
+def _hashes(data: TokenRange, start: int, block: int, doublings: int) -> np.ndarray:
     """Hashes of the runs of 2**doublings tokens that start in a block of the data."""
     count = min(block + (1 << doublings) - 1, data.stop - start)
     if count < 1 << doublings:
@@ -174,7 +189,7 @@ def _hashes(data: TokenDataset, start: int, block: int, doublings: int) -> np.nd
     return run_hashes(data.source.read(start, count), doublings)
 
 
-def _blocks(data: TokenDataset, block: int, most: int) -> tuple[list[int], float]:
+def _blocks(data: TokenRange, block: int, most: int) -> tuple[list[int], float]:
     """Where the blocks start that are read, and the share of the data that they are."""
     count = -(-data.num_tokens // block)
     chosen = range(count) if count <= most else (i * count // most for i in range(most))

@@ -4,6 +4,7 @@ gradients are made.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import uuid
 from collections.abc import Callable
@@ -13,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from alone import ALONE, Alone
 from config import Settings, UserError
-from device import Device, seed_dropout
-from optim import lr_at
-from shards import hash_of
+from corpus.hashing import hash_of
+from parallel.context import SINGLE_PROCESS, ParallelContext
+from runtime.device import Device, seed_dropout
+from training.optimizers import lr_at
 
 _FP16_RETRIES = 30  # 2**16, the first scale, is then below 2**-14: the gradients are broken
 _BAD_UPDATES_IN_A_ROW = 5
@@ -81,6 +82,11 @@ class RunState:
         stopped = self.stopped_by(args)
         return 2 if self.unsaved else 128 + stopped if stopped else 0
 
+    def update_best(self, val_loss: float) -> None:
+        """Records the validation loss of this step, nats per token; a NaN is never the best."""
+        if val_loss < self.best_val_loss:
+            self.best_val_loss, self.best_step = val_loss, self.step
+
     @property
     def at_best(self) -> bool:
         """Whether the last evaluation was of this very step, and the best so far."""
@@ -102,6 +108,10 @@ class StepStats:
     n_tokens: int  # scored tokens over all ranks
     grad_norm: Tensor  # () float32: global norm before clipping
     lr: float
+
+    def summed(self, parallel: ParallelContext) -> StepStats:
+        """The statistics over all ranks; n_tokens, lr and grad_norm are global already."""
+        return dataclasses.replace(self, nll_sum=parallel.sum(self.nll_sum))
 
 
 @dataclass(frozen=True)
@@ -139,12 +149,12 @@ def train_step(
     args: Settings,
     state: RunState,
     device: Device,
-    share: Alone = ALONE,
+    parallel: ParallelContext = SINGLE_PROCESS,
 ) -> StepStats:
     """One update on this rank's rows of the global batch; advances `state`.
 
-    batch (rows, T) int64, split into micro-batches of args.batch_size. share: what of a step is
-    this rank's; gradients are averaged over them in the last backward pass of a step. With fp16,
+    batch (rows, T) int64, split into micro-batches of args.batch_size. parallel: the data-parallel
+    context; gradients are averaged over its ranks in the last backward pass of a step. With fp16,
     an update whose gradients overflow is tried again with half the loss scale, so that neither the
     data nor the schedule moves on. Otherwise an update with a non-finite gradient is skipped on all
     ranks, weights and moments untouched. Raises UserError when that does not end.
@@ -155,12 +165,14 @@ def train_step(
     n_tokens = args.global_batch_size * (args.seq_len - 1)  # windows are always full
     limit = args.grad_clip_norm or math.inf
     for _ in range(_FP16_RETRIES):
-        nll_sum = _backward(model, batch, args, state, device, share, share.world / n_tokens)
+        nll_sum = _backward(
+            model, batch, args, state, device, parallel, parallel.dp_size / n_tokens
+        )
         if state.scaler.enabled:
             for p in model.parameters():
                 if p.grad is not None:
                     p.grad.mul_(1.0 / state.scaler.scale)
-        norm = share.clip(model.parameters(), limit)
+        norm = parallel.clip(model.parameters(), limit)
         bad = (~norm.isfinite()).float()
         optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
         optimizer.step()
@@ -188,7 +200,7 @@ def _backward(
     args: Settings,
     state: RunState,
     device: Device,
-    share: Alone,
+    parallel: ParallelContext,
     weight: float,
 ) -> Tensor:
     """Adds the gradients of weight x the summed loss over the micro-batches, times the loss scale
@@ -201,10 +213,10 @@ def _backward(
             # Of the run, the step, and the place in the global batch: no rank and no resume
             # changes the masks.
             seed_dropout(
-                device, hash_of(args.seed, state.step, share.rank * len(micro_batches) + i)
+                device, hash_of(args.seed, state.step, parallel.dp_rank * len(micro_batches) + i)
             )
         ids = ids.to(device.torch, non_blocking=True)  # (B, T)
-        with nullcontext() if i == len(micro_batches) - 1 else share.no_sync():
+        with nullcontext() if i == len(micro_batches) - 1 else parallel.no_sync():
             with device.autocast():
                 nll = model(ids, labels=ids, reduction="sum", return_logits=False)[1]
             # A loss that is not finite makes the gradients so, and with them those of all ranks.
@@ -213,17 +225,6 @@ def _backward(
             (nll * (factor * scale)).backward()
         nll_sum += nll.detach()
     return nll_sum
-
-
-def rehearse(model: nn.Module, args: Settings, device: Device) -> None:
-    """A forward and a backward pass on zeros that belongs to no step and leaves nothing behind."""
-    zeros = torch.zeros(args.batch_size, args.seq_len, dtype=torch.int64, device=device.torch)
-    try:
-        with device.autocast():
-            loss = model(zeros, labels=zeros, reduction="sum", return_logits=False)[1]
-        loss.backward()
-    finally:
-        model.zero_grad(set_to_none=True)
 
 
 def check_finite(state: RunState, args: Settings, way_back: Callable[[int], str]) -> None:

@@ -19,22 +19,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from config import UserError
-from id_width import sample_bytes, width_of_ids
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """The SplitMix64 finalizer: a bijection of uint64 that scatters neighbours (Steele et al.
-    2014, fig. 17).
-    """
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def hash_of(*numbers: int) -> int:
-    """One 64-bit number from several, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
-
+from corpus.hashing import hash_of, mix
+from corpus.id_width import sample_bytes, width_of_ids
 
 OTHER_FORMATS = {  # long enough not to be the first ids of a file without header
     b"\x1f\x8b\x08": "gzip data",

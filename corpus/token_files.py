@@ -30,9 +30,9 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError
-from locks import lock
-from text import BLOCK_BYTES, USUAL_SEPARATOR, Text, kind_of, read_pieces
-from tokenizer import Tokenizer
+from corpus.text import BLOCK_BYTES, USUAL_SEPARATOR, Text, kind_of, read_pieces
+from corpus.tokenizer import Tokenizer
+from runtime.locks import lock
 
 MANIFEST, TOKENIZER_FILE, _PROGRESS = "tokens.json", "tokenizer.json", "progress.json"
 _FORMAT = "rosetrainer tokens 1"

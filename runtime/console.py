@@ -47,7 +47,7 @@ def command(script: str, processes: int = 0) -> str:
     """How the user starts a script of this project here, with the Python that runs now: a word that
     the shell finds, or its path. processes: that torchrun is to start, 0 for none.
     """
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     path = script if here == Path.cwd() else str(here / script)
     python = os.path.dirname(sys.executable)
     name = "torchrun" if processes else "python"
