@@ -189,8 +189,28 @@ def _get(store: dist.Store, key: str) -> str:
 def store_of_launcher(seconds: float = 10.0, make: bool = False) -> dist.TCPStore:
     """A connection of its own to the store that all starts share."""
     where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _await_address(where, seconds)
     wait = datetime.timedelta(seconds=seconds)
     return dist.TCPStore(where, port, is_master=make, timeout=wait, wait_for_workers=False)
+
+
+def _await_address(host: str, seconds: float) -> None:
+    """Waits until the name of a machine has an address, as it may get one while a cluster starts.
+    Raises UserError. (Torch's store tries up to twice as long as it is asked to, and prints the
+    frames of its C++ code.)
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as reason:
+            if time.monotonic() >= end:
+                cause = f"MASTER_ADDR={host} has no address ({reason.strerror})"
+                raise UserError(
+                    f"{_LOST}: {cause}; is the name of the first machine right?"
+                ) from None
+            time.sleep(min(0.5, seconds))
 
 
 @contextmanager

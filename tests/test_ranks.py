@@ -283,3 +283,20 @@ def test_two_ranks_on_one_gpu_are_refused_on_all(gpus, said):
 
     found = on_threads(4, work)
     assert all(f is None if said is None else f.startswith(said) for f in found)
+
+
+def test_a_machine_without_an_address_is_waited_for_and_then_named(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(UserError, match="no connection .* MASTER_ADDR=no.such.host.invalid has no"):
+        start_module.store_of_launcher(0.1)
+    asked = []
+
+    def third_time(*_):
+        asked.append(1)
+        if len(asked) < 3:
+            raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(start_module.socket, "getaddrinfo", third_time)
+    start_module._await_address("node7", 5.0)
+    assert len(asked) == 3
