@@ -716,7 +716,8 @@ def _full_disks(rig: Rig) -> None:
         place = rig.place()
         # The check of free space would refuse at once; this is the case that it does not see.
         body = (
-            "import checkpoint, saver\ncheckpoint.check_space = saver.check_space = lambda *a: None"
+            "import checkpoint\nfrom checkpointing import manager\n"
+            "checkpoint.check_space = manager.check_space = lambda *a: None"
         )
         with _small_disk(
             place.folder / "checkpoints", str(int(size * (1 + point)) + 8192)

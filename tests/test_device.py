@@ -80,7 +80,7 @@ def test_memory_is_kept_unless_it_is_to_be_spared(monkeypatch):
 def test_freed_memory_is_used_again_without_new_pages():
     # In a process of its own, so that nothing else moves the heap. 50 MB are 12,800 pages.
     code = (
-        "import resource, torch, device; device.tune(device.pick_device('cpu'))\n"
+        "import resource, torch; from runtime import device; device.tune(device.pick_device('cpu'))\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for i in range(20):\n"
         "    if i == 10: before = faults()\n"

@@ -288,7 +288,9 @@ def test_two_ranks_on_one_gpu_are_refused_on_all(gpus, said):
 def test_a_machine_without_an_address_is_waited_for_and_then_named(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
     monkeypatch.setenv("MASTER_PORT", "1")
-    with pytest.raises(UserError, match="no connection .* MASTER_ADDR=no.such.host.invalid has no"):
+    with pytest.raises(
+        UserError, match=r"no connection .* MASTER_ADDR=no\.such\.host\.invalid has no"
+    ):
         start_module.store_of_launcher(0.1)
     asked = []
 
