@@ -445,9 +445,9 @@ def _rate_that_rises(before: Settings, now: Settings, step: int) -> str:
         return ""
     return (
         f"the learning rate was {last:.3g} in step {step} and is {first:.3g} in the next: "
-        f"{now.lr_scheduler} now ends at step {now.num_steps}; a lower --lr than {now.lr:g} makes "
-        "it a new decay from a lower rate. A run that is planned to be extended takes "
-        "--lr-scheduler wsd, and goes on from a --keep-every checkpoint before its decay"
+        f"{now.lr_scheduler} now ends at step {now.num_steps}, and a lower --lr than {now.lr:g} "
+        "lowers the jump. To plan for more steps, start a run with --lr-scheduler wsd and "
+        "--keep-every N, and resume a copy of its checkpoint from before the decay"
     )
 
 
@@ -527,7 +527,11 @@ class CheckpointSettings:
     """Settings of checkpoint.py."""
 
     verb: tuple[str, ...] = flag(
-        (), "verify, show, compare or tokenizer, then FILES", positional=True
+        (),
+        "verify FILES: are all bytes as they were written; show FILES: settings, steps, data and "
+        "loss; compare A B: all differences (exit code 2 where there are any); tokenizer FILE "
+        "OUT.json: writes its tokenizer, for --tokenizer-name",
+        positional=True,
     )
 
     def __post_init__(self) -> None:

@@ -479,6 +479,13 @@ def checkpoint_in(path: str) -> str:
     found = [p for p in dict.fromkeys(usual) if os.path.exists(p)]
     if len(found) == 2:
         raise UserError(f"{path} holds {found[0]} and {found[1]}; say which")
+    if not found and os.path.isdir(path):
+        others = sorted(p.name for p in Path(path).glob("*.pt"))
+        if others:
+            raise UserError(
+                f"{path} has no {Path(usual[0]).name}; name one of its checkpoints: "
+                f"{', '.join(others[:4])}{', ...' if len(others) > 4 else ''}"
+            )
     return found[0] if found else usual[0]
 
 

@@ -452,6 +452,13 @@ def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
         raise UserError(f"max_tokens={args.max_tokens} is less than one window of {args.seq_len}")
     opened = {id(data): data for data, _ in (*sources, *val_sources)}.values()
     train.notes = [note for data in opened for note in data.notes]
+    for part, weight in zip(parts, weights, strict=True) if weights else ():
+        share = float(weight / sum(weights))
+        epochs = share * args.num_steps * args.global_batch_size / len(part)
+        train.notes.append(
+            f"{share:.3g} of the sequences are from {part.source.name}: {part.num_tokens:,} "
+            f"tokens, {epochs:.2g} epochs"
+        )
     if args.data_mode != "toy":  # whose tokens are random
         train.notes += _check_apart(args, train, val)
     if args.sample_prompt and not tokenizer:

@@ -14,6 +14,7 @@ from dataset import TokenDataset, open_validation, refuse_missing
 from parallel.process_group import DataParallel, process_group
 from reporting.run_log import report_evaluations
 from runtime.command_line import parse_flags, run_script
+from runtime.console import say
 from runtime.device import pick_device, tune
 from training.evaluation import evaluate
 
@@ -72,6 +73,14 @@ def validation_of(
     val = val.limited(args.max_tokens)
     if val.num_tokens < 2:
         raise UserError(f"{val.num_tokens} tokens leave none to score; raise --max-tokens")
+    trained, now_scored = data.get("train", {}), val.describe()
+    if trained.get("fingerprint") == now_scored["fingerprint"]:
+        both = min(trained["stop"], val.stop) - max(trained["start"], val.start)
+        if both > 0:
+            val.notes.append(
+                f"{both:,} of {val.num_tokens:,} tokens are from what {where} was trained on; "
+                "without --val-data and --val-npy it is evaluated on what was held out"
+            )
     return val
 
 
@@ -88,6 +97,8 @@ def main(args: EvalSettings) -> None:
             tune(device)
             model, _, data = ranks.each(load_model, path)
             val = ranks.each(validation_of, args, settings, data, path)
+            for note in val.notes if ranks.rank == 0 else ():
+                say(note)
             size = args.batch_size or settings.batch_size
             model.to(device.torch)
             results.append(evaluate(model, val, size, device, parallel))

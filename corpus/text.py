@@ -73,7 +73,8 @@ def find_texts(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
             _refuse_no_text(Path(path))
             found.append(Path(path))
             continue
-        reasons = [_why_left_out(p, any_kind=not os.path.isdir(path)) for p in matches]
+        folder = Path(path) if os.path.isdir(path) else None
+        reasons = [_why_left_out(p, folder) for p in matches]
         some = [p for p, reason in zip(matches, reasons, strict=True) if reason is None]
         left_out = Counter(reason for reason in reasons if reason)
         why = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common(6))
@@ -93,15 +94,21 @@ def find_texts(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
     return found, notes
 
 
-def _why_left_out(path: Path, any_kind: bool) -> str | None:
-    """Why a file of a folder or glob is not read; None if it is, "" for a folder on the way."""
+def _why_left_out(path: Path, folder: Path | None) -> str | None:
+    """Why a file of a folder, or of a glob (None), is not read; None if it is, "" for a folder on
+    the way.
+    """
+    if folder and any(part.startswith(".") for part in path.relative_to(folder).parts):
+        return "" if path.is_dir() else "hidden"
+    if folder and "node_modules" in path.relative_to(folder).parts:
+        return "" if path.is_dir() else "in node_modules"
     if path.is_dir():
         return "link to a folder" if path.is_symlink() else ""
     if not path.exists():
         return "broken link"
     if not path.is_file():
         return "pipe or device"
-    if not any_kind and not kind_of(path)[0]:
+    if folder and not kind_of(path)[0]:
         return f"*{path.suffix.lower()}" if path.suffix else "without ending"
     return None if path.stat().st_size else "empty"
 
@@ -269,9 +276,10 @@ def _without_nul(path: Path, block: bytes) -> str:
     if share > 0.1 and block.count(0) > 8:
         return "this is no text file; leave it out"
     unpack = {".gz": "zcat", ".zst": "zstdcat"}.get(kind_of(path)[1], "cat")
-    clean = shlex.quote(str(path.with_name(f"{path.name.split('.')[0]}.clean.txt")))
+    stem = path.name.lstrip(".").split(".")[0] or "text"
+    clean = shlex.quote(str(path.with_name(f"{stem}.clean.txt")))
     return (
-        "text has none; to train on the rest, make it another file: "
+        "text has none; to train on the rest, make another file and take this one away: "
         f"{unpack} {shlex.quote(str(path))} | tr -d '\\000' > {clean}"
     )
 
@@ -306,7 +314,8 @@ def _json_lines(path: Path, file: IO[bytes]) -> Iterator[Text]:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
             raise UserError(
                 f'{path}: line {number} is not a JSON object with a "text" of characters '
-                f"({type(reason).__name__}: {str(reason)[:80]})"
+                f"({type(reason).__name__}: {str(reason)[:80]}); where the text has another name, "
+                """rename it: jq -c '{text: .content}' OLD.jsonl > NEW.jsonl"""
             ) from reason
         if data:
             yield Text(text, len(data), True)

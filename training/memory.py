@@ -114,11 +114,16 @@ def refuse_what_cannot_fit(
     state = need.total - need.activations
     (too_much,) = agree(int(state > free or need.total > _SURE * free))
     if too_much and not args.allow_memory:
-        lower = "--batch-size, --seq-len or try --use-activation-checkpoint"
+        lower = "lower --batch-size or --seq-len, or try --use-activation-checkpoint"
         if state > free:
-            lower = "--n-layers or --d-model, or spread it with --parallel fsdp"
+            lower = "its batch does not matter, since all but activations is too much; lower "
+            lower += "--n-layers or --d-model"
+            if args.parallel != "fsdp":
+                where = "GPUs" if device.torch.type == "cuda" else "machines"
+                lower += f", or spread it over several {where} with --parallel fsdp"
+        each = "in each process " if local_world > 1 else ""
         raise UserError(
-            f"training takes about {need}, and {free / 1e9:.2f} GB are free for it; lower {lower}, "
+            f"training takes {each}about {need}, and {free / 1e9:.2f} GB are free for it; {lower}, "
             "or start it all the same with --allow-memory"
         )
 

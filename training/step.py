@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from config import Settings, UserError
 from corpus.hashing import hash_of
 from parallel.context import SINGLE_PROCESS, ParallelContext
+from runtime.console import progress
 from runtime.device import Device, seed_dropout
 from training.optimizers import lr_at
 
@@ -208,7 +209,9 @@ def _backward(
     """
     micro_batches = batch.split(args.batch_size)
     nll_sum = torch.zeros((), device=device.torch)
-    for i, ids in enumerate(micro_batches):
+    told = parallel.dp_rank > 0 or state.skipped is not None  # only of the first step there
+    steps = progress(micro_batches, f"step {state.step + 1}", len(micro_batches), quiet=told)
+    for i, ids in enumerate(steps):
         if args.model.dropout:
             # Of the run, the step, and the place in the global batch: no rank and no resume
             # changes the masks.
