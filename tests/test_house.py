@@ -41,7 +41,9 @@ def imported(node, known):
 
 
 def imports_of(path, known):
-    return {name for node in ast.walk(ast.parse(path.read_text())) for name in imported(node, known)}
+    return {
+        name for node in ast.walk(ast.parse(path.read_text())) for name in imported(node, known)
+    }
 
 
 def floor_of(module):
@@ -62,7 +64,9 @@ def test_imports_point_down():
 
 def test_no_file_imports_itself_by_way_of_others():
     known = modules()
-    TopologicalSorter({m: imports_of(p, known) for m, p in known.items()}).prepare()  # or CycleError
+    TopologicalSorter(
+        {m: imports_of(p, known) for m, p in known.items()}
+    ).prepare()  # or CycleError
 
 
 def test_nothing_imports_a_script():
