@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from checkpointing.file_format import (
-    Contents,
-    Stored,
+    CheckpointReader,
+    TensorRef,
     Unreadable,
-    blames,
-    open_sealed,
+    as_unreadable,
+    open_verified,
     printable,
     size_of,
     tensor_bytes,
-    write_sealed,
+    write_with_checksum,
 )
 from config import (
     NothingSaved,
@@ -41,8 +41,8 @@ from config import (
     choose,
     expanded,
     flag,
-    flat,
-    settings_from,
+    from_dict,
+    to_dict,
 )
 from corpus.tokenizer import build_tokenizer, tokenizer_from_json
 from model import GPTModel
@@ -93,10 +93,10 @@ def save_checkpoint(
     model: the bare module, not a DDP wrapper. data: what the run trains and validates on. Raises
     UserError where the file can't be written; what was at `path` before is then untouched.
     """
-    write_checkpoint(path, content_of(model, optimizer, state, args, data))
+    write_checkpoint(path, build_checkpoint(model, optimizer, state, args, data))
 
 
-def content_of(
+def build_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: RunState,
@@ -122,13 +122,13 @@ def content_of(
         "scaler": state.scaler.state_dict(),
         **{key: getattr(state, key) for key in _PLAIN_STATE},
         "bad_in_row": 0 if state.bad_in_row is None else int(state.bad_in_row),
-        "settings": {**flat(args), "resume": False, "allow_change": []},
+        "settings": {**to_dict(args), "resume": False, "allow_change": []},
         "data": data or {},
         "environment": environment or {},
     }
 
 
-def sibling(path: str | Path, label: str) -> Path:
+def variant_path(path: str | Path, label: str) -> Path:
     """`name.label.pt` beside `name.pt`."""
     return Path(path).with_name(f"{Path(path).stem}.{label}{Path(path).suffix}")
 
@@ -151,11 +151,11 @@ def write_checkpoint(
         check_space(target.parent, tensor_bytes(on_cpu))
         temporary.unlink(missing_ok=True)  # it may be a second name of a file to keep
         try:
-            write_sealed(temporary, on_cpu)
+            write_with_checksum(temporary, on_cpu)
             with open_checkpoint(temporary):  # is it as it was written, and can it be loaded?
                 pass
             if target.exists() and not keep_previous:
-                _second_name(target, sibling(target, "previous"))
+                _second_name(target, variant_path(target, "previous"))
             os.replace(temporary, target)  # before the labels, so that what is there is resumed
             add_names(target, *labels)
         finally:
@@ -166,7 +166,7 @@ def write_checkpoint(
 def add_names(path: Path, *labels: str) -> None:
     """Has the file also under these labels, where it is not yet. Raises UserError."""
     with _says_why(path):
-        for name in (sibling(path, label) for label in labels):
+        for name in (variant_path(path, label) for label in labels):
             if not (name.exists() and name.samefile(path)):
                 _second_name(path, name)
 
@@ -182,7 +182,7 @@ def _tensors(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _tensors(value, f"{path}{key} ")
-        elif isinstance(value, (Tensor, Stored)):
+        elif isinstance(value, (Tensor, TensorRef)):
             yield path + key, value
 
 
@@ -243,18 +243,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def open_checkpoint(path: str | Path) -> Iterator[Contents]:
+def open_checkpoint(path: str | Path) -> Iterator[CheckpointReader]:
     """A checkpoint whose bytes and description are checked, with its tensors still in the file.
     Raises Unreadable.
     """
-    with open_sealed(path) as contents:
-        with blames(path):
+    with open_verified(path) as contents:
+        with as_unreadable(path):
             _check_description(contents.tree)
         yield contents
 
 
 def _check_description(tree: Any) -> None:
-    """Raises UserError unless it is what `content_of` makes. Takes memory for nothing."""
+    """Raises UserError unless it is what `build_checkpoint` makes. Takes memory for nothing."""
     if type(tree) is not dict or size_of({k: tree.get(k) for k in _SMALL}) > _LARGEST_SMALL:
         raise UserError("not a checkpoint: a description of another kind, or of absurd size")
     if tree.get("format") != FORMAT:
@@ -268,7 +268,7 @@ def _check_description(tree: Any) -> None:
         scaler, data = tree["scaler"], tree["data"]
         sound = {
             "tensors": all(
-                type(p) is dict and all(type(v) is Stored for v in p.values()) for p in parts
+                type(p) is dict and all(type(v) is TensorRef for v in p.values()) for p in parts
             ),
             "counts": all(0 <= n < 2**62 for n in counts) and -1 <= tree["best_step"] < 2**62,
             "run_id, wandb_run_id": all(
@@ -282,7 +282,7 @@ def _check_description(tree: Any) -> None:
         wrong = [name for name, good in sound.items() if not good]
     if wrong:
         raise UserError(f"missing, or not what it must be: {', '.join(wrong)}")
-    config, tensors = settings_from(tree["settings"]).model, tree["model"]
+    config, tensors = from_dict(tree["settings"]).model, tree["model"]
     first = [tensors.get(f"blocks.{i}.attn.qkv.weight") for i in range(config.n_layers)]
     if not config.vocab_size or any(
         t is None or t.shape != (3 * config.d_model, config.d_model) for t in first
@@ -309,7 +309,7 @@ def saved_settings(path: str | Path) -> dict[str, Any]:
         return contents.tree["settings"]
 
 
-def newest_whole(
+def latest_valid(
     path: str | Path, use: Callable[[Path], _Result]
 ) -> tuple[_Result, Path, list[str]]:
     """What use(file) returns for the newest whole checkpoint of a run, that file, and what is
@@ -317,7 +317,7 @@ def newest_whole(
     """
     wrong: list[str] = []
     target = Path(os.path.realpath(path))
-    for file in (Path(path), sibling(target, "previous")):
+    for file in (Path(path), variant_path(target, "previous")):
         try:
             return use(file), file, wrong
         except Unreadable as reason:
@@ -339,7 +339,7 @@ def resumable_settings(path: str | Path) -> dict[str, Any]:
     had any more, they name a copy of the one in the checkpoint, made now in cache_dir. Raises
     UserError.
     """
-    return newest_whole(path, _settings_with_tokenizer)[0]
+    return latest_valid(path, _settings_with_tokenizer)[0]
 
 
 def _settings_with_tokenizer(path: Path) -> dict[str, Any]:
@@ -351,7 +351,7 @@ def _settings_with_tokenizer(path: Path) -> dict[str, Any]:
     try:
         build_tokenizer(name)
     except UserError:
-        cache = expanded(settings_from(settings).cache_dir, "--cache-dir")
+        cache = expanded(from_dict(settings).cache_dir, "--cache-dir")
         copy = cache / f"tokenizers/{hashlib.sha256(stored.encode()).hexdigest()[:16]}.json"
         _write_tokenizer(stored, path, copy)
         settings["tokenizer_name"] = str(copy)
@@ -386,8 +386,8 @@ def load_checkpoint(
 
     Parameters and their moments are matched by name; names, shapes, types and data are compared
     before a tensor is read, and all differences named at once. What may differ between args or
-    environment and those of the file is noted in `state.notes`. own_part(name, whole): what
-    this rank has of a parameter, or of what the optimizer keeps for it.
+    environment and those of the file is noted in `state.pending_messages`. own_part(name, whole):
+    what this rank has of a parameter, or of what the optimizer keeps for it.
     """
     own_part = own_part or (lambda name, whole: whole.to(model.get_parameter(name).device))
     with open_checkpoint(path) as contents:
@@ -395,7 +395,7 @@ def load_checkpoint(
         problems = _differences_of_model(model, tree)
         if optimizer is not None:
             problems += _differences_of_optimizer(model, optimizer, tree)
-        notes = _changes(tree["settings"], flat(args), "") if args else []
+        notes = _changes(tree["settings"], to_dict(args), "") if args else []
         if environment and tree["environment"]:
             notes += _changes(tree["environment"], environment, "")
         other_val = False
@@ -428,9 +428,9 @@ def load_checkpoint(
     if state.scaler.enabled and tree["scaler"]:
         state.scaler.load_state_dict(tree["scaler"])
     if notes:
-        state.notes.append(f"changed since it was saved: {_some(notes)}")
-    if args and (note := _rate_that_rises(settings_from(tree["settings"]), args, state.step)):
-        state.notes.append(note)
+        state.pending_messages.append(f"changed since it was saved: {_some(notes)}")
+    if args and (note := _rate_that_rises(from_dict(tree["settings"]), args, state.step)):
+        state.pending_messages.append(note)
     return state
 
 
@@ -515,7 +515,7 @@ def load_model(path: str | Path) -> tuple[GPTModel, Settings, dict[str, Any]]:
     UserError.
     """
     with open_checkpoint(path) as contents:
-        settings = settings_from(contents.tree["settings"])
+        settings = from_dict(contents.tree["settings"])
         tensors = contents.read(contents.tree["model"])
     model = GPTModel(settings.model)
     model.load_state_dict(tensors)

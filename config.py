@@ -216,7 +216,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self._settle_aliases()
+        self._resolve_aliases()
         names = [f.name for kind in (GPTConfig, Settings) for f in dataclasses.fields(kind)]
         allowed = tuple(name.replace("-", "_") for name in self.allow_change)
         for name in allowed:
@@ -242,7 +242,7 @@ class Settings:
         """Whether validation has files of its own."""
         return bool(self.val_data or self.val_npy)
 
-    def _settle_aliases(self) -> None:
+    def _resolve_aliases(self) -> None:
         for alias, precision in (("no_amp", "fp32"), ("bf16", "bf16")):
             if getattr(self, alias):
                 if self.precision not in ("auto", precision):
@@ -516,7 +516,7 @@ def log_base(args: Settings) -> Path:
     return Path(args.log_dir) / name
 
 
-def settings_from(values: Mapping[str, Any]) -> Settings:
+def from_dict(values: Mapping[str, Any]) -> Settings:
     """Settings from a flat mapping, as a checkpoint stores it. Raises UserError for unknown
     names and bad values.
     """
@@ -535,8 +535,8 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     return Settings(model=GPTConfig(**model), **run)
 
 
-def flat(args: Settings) -> dict[str, Any]:
-    """The settings as one flat mapping of plain values; the inverse of `settings_from`."""
+def to_dict(args: Settings) -> dict[str, Any]:
+    """The settings as one flat mapping of plain values; the inverse of `from_dict`."""
     values = dataclasses.asdict(args)
     return {
         **values.pop("model"),
@@ -544,7 +544,7 @@ def flat(args: Settings) -> dict[str, Any]:
     }
 
 
-def with_vocab(args: Settings, vocab_size: int, tokenizer_name: str) -> Settings:
+def with_vocab_size(args: Settings, vocab_size: int, tokenizer_name: str) -> Settings:
     """The same settings with what the data settles: the tokenizer's name, and a vocabulary size
     that holds its ids.
     """

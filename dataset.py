@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import Settings, UserError, expanded, with_vocab
+from config import Settings, UserError, expanded, with_vocab_size
 from corpus.contamination import REFUSED_SHARE, refuse_copies, refuse_leak, repeated_files, some
 from corpus.hashing import hash_of, permute
 from corpus.shards import (
@@ -467,7 +467,7 @@ def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
         )
     name = args.tokenizer_name or (tokenizer.name if args.data_mode == "text" and tokenizer else "")
     needed = max(train.source.vocab_size, tokenizer.vocab_size if tokenizer else 0)
-    return train, val, with_vocab(args, needed, name)
+    return train, val, with_vocab_size(args, needed, name)
 
 
 def _check_apart(args: Settings, train: TokenDataset, val: TokenDataset) -> list[str]:
@@ -492,7 +492,7 @@ def _check_apart(args: Settings, train: TokenDataset, val: TokenDataset) -> list
     return notes
 
 
-def record_of(train: TokenDataset, val: TokenDataset) -> dict[str, Any]:
+def data_record(train: TokenDataset, val: TokenDataset) -> dict[str, Any]:
     """What a checkpoint stores of its data: what it trains and validates on, and the tokenizer."""
     tokenizer = train.tokenizer.to_json() if train.tokenizer else ""
     return {"train": train.describe(), "val": val.describe(), "tokenizer": tokenizer}

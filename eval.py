@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from checkpoint import changes_of_data, load_model, saved_settings
-from config import BEFORE, EvalSettings, Settings, UserError, checkpoint_in, settings_from
+from config import BEFORE, EvalSettings, Settings, UserError, checkpoint_in, from_dict
 from corpus.tokenizer import stored_tokenizer
 from dataset import TokenDataset, open_validation, refuse_missing
 from parallel.process_group import DataParallel, process_group
@@ -87,7 +87,7 @@ def validation_of(
 def main(args: EvalSettings) -> None:
     """Evaluates each checkpoint, alone or under torchrun; rank 0 prints and logs the results."""
     paths = [checkpoint_in(path) for path in args.checkpoint_path]
-    saved = [settings_from(BEFORE | saved_settings(path)) for path in paths]  # all readable?
+    saved = [from_dict(BEFORE | saved_settings(path)) for path in paths]  # all readable?
     results, data_of, by_source = [], [], []
     with process_group(args) as ranks:
         parallel = DataParallel(ranks)

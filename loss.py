@@ -27,7 +27,7 @@ def _itself(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class HeadPart:
+class VocabShard:
     """Which rows of the head this process has, and how to learn of the others: all of them, where
     nothing else is said.
     """
@@ -39,14 +39,14 @@ class HeadPart:
     join: Callable[[Tensor], Tensor] = _itself  # (..., V of this part) to (..., V); no gradients
 
 
-WHOLE_HEAD = HeadPart()
+WHOLE_VOCAB = VocabShard()
 
 
 def next_token_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    part: HeadPart = WHOLE_HEAD,
+    part: VocabShard = WHOLE_VOCAB,
     fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Next-token cross-entropy in nats, summed, and the number of scored tokens (Radford et al.
@@ -70,7 +70,7 @@ def token_losses(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    part: HeadPart = WHOLE_HEAD,
+    part: VocabShard = WHOLE_VOCAB,
     fused: bool = False,
 ) -> Tensor:
     """The same loss per position, for evaluation: (B, T - 1) float32 nats, 0 where not scored,
@@ -113,7 +113,7 @@ def workspace_bytes(vocab_size: int, half: bool, device: torch.device) -> float:
     return (8.0 if half else 4.0) * max(chunk_logits(device), 16 * vocab_size)
 
 
-def _chunk_rows(n: int, weight: Tensor, part: HeadPart) -> int:
+def _chunk_rows(n: int, weight: Tensor, part: VocabShard) -> int:
     """Rows of a chunk, the same for all chunks where the number of rows n allows it: no chunk then
     has a shape that must be compiled again.
     """
@@ -177,7 +177,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _chunk_losses(
-    logits: Tensor, own: Tensor, size: int, part: HeadPart, fused: bool
+    logits: Tensor, own: Tensor, size: int, part: VocabShard, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, logarithm of the summed exponentials, largest logit of this part), each (rows,)
     float32. Unless fused, the float32 logits become exp(logits - largest): one pass less.
@@ -197,7 +197,7 @@ def _chunk_losses(
 
 
 def _token_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, part: HeadPart, fused: bool
+    hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabShard, fused: bool
 ) -> Tensor:
     dtype = _compute_dtype(hidden)
     rows, losses = _chunk_rows(len(labels), weight, part), []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig
-from loss import IGNORE, WHOLE_HEAD, next_token_loss, token_losses
+from loss import IGNORE, WHOLE_VOCAB, next_token_loss, token_losses
 
 
 def ngram_table_rows(ids: Tensor, rows: int) -> Tensor:
@@ -45,8 +45,8 @@ def rotary_table(positions: int, width: int) -> tuple[Tensor, Tensor]:
     return angle.cos().float(), angle.sin().float()
 
 
-def linear_of(
-    linear: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, forget: bool
+def linear_recomputing_input(
+    linear: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, recompute: bool
 ) -> Tensor:
     """linear(function(x)). With forget, the backward pass computes function(x) once more from x,
     which is kept anyway, instead of keeping both. Of gpt2's 16 C numbers per token and block 10 C
@@ -59,7 +59,7 @@ def linear_of(
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     y = compute(x)
-    if not (forget and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if not (recompute and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return linear(y)
     own = storage_of(y)
 
@@ -91,7 +91,7 @@ class Attention(nn.Module):
             config.dropout,
             not gpt2,
         )
-        self.forget = not config.use_activation_checkpoint
+        self.recompute = not config.use_activation_checkpoint
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=gpt2)
         self.proj = nn.Linear(config.d_model, config.d_model, bias=gpt2)
 
@@ -99,11 +99,11 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         norm: nn.Module,
-        allowed: Tensor | None,
+        attn_mask: Tensor | None,
         rotary: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Attention over norm(x)."""
-        qkv = linear_of(self.qkv, norm, x, self.forget)  # (B, T, 3 C)
+        qkv = linear_recomputing_input(self.qkv, norm, x, self.recompute)  # (B, T, 3 C)
         q, k, v = qkv.unflatten(-1, (-1, 3, self.width)).transpose(1, 2).unbind(3)  # (B, H, T, D)
         if self.qk_norm:  # keeps the attention logits bounded (Dehghani et al. 2023, sec. 2.1)
             q, k = F.rms_norm(q, (self.width,)), F.rms_norm(k, (self.width,))
@@ -113,8 +113,8 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            attn_mask=allowed,
-            is_causal=allowed is None,
+            attn_mask=attn_mask,
+            is_causal=attn_mask is None,
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
@@ -128,15 +128,15 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         gpt2 = config.arch == "gpt2"
-        self.gelu, self.forget = gpt2, not config.use_activation_checkpoint
+        self.gelu, self.recompute = gpt2, not config.use_activation_checkpoint
         self.fc = nn.Linear(config.d_model, config.d_ff, bias=gpt2)
         self.proj = nn.Linear(config.d_ff, config.d_model, bias=gpt2)
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """The MLP of norm(x)."""
-        h = linear_of(self.fc, norm, x, self.forget)
+        h = linear_recomputing_input(self.fc, norm, x, self.recompute)
         h = h if self.gelu else F.relu(h)
-        return linear_of(self.proj, self.activation, h, self.forget)
+        return linear_recomputing_input(self.proj, self.activation, h, self.recompute)
 
     def activation(self, h: Tensor) -> Tensor:
         """The nonlinearity; that of modern takes what its ReLU left."""
@@ -153,9 +153,9 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, allowed: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+        self, x: Tensor, attn_mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        x = x + self.drop(self.attn(x, self.norm_1, allowed, rotary))
+        x = x + self.drop(self.attn(x, self.norm_1, attn_mask, rotary))
         return x + self.drop(self.mlp(x, self.norm_2))
 
 
@@ -187,7 +187,7 @@ class GPTModel(nn.Module):
                 "vocab_size=0 stands for the tokenizer's; give its number to build a model"
             )
         gpt2 = config.arch == "gpt2"
-        self.config, self.head_part = config, WHOLE_HEAD
+        self.config, self.vocab_shard = config, WHOLE_VOCAB
         self.compiled = False  # its blocks, and the loss: see training/compilation.py
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.ngrams = nn.Embedding(config.ngram_rows, config.d_model) if config.ngram_rows else None
@@ -253,7 +253,7 @@ class GPTModel(nn.Module):
         Raises ValueError for too long input.
         """
         hidden = self.hidden_states(input_ids, attention_mask)
-        weight, part = self.output_weight, self.head_part
+        weight, part = self.output_weight, self.vocab_shard
         last = hidden[:, -logits_to_keep:]
         logits = part.join(F.linear(last, weight)) if return_logits else None
         if labels is None:
@@ -274,7 +274,7 @@ class GPTModel(nn.Module):
                 f"max_position_embeddings={self.config.max_position_embeddings}"
             )
         x = self.wte(input_ids)  # (B, T, C)
-        allowed = causal_and_padding(attention_mask)
+        attn_mask = causal_and_padding(attention_mask)
         if self.ngrams is not None:
             seen = input_ids
             if attention_mask is not None:  # padding is as if nothing were there
@@ -288,9 +288,9 @@ class GPTModel(nn.Module):
         recompute = self.config.use_activation_checkpoint and self.training
         for block in self.blocks:
             if recompute:
-                x = checkpoint(block, x, allowed, rotary, use_reentrant=False)
+                x = checkpoint(block, x, attn_mask, rotary, use_reentrant=False)
             else:
-                x = block(x, allowed, rotary)
+                x = block(x, attn_mask, rotary)
         return self.norm_f(x)
 
     @property

@@ -6,17 +6,17 @@ The page of train_minimal.py and what makes it distributed: see the `diff` of th
 import runtime.startup  # noqa: F401  # before torch loads
 
 from checkpoint import resumable_settings
-from checkpointing.manager import Saver
+from checkpointing.manager import CheckpointManager
 from config import Settings
-from dataset import Prefetch, open_data, record_of
+from dataset import Prefetch, data_record, open_data
 from model import GPTModel
 from parallel.parallel_model import ParallelModel
 from parallel.process_group import Ranks, identity, process_group
-from parallel.rendezvous import begun, first_to_say, meet
+from parallel.rendezvous import is_first_reporter, mark_started, rendezvous
 from reporting.run_log import RunLog
 from runtime.command_line import parse_settings, run_script
 from runtime.device import pick_device, tune
-from runtime.signals import Watch
+from runtime.signals import StopSignals
 from training.compilation import compile_model
 from training.evaluation import evaluate, starts_with_evaluation
 from training.memory import fit_micro_batch
@@ -25,38 +25,38 @@ from training.sampling import sample
 from training.step import RunState, check_finite, due, train_step
 
 
-def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
+def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
     device = pick_device(args.device, args.precision, ranks.local_rank)
     tune(device, args.model.use_activation_checkpoint, args.deterministic)
     train, val, args = ranks.each(open_data, args)  # fills in vocab_size,
     args = fit_micro_batch(args, device, ranks.local_world, ranks.agree)
-    data = record_of(train, val)
+    data = data_record(train, val)
     state = RunState.fresh(device)
     model = GPTModel(args.model, seed=args.seed)
     ranks.must_agree(identity(args, data, model))
-    state.notes += compile_model(model, args, device, ranks.agree)
+    state.pending_messages += compile_model(model, args, device, ranks.agree)
     parallel = ParallelModel(model, args, device, ranks)  # what each rank has of it
     net = parallel.net  # the model, but its backward pass averages over ranks
     optimizer = make_optimizer(model, args, parallel)
-    saver = Saver(args, model, optimizer, state, data, device, ranks, parallel)
+    checkpoints = CheckpointManager(args, model, optimizer, state, data, device, ranks, parallel)
     if args.resume:
-        saver.load()
+        checkpoints.load()
     log = RunLog("train_ddp", args, state, device, model, train, val, ranks.rank, ranks.world)
     batches = Prefetch(train, args, device, parallel)
     if starts_with_evaluation(state.step, model, val, args, device):
         log.eval(state, evaluate(model, val, args.batch_size, device, parallel))
-    saver.begin()  # from here on the checkpoint path is this run's,
-    watch.begin()  # a signal ends the run after its step, with a checkpoint,
-    begun()  # and torchrun --max-restarts continues it
+    checkpoints.begin()  # from here on the checkpoint path is this run's,
+    signals.install()  # a signal ends the run after its step, with a checkpoint,
+    mark_started()  # and torchrun --max-restarts continues it
     while state.step < args.num_steps and not state.stop:  # step = updates finished, everywhere
         batch = batches(state.step)  # this rank's rows of it
         stats = train_step(net, optimizer, batch, args, state, device, parallel)
-        log.tick(state)
-        state.stop, save = ranks.agree(watch.signal, saver.overdue)
+        log.after_step(state)
+        state.stop, save = ranks.agree(signals.signal, checkpoints.overdue)
         now = due(state, args, save)
         if now.log:
             log.train(state, stats.summed(parallel))
-            check_finite(state, args, saver.way_back)
+            check_finite(state, args, checkpoints.way_back)
         if now.eval:
             result = evaluate(model, val, args.batch_size, device, parallel)
             state.update_best(result.loss)
@@ -64,20 +64,20 @@ def main(args: Settings, watch: Watch, ranks: Ranks) -> int:
         if now.sample:
             log.sample(sample(model, train.tokenizer, args, device))
         if now.save:
-            log.saved(saver.save())
-        elif state.at_best:
-            log.saved(saver.keep_best())  # which the next save writes
-    saver.finish()
+            log.saved(checkpoints.save())
+        elif state.is_best:
+            log.saved(checkpoints.keep_best())  # which the next save writes
+    checkpoints.finish()
     log.finish(state)
     return state.exit_code(args)
 
 
 def launch(argv: list[str]) -> int:
-    start = meet()  # all ranks
-    args = parse_settings("train_ddp", argv, start.world, resumable_settings, start.again)
-    with Watch() as watch, process_group(args, start, alone=True) as ranks:
-        return main(args, watch, ranks)
+    start = rendezvous()  # all ranks
+    args = parse_settings("train_ddp", argv, start.world, resumable_settings, start.restarted)
+    with StopSignals() as signals, process_group(args, start, alone=True) as ranks:
+        return main(args, signals, ranks)
 
 
 if __name__ == "__main__":
-    run_script(launch, first_to_say)
+    run_script(launch, is_first_reporter)

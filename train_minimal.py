@@ -3,15 +3,15 @@
 import runtime.startup  # noqa: F401  # before torch loads
 
 from checkpoint import resumable_settings
-from checkpointing.manager import Saver
+from checkpointing.manager import CheckpointManager
 from config import Settings
-from dataset import Prefetch, open_data, record_of
+from dataset import Prefetch, data_record, open_data
 from model import GPTModel
-from parallel.rendezvous import first_to_say, must_be_alone
+from parallel.rendezvous import is_first_reporter, must_be_alone
 from reporting.run_log import RunLog
 from runtime.command_line import parse_settings, run_script
 from runtime.device import pick_device, tune, use_threads
-from runtime.signals import Watch
+from runtime.signals import StopSignals
 from training.compilation import compile_model
 from training.evaluation import evaluate, starts_with_evaluation
 from training.memory import fit_micro_batch
@@ -20,34 +20,34 @@ from training.sampling import sample
 from training.step import RunState, check_finite, due, train_step
 
 
-def main(args: Settings, watch: Watch) -> int:
+def main(args: Settings, signals: StopSignals) -> int:
     device = pick_device(args.device, args.precision)
     tune(device, args.model.use_activation_checkpoint, args.deterministic)
     train, val, args = open_data(args)  # fills in vocab_size,
     args = fit_micro_batch(args, device)  # and with --micro-batch auto the batch_size
-    data = record_of(train, val)
+    data = data_record(train, val)
     state = RunState.fresh(device)
     model = GPTModel(args.model, seed=args.seed).to(device.torch)
-    state.notes += compile_model(model, args, device)
+    state.pending_messages += compile_model(model, args, device)
     optimizer = make_optimizer(model, args)
-    saver = Saver(args, model, optimizer, state, data, device)
+    checkpoints = CheckpointManager(args, model, optimizer, state, data, device)
     if args.resume:
-        saver.load()
+        checkpoints.load()
     log = RunLog("train_minimal", args, state, device, model, train, val)
     batches = Prefetch(train, args, device)
     if starts_with_evaluation(state.step, model, val, args, device):
         log.eval(state, evaluate(model, val, args.batch_size, device))
-    saver.begin()  # from here on the checkpoint path is this run's,
-    watch.begin()  # and a signal ends the run after its step, with a checkpoint
+    checkpoints.begin()  # from here on the checkpoint path is this run's,
+    signals.install()  # and a signal ends the run after its step, with a checkpoint
     while state.step < args.num_steps and not state.stop:  # step = updates finished, everywhere
         batch = batches(state.step)  # a function of (seed, step), nothing else
         stats = train_step(model, optimizer, batch, args, state, device)
-        log.tick(state)
-        state.stop, save = watch.signal, saver.overdue
+        log.after_step(state)
+        state.stop, save = signals.signal, checkpoints.overdue
         now = due(state, args, save)
         if now.log:
             log.train(state, stats)
-            check_finite(state, args, saver.way_back)
+            check_finite(state, args, checkpoints.way_back)
         if now.eval:
             result = evaluate(model, val, args.batch_size, device)
             state.update_best(result.loss)
@@ -55,10 +55,10 @@ def main(args: Settings, watch: Watch) -> int:
         if now.sample:
             log.sample(sample(model, train.tokenizer, args, device))
         if now.save:
-            log.saved(saver.save())
-        elif state.at_best:
-            log.saved(saver.keep_best())  # which the next save writes
-    saver.finish()
+            log.saved(checkpoints.save())
+        elif state.is_best:
+            log.saved(checkpoints.keep_best())  # which the next save writes
+    checkpoints.finish()
     log.finish(state)
     return state.exit_code(args)
 
@@ -67,9 +67,9 @@ def launch(argv: list[str]) -> int:
     must_be_alone()
     args = parse_settings("train_minimal", argv, saved=resumable_settings)
     use_threads(args.threads, local_world=1)
-    with Watch() as watch:
-        return main(args, watch)
+    with StopSignals() as signals:
+        return main(args, signals)
 
 
 if __name__ == "__main__":
-    run_script(launch, first_to_say)
+    run_script(launch, is_first_reporter)

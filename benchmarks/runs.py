@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.common import BenchSettings
 from checkpoint import differences, read_checkpoint
-from checkpointing.manager import Saver, claim
+from checkpointing.manager import CheckpointManager, lock_path
 from config import UserError
 from reporting.plots import first_difference, read_records
 from runtime.command_line import parse_settings
@@ -84,7 +84,7 @@ def _wait_for_lock(path: Path) -> None:
     """Workers whose torchrun was killed save once more before they end."""
     for _ in range(600):
         try:
-            claim(path).close()
+            lock_path(path).close()
             return
         except UserError:
             time.sleep(0.1)
@@ -95,7 +95,7 @@ def bench_save(args: BenchSettings) -> list[dict[str, Any]]:
     """What a save of GPT-2 small with AdamW costs the training, written at once and in the
     background, and what it costs to check every byte of it.
     """
-    from dataset import open_data, record_of
+    from dataset import data_record, open_data
     from model import GPTModel
     from runtime.device import pick_device
     from training.optimizers import make_optimizer
@@ -123,9 +123,9 @@ def bench_save(args: BenchSettings) -> list[dict[str, Any]]:
         plain = statistics.median(step() for _ in range(3))
         rows.append({"what": f"step of {size} x 1024 tokens", "seconds": plain, "of_a_step": 1.0})
         for way in ("off", "on"):
-            saver = Saver(
+            saver = CheckpointManager(
                 dataclasses.replace(settings, checkpoint_async=way), model, optimizer, state,
-                record_of(train, val), device,
+                data_record(train, val), device,
             )  # fmt: skip
             stalls, wholes = [], []
             for _ in range(args.repeats + 1):

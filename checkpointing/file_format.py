@@ -26,8 +26,8 @@ import torch
 
 from config import UserError
 
-_SEAL = b"sha256:"
-_SEAL_BYTES = len(_SEAL) + 64
+_CHECKSUM_MARK = b"sha256:"
+_CHECKSUM_BYTES = len(_CHECKSUM_MARK) + 64
 _PART = 1 << 20  # bytes hashed at once
 _LARGEST_PICKLE = 1 << 24  # names, settings and a tokenizer; those of GPT-2 XL take 0.2 MB
 _MOST_INSTRUCTIONS = 1_000_000  # in it
@@ -48,7 +48,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorRef:
     """A tensor that is still in the file."""
 
     dtype: torch.dtype
@@ -70,10 +70,10 @@ def tensor_bytes(tree: Any) -> int:
     """Bytes of all tensors in nested dicts, stored or in memory."""
     if isinstance(tree, dict):
         return sum(tensor_bytes(v) for v in tree.values())
-    return tree.nbytes if isinstance(tree, (torch.Tensor, Stored)) else 0
+    return tree.nbytes if isinstance(tree, (torch.Tensor, TensorRef)) else 0
 
 
-class _Sealing:
+class _ChecksumWriter:
     """What torch.save writes into: hashes all that passes, and holds the last two bytes back.
     They are the length of the comment.
     """
@@ -101,16 +101,16 @@ class _Sealing:
 
     def seal(self) -> None:
         assert self.held == b"\0\0", "torch.save writes archives without a comment"
-        self._pass_on(struct.pack("<H", _SEAL_BYTES))
-        self.file.write(_SEAL + self.hash.hexdigest().encode())
+        self._pass_on(struct.pack("<H", _CHECKSUM_BYTES))
+        self.file.write(_CHECKSUM_MARK + self.hash.hexdigest().encode())
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
+def write_with_checksum(path: Path, content: dict[str, Any]) -> None:
     """Writes content, nested dicts of tensors and plain values, to a new file at `path`. It is on
     disk when this returns. Raises OSError, or RuntimeError from torch.save.
     """
     with open(path, "wb") as file:
-        sealing = _Sealing(file)
+        sealing = _ChecksumWriter(file)
         torch.save(content, sealing)  # type: ignore[arg-type]  # needs no more than write, flush
         sealing.seal()
         file.flush()
@@ -118,7 +118,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def open_sealed(path: str | Path) -> Iterator[Contents]:
+def open_verified(path: str | Path) -> Iterator[CheckpointReader]:
     """The contents of a file, once every byte of it is checked. The file stays the same one even
     while another takes its name. Raises Unreadable.
     """
@@ -127,15 +127,15 @@ def open_sealed(path: str | Path) -> Iterator[Contents]:
             f"{path}: " + ("not a plain file" if os.path.exists(path) else "no such checkpoint")
         )
     with ExitStack() as stack:
-        with blames(path):
+        with as_unreadable(path):
             file = stack.enter_context(open(path, "rb"))
-            _check_seal(file)
-            contents = Contents(file, path)
+            _verify_checksum(file)
+            contents = CheckpointReader(file, path)
         yield contents
 
 
 @contextmanager
-def blames(path: str | Path) -> Iterator[None]:
+def as_unreadable(path: str | Path) -> Iterator[None]:
     """Whatever goes wrong within is the fault of this file."""
     try:
         yield
@@ -153,11 +153,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _check_seal(file: IO[bytes]) -> None:
-    left = file.seek(0, os.SEEK_END) - _SEAL_BYTES
+def _verify_checksum(file: IO[bytes]) -> None:
+    left = file.seek(0, os.SEEK_END) - _CHECKSUM_BYTES
     file.seek(max(left, 0))
-    seal = file.read(_SEAL_BYTES)
-    if left < 0 or not seal.startswith(_SEAL):
+    seal = file.read(_CHECKSUM_BYTES)
+    if left < 0 or not seal.startswith(_CHECKSUM_MARK):
         raise UserError("no checksum at its end: cut off, or not a checkpoint of this program")
     file.seek(0)
     digest, part = hashlib.sha256(), memoryview(bytearray(_PART))
@@ -167,11 +167,11 @@ def _check_seal(file: IO[bytes]) -> None:
             raise UserError("it shrinks while it is read")
         digest.update(part[:n])
         left -= n
-    if seal != _SEAL + digest.hexdigest().encode():
+    if seal != _CHECKSUM_MARK + digest.hexdigest().encode():
         raise UserError("damaged: its bytes do not have the checksum stored with them")
 
 
-class Contents:
+class CheckpointReader:
     """What is in an open file. `tree` has a `Stored` in the place of each tensor. A seal proves
     that a file is as it was written, not that its writer meant well, so nothing here is believed.
     """
@@ -208,12 +208,12 @@ class Contents:
         """This part of the tree with its tensors, on the CPU. Raises Unreadable."""
         if isinstance(tree, dict):
             return {k: self.read(v) for k, v in tree.items()}
-        if not isinstance(tree, Stored):
+        if not isinstance(tree, TensorRef):
             return tree
-        with blames(self.path):
+        with as_unreadable(self.path):
             return self._tensor(tree)
 
-    def _tensor(self, stored: Stored) -> torch.Tensor:
+    def _tensor(self, stored: TensorRef) -> torch.Tensor:
         header = self.records[stored.record].header_offset
         self.file.seek(header)
         name, extra = struct.unpack("<HH", self.file.read(30)[26:])
@@ -290,7 +290,9 @@ class _Unpickler(pickle._Unpickler):
             raise UserError(f"a tensor that claims {count} elements and has {found} bytes")
         return dtype, record, count
 
-    def rebuild_tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Stored:
+    def rebuild_tensor(
+        self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any
+    ) -> TensorRef:
         """In place of torch._utils._rebuild_tensor_v2."""
         dtype, record, count = storage
         small = all(type(n) is int and 0 <= n < 2**62 for n in (offset, *shape))
@@ -304,7 +306,7 @@ class _Unpickler(pickle._Unpickler):
             raise UserError("a tensor whose elements are not in their order")
         if offset + needed > count:
             raise UserError(f"a tensor of {needed} elements in a space of {count}")
-        return Stored(dtype, tuple(shape), record, offset)
+        return TensorRef(dtype, tuple(shape), record, offset)
 
 
 def set_items(machine: Any, pairs: list[Any]) -> None:
@@ -325,7 +327,7 @@ def size_of(tree: Any, depth: int = 8) -> int:
     """How much is in a tree: its values, and a 32nd of its characters, each as often as it is met.
     Raises UserError where it is nested too deep, or not made of what a checkpoint is made of.
     """
-    if type(tree) in (int, float, bool, type(None), Stored):
+    if type(tree) in (int, float, bool, type(None), TensorRef):
         return 1
     if type(tree) is str:
         tree.encode()  # raises UnicodeError for halves of characters

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from checkpoint import (
     add_names,
+    build_checkpoint,
     check_space,
-    content_of,
+    latest_valid,
     load_checkpoint,
-    newest_whole,
     open_checkpoint,
-    sibling,
+    variant_path,
     write_checkpoint,
 )
 from checkpointing.file_format import Unreadable, tensor_bytes
@@ -54,9 +54,9 @@ class _Step:
     labels: list[str]
 
 
-class Saver:
+class CheckpointManager:
     """Saves one run. Ranks other than 0 only load, and give their parts of what rank 0 writes.
-    What it has to say goes to `state.notes`.
+    What it has to say goes to `state.pending_messages`.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Saver:
         self.best: _Step | None = None  # the best so far, which the next save has yet to write
         self.best_copies: dict[str, Any] = {}  # of its tensors, used again by each better one
         if self.rank == 0:
-            self.lock = claim(self.path)
+            self.lock = lock_path(self.path)
             self.number = free_number(self.path, log_base(args))  # for files of earlier runs
             try:
                 check_space(target_of(self.path).parent, 12 * model.num_parameters())
@@ -102,16 +102,18 @@ class Saver:
         """
         state, steps = self.state, self.args.num_steps
         with may_take_long():
-            _, file, self.wrong = newest_whole(self.path, self._load)
+            _, file, self.wrong = latest_valid(self.path, self._load)
         self.latest = -1 if self.wrong else state.step
-        state.notes.append(f"resumed {file} at step {state.step}")
+        state.pending_messages.append(f"resumed {file} at step {state.step}")
         if self.wrong:
-            state.notes.append(f"not the latest, since {'; '.join(self.wrong)}")
+            state.pending_messages.append(f"not the latest, since {'; '.join(self.wrong)}")
         if state.step > steps:
             raise UserError(f"{file} is at step {state.step} already, beyond --num-steps {steps}")
         if target_of(state.home) != target_of(self.path) and _has_run(state.home, state.run_id):
             # A copy, whose original may go on: as the same run they would share their metrics.
-            state.notes.append(f"a branch of run {state.run_id}, whose checkpoint is {state.home}")
+            state.pending_messages.append(
+                f"a branch of run {state.run_id}, whose checkpoint is {state.home}"
+            )
             known = f"{state.run_id} {target_of(self.path)}"  # so that all ranks have the same
             state.run_id = hashlib.sha256(known.encode()).hexdigest()[:12]
             state.wandb_run_id = ""
@@ -122,9 +124,9 @@ class Saver:
         names.
         """
         if self.rank == 0 and not self.args.resume:
-            self.state.notes += set_aside(run_files(self.path), self.number)
+            self.state.pending_messages += archive_existing(run_files(self.path), self.number)
         elif self.rank == 0 and self.wrong:  # or the next save would make it the previous one
-            self.state.notes += set_aside([target_of(self.path)], self.number)
+            self.state.pending_messages += archive_existing([target_of(self.path)], self.number)
         elif self.rank == 0 and self.state.step:  # a kill may have come before its other names
             add_names(target_of(self.path), *self._labels())
         self.ranks.barrier()
@@ -164,7 +166,7 @@ class Saver:
         if self.sharded_state is not None:
             self.sharded_state.reshard()
         if self.rank == 0 or self.sharded_state is not None:
-            content = content_of(
+            content = build_checkpoint(
                 self.model, self.optimizer, self.state, self.args, self.data, self.environment,
                 self._gather,
             )  # fmt: skip
@@ -177,7 +179,7 @@ class Saver:
 
     def _write_this_step(self, step: _Step) -> None:
         self.saved_at = time.monotonic()
-        before = [self.best] if self.best and not self.state.at_best else []
+        before = [self.best] if self.best and not self.state.is_best else []
         self.best = None
         if copy := self._copied(step, self.copies):
             thread = threading.Thread(target=self._write, args=([*before, copy],))
@@ -186,7 +188,7 @@ class Saver:
                 self.writing = thread
                 return
             except RuntimeError as reason:
-                self.state.notes.append(f"not saved in the background ({reason})")
+                self.state.pending_messages.append(f"not saved in the background ({reason})")
         self._write([*before, step])
 
     def _hold_this_step(self, step: _Step) -> None:
@@ -208,7 +210,7 @@ class Saver:
             content = copied(step.content, copies, pinned=cuda)
         except (MemoryError, RuntimeError) as reason:
             copies.clear()
-            self.state.notes.append(f"no memory to save in the background ({reason})")
+            self.state.pending_messages.append(f"no memory to save in the background ({reason})")
             return None
         if cuda:
             torch.cuda.synchronize(self.device.torch)
@@ -217,7 +219,7 @@ class Saver:
     def _labels(self) -> list[str]:
         """Under which other names the current step is kept."""
         step, keep = self.state.step, self.args.keep_every
-        labels = ["best"] if self.state.at_best else []
+        labels = ["best"] if self.state.is_best else []
         return labels + ([f"step{step:06d}"] if keep and step % keep == 0 else [])
 
     def _gather(self, name: str, tensor: Tensor) -> Tensor:
@@ -239,11 +241,14 @@ class Saver:
             write_checkpoint(self.path, content, *labels, keep_previous=again)
         except Exception as reason:  # in a thread of its own it would else be lost
             self.state.unsaved = True
-            self.state.notes.append(f"step {step} was not saved: {reason}; the run goes on")
+            self.state.pending_messages.append(
+                f"step {step} was not saved: {reason}; the run goes on"
+            )
         else:
             self.state.unsaved, self.latest = False, step
-            also = "".join(f" and {sibling(target_of(self.path), label).name}" for label in labels)
-            self.state.notes.append(f"saved {self.path}{also} at step {step}")
+            names = [variant_path(target_of(self.path), label).name for label in labels]
+            also = "".join(f" and {name}" for name in names)
+            self.state.pending_messages.append(f"saved {self.path}{also} at step {step}")
 
     def way_back(self, step: int) -> str:
         """What to do, for an error message, where the weights of this step are no good. If there is
@@ -261,7 +266,7 @@ class Saver:
         target = target_of(self.path)
         if self.best and self.best.number < step:
             self._write([self.best])
-        for file in (target, sibling(target, "previous")):
+        for file in (target, variant_path(target, "previous")):
             try:
                 with open_checkpoint(file) as contents:
                     found: int = contents.tree["step"]
@@ -269,7 +274,7 @@ class Saver:
                 continue
             if found < step:
                 if file != target:
-                    set_aside([target], free_number(target, log_base(self.args)))
+                    archive_existing([target], free_number(target, log_base(self.args)))
                 return found
         return -1
 
@@ -314,7 +319,7 @@ def target_of(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def claim(path: Path) -> IO[str]:
+def lock_path(path: Path) -> IO[str]:
     """Keeps other runs off a checkpoint path, and removes what a killed one left half-written.
     Returns the lock, held until it is closed or the process ends. Raises UserError.
     """
@@ -395,7 +400,7 @@ def free_number(path: Path, logs: Path) -> int:
     return next(n for n in itertools.count(1) if str(n) not in taken)
 
 
-def set_aside(files: list[Path], number: int) -> list[str]:
+def archive_existing(files: list[Path], number: int) -> list[str]:
     """Gives files of an earlier run this number in their names; returns a line that says so, or
     nothing. Raises UserError.
     """

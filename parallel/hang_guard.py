@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from runtime.signals import tell
+from runtime.signals import print_stderr
 
 PATIENT_SECONDS = 7200  # that a save, or reading a new text, may take
 _WAITED = 0.8  # part of a limit after which a rank that waits looks for the one to blame
@@ -167,7 +167,7 @@ class HangGuard:
         if self.ended.is_set():
             return
         if verdict:
-            tell(verdict)
+            print_stderr(verdict)
         time.sleep(2 * self.pause)  # for the one that prints
         os._exit(1)
 

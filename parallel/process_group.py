@@ -17,15 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config import EvalSettings, Settings, UserError, flat
+from config import EvalSettings, Settings, UserError, to_dict
 from parallel.context import ParallelContext
 from parallel.hang_guard import PATIENT_SECONDS, HangGuard, exchange_finished, may_take_long
 from parallel.rendezvous import (
-    Start,
+    Rendezvous,
     by_torchrun,
     everyone,
     lost_ranks_are_one_line,
-    meet,
+    rendezvous,
     store_of_launcher,
 )
 from runtime.device import pick_device, use_threads
@@ -126,7 +126,7 @@ def identity(args: Settings, data: Mapping[str, Any], model: nn.Module) -> dict[
     known = {k: v for part in ("train", "val") for k, v in data[part].items() if k != "source"}
     return {
         "torch": str(torch.__version__),
-        **{f"--{k.replace('_', '-')}": v for k, v in flat(args).items()},
+        **{f"--{k.replace('_', '-')}": v for k, v in to_dict(args).items()},
         "data": hashlib.sha256(repr(known).encode()).hexdigest()[:12],
         "initial weights": hashlib.sha256(repr(bits).encode()).hexdigest()[:12],
     }
@@ -134,7 +134,7 @@ def identity(args: Settings, data: Mapping[str, Any], model: nn.Module) -> dict[
 
 @contextmanager
 def process_group(
-    args: Settings | EvalSettings, start: Start | None = None, alone: bool = False
+    args: Settings | EvalSettings, start: Rendezvous | None = None, alone: bool = False
 ) -> Iterator[Ranks]:
     """Connects the processes: NCCL between GPUs, Gloo otherwise. Raises UserError where another one
     is not there, or gets lost.
@@ -142,7 +142,7 @@ def process_group(
     Of the settings it takes device, threads and timeout_seconds. Without a launcher there is
     nothing to connect, and a group of one is made only if asked for with alone.
     """
-    start = start or meet()
+    start = start or rendezvous()
     ranks = Ranks(start.rank, start.world, start.local_rank, start.local_world)
     if not start.launched and not alone:
         use_threads(args.threads, ranks.local_world)
@@ -179,7 +179,7 @@ def gpu_name(device: torch.device) -> str:
     return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
 
 
-def refuse_shared_gpus(start: Start, mine: str) -> None:
+def refuse_shared_gpus(start: Rendezvous, mine: str) -> None:
     """Raises UserError on all ranks where two of them would compute on the same GPU, which NCCL
     can't. mine: the name of this rank's.
     """
@@ -194,7 +194,7 @@ def refuse_shared_gpus(start: Start, mine: str) -> None:
             )
 
 
-def _guard(start: Start, timeout_seconds: int, device: torch.device) -> HangGuard:
+def _guard(start: Rendezvous, timeout_seconds: int, device: torch.device) -> HangGuard:
     with lost_ranks_are_one_line():
         mine = dist.PrefixStore(
             f"guard {start.name}", store_of_launcher()

@@ -37,7 +37,7 @@ _SIOCGIFADDR = 0x8915  # ioctl that asks for the address of an interface: netdev
 
 
 @dataclass(frozen=True)
-class Start:
+class Rendezvous:
     """Which process this is, and where it meets the others."""
 
     store: dist.Store  # in which ranks that died have left nothing
@@ -47,13 +47,13 @@ class Start:
     local_rank: int = 0  # among the processes of this machine
     local_world: int = 1  # how many those are
     launched: bool = False  # by torchrun or the like
-    again: bool = False  # torchrun has started all ranks anew, and they had begun to train before
+    restarted: bool = False  # by torchrun, after these ranks had begun to train
 
 
-def meet() -> Start:
+def rendezvous() -> Rendezvous:
     """Waits for all ranks. Raises UserError that names those that are missing."""
     if "RANK" not in os.environ:
-        return Start(dist.HashStore())
+        return Rendezvous(dist.HashStore())
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(f"RANK is set, and {' and '.join(missing)} not; start it with torchrun")
@@ -66,7 +66,7 @@ def meet() -> Start:
         own = dist.PrefixStore(name, store)
         local, here = place_on_machine(own, rank, world)
         _choose_interface(world > here)
-        return Start(own, name, rank, world, local, here, True, again)
+        return Rendezvous(own, name, rank, world, local, here, True, again)
 
 
 def place_on_machine(store: dist.Store, rank: int, world: int) -> tuple[int, int]:
@@ -101,7 +101,7 @@ def by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def begun() -> None:
+def mark_started() -> None:
     """From here on there is something to continue, should torchrun start the ranks again."""
     if by_torchrun():
         with contextlib.suppress(OSError):
@@ -232,7 +232,7 @@ def lost_ranks_are_one_line(gone: Callable[[], list[int]] = list) -> Iterator[No
         raise
 
 
-def first_to_say(text: str) -> bool:
+def is_first_reporter(text: str) -> bool:
     """Whether no other rank has said this before: what is wrong for all of them is said once, or
     without torchrun once on each machine. Also leaves it where torchrun looks for what to name at
     its end as the root cause.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corpus.hashing import hash_of
-from loss import HeadPart
+from loss import VocabShard
 from model import GPTModel
 from runtime.device import generator_of
 
@@ -54,8 +54,8 @@ def split_model(model: GPTModel, group: dist.ProcessGroup) -> None:
     config = model.config
     share = -(-config.vocab_size // parts)
     start = min(share * rank, config.vocab_size)
-    model.wte = EmbeddingPart(model.wte, start, group)  # type: ignore[assignment]
-    model.head_part = HeadPart(
+    model.wte = VocabParallelEmbedding(model.wte, start, group)  # type: ignore[assignment]
+    model.vocab_shard = VocabShard(
         start,
         share,
         lambda x: _stacked(x, group),
@@ -65,13 +65,19 @@ def split_model(model: GPTModel, group: dist.ProcessGroup) -> None:
     for layer, block in enumerate(model.blocks):
         attn: Any = block.attn
         mlp: Any = block.mlp
-        attn.qkv, mlp.fc = FirstPart(attn.qkv, group), FirstPart(mlp.fc, group)
-        attn.proj, mlp.proj = SecondPart(attn.proj, group), SecondPart(mlp.proj, group)
+        attn.qkv, mlp.fc = (
+            ColumnParallelLinear(attn.qkv, group),
+            ColumnParallelLinear(mlp.fc, group),
+        )
+        attn.proj, mlp.proj = (
+            RowParallelLinear(attn.proj, group),
+            RowParallelLinear(mlp.proj, group),
+        )
         if config.dropout:
             _draw_own_masks(attn, layer, rank)
 
 
-class FirstPart(nn.Module):
+class ColumnParallelLinear(nn.Module):
     """A linear layer of which each rank computes some outputs, from the same input."""
 
     def __init__(self, linear: nn.Linear, group: dist.ProcessGroup) -> None:
@@ -83,7 +89,7 @@ class FirstPart(nn.Module):
         return F.linear(_Same.apply(x, self.group), self.weight, self.bias)
 
 
-class SecondPart(nn.Module):
+class RowParallelLinear(nn.Module):
     """A linear layer of which each rank has some inputs, and all get the same output."""
 
     def __init__(self, linear: nn.Linear, group: dist.ProcessGroup) -> None:
@@ -96,7 +102,7 @@ class SecondPart(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class EmbeddingPart(nn.Module):
+class VocabParallelEmbedding(nn.Module):
     """An embedding of which each rank has the rows of some ids."""
 
     def __init__(self, embedding: nn.Embedding, start: int, group: dist.ProcessGroup) -> None:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpointing.manager import free_number, hold, set_aside
-from config import Settings, UserError, default_checkpoint, flat, log_base, notes_on_preset
+from checkpointing.manager import archive_existing, free_number, hold
+from config import Settings, UserError, default_checkpoint, log_base, notes_on_preset, to_dict
 from dataset import TokenDataset
 from model import GPTModel
 from reporting.plots import draw_losses, read_records, run_of
@@ -81,12 +81,14 @@ class RunLog:
         try:
             base.parent.mkdir(parents=True, exist_ok=True)
             self.lock = hold(Path(f"{self.jsonl_path}.lock"), str(self.jsonl_path), "--log-dir")
-            self.number = free_number(Path(args.checkpoint_path), base)  # that of its Saver
+            self.number = free_number(
+                Path(args.checkpoint_path), base
+            )  # that of its CheckpointManager
             continued = args.resume and self._continue(state)
             if not continued:
-                state.notes += set_aside([self.jsonl_path], self.number)
+                state.pending_messages += archive_existing([self.jsonl_path], self.number)
             if args.resume and not continued:
-                state.notes.append(
+                state.pending_messages.append(
                     f"{base.parent} has no metrics of this run before step {state.step}: they stay "
                     "where it was started, and go on here"
                 )
@@ -107,7 +109,7 @@ class RunLog:
         self._header(model, train, val)
         run = {
             "run_id": state.run_id,
-            "settings": flat(args),
+            "settings": to_dict(args),
             "parameters": model.num_parameters(),
             "train": train.describe(),
             "val": val.describe(),
@@ -139,7 +141,7 @@ class RunLog:
             return False
         records = read_records(file)
         if file != path:  # it had another name, or another run was here meanwhile
-            state.notes += set_aside([path], self.number)
+            state.pending_messages += archive_existing([path], self.number)
         kept = [r for r in records if r.get("step", 0) <= state.step]
         lines = {to_json(r) for r in kept}
         dropped = [
@@ -149,7 +151,7 @@ class RunLog:
         if dropped:
             with open(aside, "ab") as cut:
                 cut.write(b"".join(line + b"\n" for line in dropped))
-            state.notes.append(
+            state.pending_messages.append(
                 f"{len(dropped)} records beyond step {state.step} are now in {aside}"
             )
         temporary.write_text("".join(to_json(r) + "\n" for r in kept), encoding="utf-8")
@@ -215,9 +217,9 @@ class RunLog:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.line(f"{what} can't be written any more ({reason}); the run goes on without it")
 
-    def tick(self, state: RunState) -> None:
-        """After each update: says what others have left in state.notes, such as a background save
-        that is done.
+    def after_step(self, state: RunState) -> None:
+        """After each update: says what others have left in state.pending_messages, such as a
+        background save that is done.
         """
         if not self.on:
             return
@@ -226,8 +228,8 @@ class RunLog:
             self.profiler.step()
 
     def _say_notes(self, state: RunState) -> None:
-        while state.notes:
-            self.line(state.notes.pop(0))
+        while state.pending_messages:
+            self.line(state.pending_messages.pop(0))
 
     def train(self, state: RunState, stats: StepStats) -> None:
         """Records the update just finished, of which stats holds the sums over ranks. Waits for

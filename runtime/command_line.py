@@ -21,10 +21,10 @@ from config import (
     UserError,
     default_checkpoint,
     expanded,
-    flat,
+    from_dict,
     in_folder,
     preset_values,
-    settings_from,
+    to_dict,
     wandb_mode,
 )
 from runtime.console import accept_any_text, visible
@@ -94,12 +94,12 @@ def parse_settings(
                 f"{typed['tensor_parallel_size']}; give one of the two"
             )
         values["tensor_parallel_size"] = world
-    args = settings_from(values)
+    args = from_dict(values)
     _refuse_unread(typed, args)
     data_world = _settle_spread(script, args, world)
     if args.resume and repeated:  # perhaps on fewer ranks, which take more steps for one batch
         typed.pop("grad_accum_steps", None)
-    args = _settle_batch(args, typed, data_world, base.get("global_batch_size", 0))
+    args = _resolve_batch(args, typed, data_world, base.get("global_batch_size", 0))
     if args.resume:
         _refuse_changes(base, args)
     return args
@@ -174,7 +174,7 @@ def _refuse_changes(saved: Mapping[str, Any], args: Settings) -> None:
         for field in dataclasses.fields(kind)
         if field.metadata.get("fixed") and field.name not in args.allow_change
     ]
-    now = flat(args)
+    now = to_dict(args)
     changes = [f"{k} was {saved[k]}, is {now[k]}" for k in fixed if saved.get(k, now[k]) != now[k]]
     if changes:
         names = " ".join(change.split()[0] for change in changes)
@@ -183,7 +183,7 @@ def _refuse_changes(saved: Mapping[str, Any], args: Settings) -> None:
         )
 
 
-def _settle_batch(args: Settings, typed: Mapping[str, Any], world: int, known: int) -> Settings:
+def _resolve_batch(args: Settings, typed: Mapping[str, Any], world: int, known: int) -> Settings:
     """The settings with their global batch, and with micro-batches that divide it. world: ranks
     that see data of their own. known: the global batch of the preset or of the run to resume.
     """
@@ -375,7 +375,7 @@ def _values_of_command(script: str, argv: list[str]) -> dict[str, Any]:
         args = parse_settings(script, rest)
     except UserError:
         args = parse_settings(script, [])
-    return {**flat(args), "min_lr": args.final_lr}
+    return {**to_dict(args), "min_lr": args.final_lr}
 
 
 def _preset_table() -> str:
@@ -448,17 +448,18 @@ def _rank_prefix() -> str:
 
 
 def run_script(
-    body: Callable[[list[str]], int | None], first_to_say: Callable[[str], bool] = lambda text: True
+    body: Callable[[list[str]], int | None],
+    is_first_reporter: Callable[[str], bool] = lambda text: True,
 ) -> None:
     """Runs a script's body on the command line; it returns the exit code, None for 0. A user's
-    mistake ends it with one line and exit code 2. first_to_say(line): whether no other rank has
-    printed it.
+    mistake ends it with one line and exit code 2. is_first_reporter(line): whether no other rank
+    has printed it.
     """
     accept_any_text()
     try:
         code = body(sys.argv[1:])
     except UserError as mistake:
-        if first_to_say(str(mistake)):
+        if is_first_reporter(str(mistake)):
             rank = "" if mistake.of_all else _rank_prefix()
             print(f"{rank}error: {visible(str(mistake))}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -92,11 +92,11 @@ def pick_device(name: str = "auto", precision: str = "auto", local_rank: int = 0
         if kind == "cpu"
         else "found"
     )
-    settled, reason = _settle_precision(precision, kind)
+    settled, reason = _resolve_precision(precision, kind)
     return Device(device, settled, f"{device} ({label}; {chosen}), {settled} ({reason})")
 
 
-def _settle_precision(precision: str, kind: str) -> tuple[str, str]:
+def _resolve_precision(precision: str, kind: str) -> tuple[str, str]:
     if precision != "auto":
         return precision, "as asked"
     if kind == "cuda":

@@ -18,8 +18,8 @@ _STOPPING = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 _ONE_EVENT_SECONDS = 2.0  # torchrun repeats to its workers what all its processes were sent
 
 
-class Watch:
-    """From `begin()` until it is left, the first SIGTERM, SIGINT (Ctrl-C), SIGHUP or SIGUSR1 is
+class StopSignals:
+    """From `install()` until it is left, the first SIGTERM, SIGINT (Ctrl-C), SIGHUP or SIGUSR1 is
     only noted, for the loop to end after its step; the second ends the process at once. A signal
     that was ignored before, as under nohup, stays ignored.
 
@@ -31,16 +31,16 @@ class Watch:
         self.signal = 0  # the one that was noted
         self._heard_at = 0.0
         self._one_event = _ONE_EVENT_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
-        self._old: dict[signal.Signals, Any] = {}  # handlers before begin()
+        self._old: dict[signal.Signals, Any] = {}  # handlers before install()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> StopSignals:
         """Raises UserError, before anything is read, on a system where runs could not be kept
         apart.
         """
         need_locks()
         return self
 
-    def begin(self) -> None:
+    def install(self) -> None:
         """Until here a signal ends the process as usual: there is nothing to save yet."""
         read, write = os.pipe()
         os.set_blocking(write, False)
@@ -71,13 +71,15 @@ class Watch:
                 continue
             if not self.signal:
                 self.signal, self._heard_at = number, time.monotonic()
-                tell(f"{signal.Signals(number).name}: stopping after this step; again = at once")
+                print_stderr(
+                    f"{signal.Signals(number).name}: stopping after this step; again = at once"
+                )
             elif number == self.signal and time.monotonic() - self._heard_at > self._one_event:
                 os._exit(128 + number)
         os.close(pipe)
 
 
-def tell(text: str) -> None:
+def print_stderr(text: str) -> None:
     """A line on stderr, wherever that leads."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint import (  # noqa: E402
     differences,
-    newest_whole,
+    latest_valid,
     read_checkpoint,
     save_checkpoint,
     saved_settings,
@@ -301,7 +301,7 @@ def killed_run(rig: Rig, flags: list[str], ranks: int, kills: int, seed: int) ->
 
 def _whole(place: Place) -> bool:
     try:
-        newest_whole(place.checkpoints()[0], saved_settings)
+        latest_valid(place.checkpoints()[0], saved_settings)
         return True
     except (UserError, IndexError):
         return False
@@ -568,11 +568,11 @@ def restarts(rig: Rig) -> None:
     rig.count("a rank killed under --max-restarts", "silent" if note else "survived", place, note)
     body = """
 from checkpointing import manager as saver
-load = saver.Saver._load
+load = saver.CheckpointManager._load
 def load_other(self, file):
     load(self, file)
     self.state.step -= 20 * rank
-saver.Saver._load = load_other
+saver.CheckpointManager._load = load_other
 """
     place = rig.place()
     shutil.copytree(reference.folder / "checkpoints", place.folder / "checkpoints")

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import on_ranks  # noqa: E402
-from checkpoint import content_of, load_checkpoint, read_checkpoint, write_checkpoint  # noqa: E402
+from checkpoint import build_checkpoint, load_checkpoint, read_checkpoint, write_checkpoint  # noqa: E402
 from dataset import open_data  # noqa: E402
 from model import GPTModel  # noqa: E402
 from parallel import parallel_model as distributed  # noqa: E402
@@ -239,7 +239,7 @@ def write_all(ranks: Ranks, names: list[str], kind: str, folder: str) -> None:
     for name in names:
         run = Run(ranks, f"{kind} {LAYOUTS[name][1]}")
         run.step(), run.step()
-        content = content_of(
+        content = build_checkpoint(
             run.model, run.optimizer, run.state, run.args, gather=run.parallel.gather
         )
         if ranks.rank == 0:
@@ -254,7 +254,7 @@ def read_all(ranks: Ranks, names: list[str], kind: str, folder: str) -> dict[str
         found[name] = []
         for file in sorted(Path(folder).glob("*.pt")):
             load_checkpoint(file, run.model, run.optimizer, own_part=run.parallel.part)
-            content = content_of(
+            content = build_checkpoint(
                 run.model, run.optimizer, run.state, run.args, gather=run.parallel.gather
             )
             written = read_checkpoint(file)

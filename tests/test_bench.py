@@ -10,7 +10,7 @@ import bench
 from benchmarks import recipe, threads
 from benchmarks.common import BenchSettings, Side, flops_per_token, medians, side_by_side
 from benchmarks.speed import Parts, gpt2_small, growth_shapes
-from config import GPTConfig, UserError, flat
+from config import GPTConfig, UserError, to_dict
 from model import GPTModel
 from runtime.command_line import parse_settings
 
@@ -86,7 +86,7 @@ def test_each_part_can_be_taken_out(part):
         for flags in ([], recipe.PARTS[part])
     )
     names = [flag[2:].replace("-", "_") for flag in recipe.PARTS[part] if flag.startswith("--")]
-    assert all(flat(whole)[name] != flat(without)[name] for name in names)
+    assert all(to_dict(whole)[name] != to_dict(without)[name] for name in names)
 
 
 @pytest.mark.parametrize("worst, said", [(1.8, "4.0 times faster"), (1.95, "did not get there")])

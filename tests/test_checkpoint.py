@@ -15,20 +15,20 @@ from test_step import FP16, Run
 import checkpoint
 from checkpoint import (
     CheckpointSettings,
-    content_of,
+    build_checkpoint,
     differences,
+    latest_valid,
     load_checkpoint,
     load_model,
-    newest_whole,
     read_checkpoint,
     resumable_settings,
     save_checkpoint,
     saved_settings,
-    sibling,
+    variant_path,
     write_checkpoint,
 )
-from checkpointing.file_format import Unreadable, write_sealed
-from config import UserError, flat
+from checkpointing.file_format import Unreadable, write_with_checksum
+from config import UserError, to_dict
 from model import GPTModel
 from runtime.command_line import parse_flags
 from training.step import RunState
@@ -61,7 +61,9 @@ def save(run, path, data=None, **changes):
 
 def content(run, **changes):
     args = dataclasses.replace(run.args, **changes)
-    return content_of(run.model, run.optimizer, run.state, args, DATA, {"python": "3", "cpus": 2})
+    return build_checkpoint(
+        run.model, run.optimizer, run.state, args, DATA, {"python": "3", "cpus": 2}
+    )
 
 
 def refused(call, *parts, kind=UserError):
@@ -151,7 +153,7 @@ def test_settings_come_back_without_those_of_a_resume(tmp_path, run):
     changes = {"resume": True, "allow_change": ("seed", "lr"), "train_data": ()}
     path = save(run, tmp_path / "c.pt", **changes)
     assert load_model(path)[1] == run.args
-    assert saved_settings(path) == flat(run.args)
+    assert saved_settings(path) == to_dict(run.args)
 
 
 def test_transposed_and_expanded_tensors_are_written_as_they_look(tmp_path, run):
@@ -173,7 +175,7 @@ def test_bare_name_missing_folder_and_odd_names_work(tmp_path, run, monkeypatch)
         for _ in range(2):
             save(run, path)
         assert read_checkpoint(path)["step"] == 3
-        assert read_checkpoint(sibling(path, "previous"))["step"] == 3
+        assert read_checkpoint(variant_path(path, "previous"))["step"] == 3
 
 
 def test_a_symbolic_link_stays_one(tmp_path, run):
@@ -192,7 +194,7 @@ def test_the_one_before_is_kept(tmp_path):
         run.step()
         path = save(run, tmp_path / "c.pt")
         assert read_checkpoint(path)["step"] == step
-    assert read_checkpoint(sibling(path, "previous"))["step"] == 2
+    assert read_checkpoint(variant_path(path, "previous"))["step"] == 2
     assert sorted(os.listdir(tmp_path)) == ["c.previous.pt", "c.pt"]
 
 
@@ -271,7 +273,7 @@ def test_a_disk_that_gets_full_while_writing_is_named(tmp_path, run, path, monke
         if written[0] > n_bytes:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("checkpointing.file_format._Sealing._pass_on", write)
+    monkeypatch.setattr("checkpointing.file_format._ChecksumWriter._pass_on", write)
     refused(lambda: save(run, path), str(path), "No space left on device")
     assert files(tmp_path) == before
 
@@ -369,7 +371,7 @@ def test_the_space_is_asked_for_before_a_byte_is_written(tmp_path, run, path, mo
     ]
     needed = sum(t.numel() * 4 for t in tensors) + 1_000_000
     before = files(tmp_path)
-    monkeypatch.setattr(checkpoint, "write_sealed", None)
+    monkeypatch.setattr(checkpoint, "write_with_checksum", None)
     for free, said in ((needed - 1, "free"), (needed, "")):
         monkeypatch.setattr(shutil, "disk_usage", lambda p, free=free: SimpleNamespace(free=free))
         if said:
@@ -456,7 +458,7 @@ def changed(path, change):
     """The checkpoint with a changed content, sealed like any other."""
     tree = torch.load(path, weights_only=True)
     change(tree)
-    write_sealed(path, tree)
+    write_with_checksum(path, tree)
     return path
 
 
@@ -537,7 +539,7 @@ def test_other_data_is_refused_and_every_difference_listed(tmp_path, run):
     assert "train data" not in left
     allowed = dataclasses.replace(run.args, allow_change=("max_tokens",))
     state = load_checkpoint(*load, allowed)
-    (note,) = state.notes
+    (note,) = state.pending_messages
     assert all(part in note for part in said)
     assert (state.best_val_loss, state.best_step) == (math.inf, -1)  # was of other data
 
@@ -546,7 +548,7 @@ def test_the_same_data_elsewhere_is_no_difference(tmp_path, run):
     save(run, tmp_path / "c.pt", DATA)
     now = {"train": {**DATA["train"], "source": "/elsewhere"}, "val": DATA["val"]}
     state = load_checkpoint(tmp_path / "c.pt", run.model, run.optimizer, RunState(), now, run.args)
-    assert state.notes == []
+    assert state.pending_messages == []
 
 
 def test_what_changed_is_noted(tmp_path, run):
@@ -556,7 +558,7 @@ def test_what_changed_is_noted(tmp_path, run):
     now = {"python": "4", "cpus": 2}
     state = load_checkpoint(tmp_path / "c.pt", run.model, args=args, environment=now)
     was = run.args.lr
-    assert state.notes == [
+    assert state.pending_messages == [
         f"changed since it was saved: lr was {was}, is 0.5; python was '3', is '4'"
     ]
 
@@ -754,10 +756,10 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path, run, latest, previous, us
     latest(run, tmp_path / "x.pt")
     if (tmp_path / "x.pt").exists():
         os.rename(tmp_path / "x.pt", tmp_path / "c.pt")
-    step, file, wrong = newest_whole(tmp_path / "c.pt", lambda p: read_checkpoint(p)["step"])
+    step, file, wrong = latest_valid(tmp_path / "c.pt", lambda p: read_checkpoint(p)["step"])
     assert (step, file) == (3, tmp_path / used)
     assert len(wrong) == (used != "c.pt") and all(str(tmp_path / "c.pt") in w for w in wrong)
-    assert resumable_settings(tmp_path / "c.pt") == flat(run.args)
+    assert resumable_settings(tmp_path / "c.pt") == to_dict(run.args)
 
 
 def test_no_whole_checkpoint_names_what_is_wrong_and_what_else_there_is(tmp_path, run):
@@ -781,7 +783,7 @@ def test_no_checkpoint_at_all_says_how_to_start(tmp_path):
 def test_a_mistake_that_is_no_damage_is_not_passed_over(path, run):
     save(run, path)
     with pytest.raises(UserError, match="does not fit"):
-        newest_whole(path, lambda p: load_checkpoint(p, Run("--n-layers", "1").model))
+        latest_valid(path, lambda p: load_checkpoint(p, Run("--n-layers", "1").model))
 
 
 def test_the_previous_one_is_found_through_a_symbolic_link(tmp_path, run):
@@ -790,7 +792,7 @@ def test_the_previous_one_is_found_through_a_symbolic_link(tmp_path, run):
     for _ in range(2):
         save(run, tmp_path / "link.pt")
     os.truncate(tmp_path / "link.pt", 99)
-    assert resumable_settings(tmp_path / "link.pt") == flat(run.args)
+    assert resumable_settings(tmp_path / "link.pt") == to_dict(run.args)
 
 
 @pytest.mark.parametrize(
@@ -803,7 +805,7 @@ def test_the_previous_one_is_found_through_a_symbolic_link(tmp_path, run):
     ],
 )
 def test_siblings_have_their_label_before_the_suffix(path, label, wanted):
-    assert str(sibling(path, label)) == wanted
+    assert str(variant_path(path, label)) == wanted
 
 
 # The command line
@@ -918,14 +920,14 @@ def test_mistakes_on_the_command_line_are_one_line(argv, said):
 
 def test_compare_names_the_file_that_shrank(path, tmp_path, run, monkeypatch):
     other = save(run, tmp_path / "b.pt")
-    original = checkpoint.Contents.read
+    original = checkpoint.CheckpointReader.read
 
     def read(self, tree):
         if self.file.name == str(path):
             raise Unreadable(f"{self.path}: it shrinks while it is read")
         return original(self, tree)
 
-    monkeypatch.setattr(checkpoint.Contents, "read", read)
+    monkeypatch.setattr(checkpoint.CheckpointReader, "read", read)
     refused(lambda: checkpoint.compare((path, other)), str(path), kind=Unreadable)
 
 

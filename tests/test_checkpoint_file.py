@@ -19,7 +19,13 @@ import pytest
 import torch
 
 from checkpointing import file_format as checkpoint_file
-from checkpointing.file_format import Stored, Unreadable, open_sealed, tensor_bytes, write_sealed
+from checkpointing.file_format import (
+    TensorRef,
+    Unreadable,
+    open_verified,
+    tensor_bytes,
+    write_with_checksum,
+)
 
 CONTENT = {"a": torch.arange(3.0), "n": 1, "d": {"s": "ü", "l": [None, True, 0.5]}}
 START = b"\x80\x02"  # of every pickle of protocol 2
@@ -92,7 +98,7 @@ def text(s):
 
 
 def read(path):
-    with open_sealed(path) as contents:
+    with open_verified(path) as contents:
         return contents.read(contents.tree)
 
 
@@ -115,7 +121,7 @@ def equal(a, b):
 @pytest.fixture
 def small(tmp_path):
     path = tmp_path / "c.pt"
-    write_sealed(path, CONTENT)
+    write_with_checksum(path, CONTENT)
     return path
 
 
@@ -251,18 +257,18 @@ def test_every_type_and_shape_comes_back(tmp_path, storage):
         str(shape): torch.arange(torch.Size(shape).numel()).to(dtype).reshape(shape)
         for shape in shapes
     }
-    write_sealed(tmp_path / "c.pt", content)
+    write_with_checksum(tmp_path / "c.pt", content)
     assert equal(read(tmp_path / "c.pt"), content)
-    with open_sealed(tmp_path / "c.pt") as contents:
+    with open_verified(tmp_path / "c.pt") as contents:
         assert tensor_bytes(contents.tree) == tensor_bytes(content) == 14 * dtype.itemsize
         stored = contents.tree["(2, 3)"]
-    assert isinstance(stored, Stored) and stored.shape == (2, 3) and stored.dtype == dtype
+    assert isinstance(stored, TensorRef) and stored.shape == (2, 3) and stored.dtype == dtype
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0, 5e-324, 1.7e308])
 def test_every_bit_of_a_number_comes_back(tmp_path, value):
     tensor = torch.tensor([value], dtype=torch.float64)
-    write_sealed(tmp_path / "c.pt", {"t": tensor, "f": value})
+    write_with_checksum(tmp_path / "c.pt", {"t": tensor, "f": value})
     back = read(tmp_path / "c.pt")
     assert back["t"].view(torch.int64).item() == tensor.view(torch.int64).item()
     assert struct.pack("<d", back["f"]) == struct.pack("<d", value)
@@ -270,17 +276,17 @@ def test_every_bit_of_a_number_comes_back(tmp_path, value):
 
 @pytest.mark.parametrize("value", [2**31, -(2**63), 2**1000, "a\nb\0", "", "\U0001f339", [], {}])
 def test_plain_values_come_back(tmp_path, value):
-    write_sealed(tmp_path / "c.pt", {"v": value})
+    write_with_checksum(tmp_path / "c.pt", {"v": value})
     assert equal(read(tmp_path / "c.pt"), {"v": value})
 
 
 def test_an_empty_tensor_comes_back_wherever_its_zero_is(tmp_path):
-    write_sealed(tmp_path / "c.pt", {"t": torch.zeros(2, 0, 3)})
+    write_with_checksum(tmp_path / "c.pt", {"t": torch.zeros(2, 0, 3)})
     assert read(tmp_path / "c.pt")["t"].shape == (2, 0, 3)
 
 
 def test_a_part_of_a_larger_tensor_comes_back(tmp_path):
-    write_sealed(tmp_path / "c.pt", {"t": torch.arange(10)[4:7]})
+    write_with_checksum(tmp_path / "c.pt", {"t": torch.arange(10)[4:7]})
     assert read(tmp_path / "c.pt")["t"].tolist() == [4, 5, 6]
 
 
@@ -288,19 +294,19 @@ def test_a_part_of_a_larger_tensor_comes_back(tmp_path):
     "tensor", [torch.ones(2, 3).t(), torch.zeros(()).expand(3), torch.arange(9)[::2]]
 )
 def test_tensors_with_gaps_are_refused(tmp_path, tensor):
-    write_sealed(tmp_path / "c.pt", {"t": tensor})
+    write_with_checksum(tmp_path / "c.pt", {"t": tensor})
     refused(tmp_path / "c.pt", "not in their order")
 
 
 def test_one_tensor_is_read_without_the_others(small):
-    with open_sealed(small) as contents:
+    with open_verified(small) as contents:
         part = contents.read({"a": contents.tree["a"]})
     assert part["a"].tolist() == [0, 1, 2] and part.keys() == {"a"}
 
 
 def test_an_open_file_stays_the_old_one_when_it_is_replaced(small, tmp_path):
-    write_sealed(tmp_path / "new.pt", {"a": torch.full((3,), 9.0)})
-    with open_sealed(small) as contents:
+    write_with_checksum(tmp_path / "new.pt", {"a": torch.full((3,), 9.0)})
+    with open_verified(small) as contents:
         os.replace(tmp_path / "new.pt", small)
         assert equal(contents.read(contents.tree), CONTENT)
     assert read(small)["a"].tolist() == [9, 9, 9]
@@ -308,8 +314,8 @@ def test_an_open_file_stays_the_old_one_when_it_is_replaced(small, tmp_path):
 
 def test_a_file_that_shrinks_while_it_is_open_is_refused(tmp_path):
     path = tmp_path / "c.pt"
-    write_sealed(path, {"a": torch.zeros(100_000)})
-    with pytest.raises(Unreadable, match="shrinks"), open_sealed(path) as contents:
+    write_with_checksum(path, {"a": torch.zeros(100_000)})
+    with pytest.raises(Unreadable, match="shrinks"), open_verified(path) as contents:
         os.truncate(path, 50_000)
         contents.read(contents.tree["a"])
 

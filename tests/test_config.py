@@ -16,9 +16,9 @@ from config import (
     Settings,
     UserError,
     expanded,
-    flat,
+    from_dict,
     notes_on_preset,
-    settings_from,
+    to_dict,
 )
 from runtime.command_line import parse_flags, parse_settings, run_script
 
@@ -125,11 +125,11 @@ def test_toy_preset_is_the_one_of_the_articles():
 
 def test_settings_survive_a_checkpoint():
     args = parse("--preset", "gpt2-small", "--train-data", "a.txt", "b.txt")
-    assert settings_from(flat(args)) == args
+    assert from_dict(to_dict(args)) == args
 
 
 def test_no_flag_is_a_tuple_by_accident():
-    for value in flat(parse()).values():
+    for value in to_dict(parse()).values():
         assert type(value) in (int, float, str, bool, list)
 
 
@@ -167,7 +167,7 @@ def test_the_global_batch_is_the_presets_and_batch_size_its_micro_batch(flags, w
 
 
 def test_a_resumed_run_keeps_its_global_batch_whatever_sizes_the_micro_batch():
-    saved = flat(parse("--preset", "toy", "--global-batch-size", "12"))
+    saved = to_dict(parse("--preset", "toy", "--global-batch-size", "12"))
     for flags, expected in (("--batch-size 3", (12, 3, 4)), ("--grad-accum-steps 6", (12, 2, 6))):
         args = parse("--resume", *flags.split(), saved=lambda path: saved)
         assert (args.global_batch_size, args.batch_size, args.grad_accum_steps) == expected
@@ -187,7 +187,7 @@ def test_presets_start_on_any_number_of_processes(world):
 
 
 def test_resume_keeps_the_global_batch_on_another_number_of_processes():
-    saved = flat(
+    saved = to_dict(
         parse("--batch-size", "4", "--grad-accum-steps", "3", "--lr", "0.5", "--min-lr", "-1")
     )
     args = parse("--resume", world=4, saved=lambda path: saved)
@@ -199,7 +199,7 @@ def test_resume_keeps_the_global_batch_on_another_number_of_processes():
 
 
 def test_resume_takes_typed_flags_over_saved_ones():
-    saved = flat(parse("--no-amp"))
+    saved = to_dict(parse("--no-amp"))
     args = parse("--resume", "--bf16", "--num-steps", "900", saved=lambda path: saved)
     assert (args.precision, args.num_steps) == ("bf16", 900)
 
@@ -261,7 +261,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(flags, said):
 )
 def test_settings_of_a_hostile_file_are_refused(values, said):
     with pytest.raises(UserError) as caught:
-        settings_from(values)
+        from_dict(values)
     assert said in str(caught.value)
 
 
@@ -369,7 +369,7 @@ def test_an_alias_has_no_negation_and_says_what_to_give(flag):
 
 
 def test_tensor_parallelism_of_all_ends_with_a_typed_size():
-    saved = {**flat(parse()), "use_tensor_parallel": True, "tensor_parallel_size": 2}
+    saved = {**to_dict(parse()), "use_tensor_parallel": True, "tensor_parallel_size": 2}
     flags = ["--resume", "--tensor-parallel-size", "1"]
     args = parse_settings("train_ddp", flags, 2, lambda path: saved)
     assert args.tensor_parallel_size == 1
@@ -398,7 +398,7 @@ def test_what_is_read_is_taken():
     assert parse("--min-lr", "-1", "--lr", "0.3").final_lr == pytest.approx(0.03)
     assert parse(*"--lr-scheduler wsd --decay-ratio 0.5".split()).decay_ratio == 0.5
     assert parse("--wandb-mode", "disabled").wandb_mode == "disabled"
-    assert settings_from({"min_lr": -0.5, "lr": 1.0}).final_lr == 0.1  # as old checkpoints mean it
+    assert from_dict({"min_lr": -0.5, "lr": 1.0}).final_lr == 0.1  # as old checkpoints mean it
 
 
 def test_rates_that_a_preset_has_because_of_other_flags_are_said():
@@ -436,7 +436,7 @@ def test_a_folder_as_checkpoint_path_gets_the_usual_name_in_it(tmp_path):
 
 def test_a_run_that_torchrun_starts_again_continues_what_it_saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    saved = flat(parse_settings("train_ddp", ["--num-steps", "7", "--device", "cpu"]))
+    saved = to_dict(parse_settings("train_ddp", ["--num-steps", "7", "--device", "cpu"]))
     typed = ["--preset", "toy", "--checkpoint-path", "c.pt"]
 
     def nothing(path):
@@ -452,7 +452,7 @@ def test_a_run_that_torchrun_starts_again_continues_what_it_saved(tmp_path, monk
 
 
 def test_resume_auto_continues_what_is_there_or_starts():
-    saved = flat(parse("--preset", "toy", "--num-steps", "70", "--grad-accum-steps", "2"))
+    saved = to_dict(parse("--preset", "toy", "--num-steps", "70", "--grad-accum-steps", "2"))
     # The flags of the first start, which a requeued job repeats.
     typed = (
         "--preset toy --num-steps 90 --resume auto --grad-accum-steps 2 --allow-change lr".split()
@@ -501,7 +501,7 @@ def test_logs_move_with_the_folder_of_their_checkpoint(
     monkeypatch.chdir(tmp_path)
     for folder in there:
         (tmp_path / folder).mkdir(parents=True)
-    saved = flat(parse("--checkpoint-path", stored, "--log-dir", logs))
+    saved = to_dict(parse("--checkpoint-path", stored, "--log-dir", logs))
     flags = ["--resume", "--checkpoint-path", path]
     assert parse(*flags, saved=lambda p: saved).log_dir == expected
     assert parse(*flags, "--log-dir", "mine", saved=lambda p: saved).log_dir == "mine"
@@ -516,7 +516,7 @@ def test_a_user_without_a_home_is_told_what_to_give(monkeypatch):
 
 
 def test_resume_is_alone_or_auto():
-    assert parse("--resume", saved=lambda path: flat(parse())).resume is True
+    assert parse("--resume", saved=lambda path: to_dict(parse())).resume is True
     assert parse("--no-resume").resume is False
     assert "invalid choice: 'x.pt' (choose from 'auto')" in message("--resume", "x.pt")
 

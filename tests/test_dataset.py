@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import CPU, toy_settings
 
-from config import UserError, flat
+from config import UserError, to_dict
 from dataset import (
     FineWebNPYDataset,
     Mixture,
@@ -279,7 +279,7 @@ def test_a_vocabulary_far_above_the_ids_is_said_with_one_that_fits(tmp_path):
 
 def test_data_of_a_resumed_run_that_are_gone_are_said_to_be_named_by_its_checkpoint(tmp_path):
     (tmp_path / "a.txt").write_text("some text\n" * 100)
-    saved = flat(text_flags(tmp_path, "--train-data", f"{tmp_path}/a.txt"))
+    saved = to_dict(text_flags(tmp_path, "--train-data", f"{tmp_path}/a.txt"))
     (tmp_path / "a.txt").unlink()
     resumed = parse_settings("train_minimal", ["--resume"], saved=lambda path: saved)
     with pytest.raises(UserError, match=r"a\.txt: no such file.*checkpoint; give --train-data"):
@@ -305,7 +305,7 @@ def test_a_limited_validation_of_a_mixture_has_each_source(tmp_path):
 
 def test_a_run_from_before_keeps_the_validation_range_that_it_recorded(tmp_path):
     flags = [*mixture_flags(tmp_path, ("0.75", "0.25")), "--val-max-tokens", "80"]
-    saved = flat(text_flags(tmp_path, *flags))
+    saved = to_dict(text_flags(tmp_path, *flags))
     del saved["val_by_weight"]
     resumed = parse_settings(
         "train_minimal", ["--resume"], saved=lambda path: saved | {"checkpoint_path": path}

@@ -20,7 +20,7 @@ from parallel.hang_guard import (
     report_of,
     stacks_of_threads,
 )
-from parallel.rendezvous import Start
+from parallel.rendezvous import Rendezvous
 
 
 def report(waiting=False, still=50.0, patient=False, where="model.py:1 in forward"):
@@ -196,7 +196,7 @@ def test_a_run_that_fails_takes_its_guard_along(monkeypatch, guarded):
     )
     for name in ("init_process_group", "new_group", "destroy_process_group"):
         monkeypatch.setattr(ranks.dist, name, lambda *_, **more: None)
-    start = Start(None, "", rank=0, world=2, launched=True)
+    start = Rendezvous(None, "", rank=0, world=2, launched=True)
     args = toy_settings("--threads", "1")
     with pytest.raises(OSError, match="broken disk"), ranks.process_group(args, start):
         raise OSError("broken disk")

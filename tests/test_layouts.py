@@ -22,7 +22,7 @@ from layouts import (
     write_all,
 )
 
-from checkpoint import content_of
+from checkpoint import build_checkpoint
 
 # The first test waits for the runs of all layouts: two minutes alone, more beside other work.
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
@@ -72,7 +72,9 @@ def poisoned(ranks, flags):
     run.step()
 
     def state():
-        kept = content_of(run.model, run.optimizer, run.state, run.args, gather=run.spread.gather)
+        kept = build_checkpoint(
+            run.model, run.optimizer, run.state, run.args, gather=run.spread.gather
+        )
         return copy.deepcopy({k: kept[k] for k in ("model", "optimizer")})
 
     before, clip = state(), run.spread.clip

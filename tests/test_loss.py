@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import loss
-from loss import HeadPart, next_token_loss, token_losses
+from loss import VocabShard, next_token_loss, token_losses
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +151,7 @@ def test_parts_of_the_head_have_the_loss_of_the_whole(monkeypatch, unused):
             return found
 
         start = 25 * i
-        part = HeadPart(start, 25, gather, lambda x: gather(x).sum(0))
+        part = VocabShard(start, 25, gather, lambda x: gather(x).sum(0))
         mine = hidden.clone().requires_grad_(), weight[start : start + 25].clone().requires_grad_()
         total, _ = next_token_loss(*mine, labels, part)
         with torch.no_grad():

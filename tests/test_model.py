@@ -6,7 +6,7 @@ import torch
 from conftest import record_kept, tiny
 
 import model as model_module
-from config import PRESETS, GPTConfig, settings_from
+from config import PRESETS, GPTConfig, from_dict
 from model import GPTModel
 
 ARCHS = ("gpt2", "modern")
@@ -43,7 +43,7 @@ def test_gpt2_sizes_are_those_of_openai():
     wanted = {"gpt2-small": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
     wanted["gpt2-xl"] = 1_557_611_200
     for preset, count in wanted.items():
-        config = settings_from(PRESETS[preset]).model
+        config = from_dict(PRESETS[preset]).model
         one = GPTModel(dataclasses.replace(config, n_layers=1, d_ff=0))
         block = sum(p.numel() for p in one.blocks[0].parameters())
         assert one.num_parameters() + (config.n_layers - 1) * block == count
@@ -175,12 +175,12 @@ def test_activation_checkpointing_is_on_only_when_asked_and_changes_no_gradient(
 @pytest.mark.parametrize("arch", ARCHS)
 def test_what_is_computed_again_changes_no_bit_and_is_not_kept(arch, half, monkeypatch):
     gradients, kept = [], []
-    for forget in (False, True):
+    for recompute in (False, True):
         model, ids = GPTModel(tiny(arch), seed=1), batch()
         for block in model.blocks:
             fill = torch.Generator().manual_seed(2)
             torch.nn.init.normal_(block.mlp.proj.weight, generator=fill)
-            block.attn.forget = block.mlp.forget = forget
+            block.attn.recompute = block.mlp.recompute = recompute
         found = {}
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
         with monkeypatch.context() as patch, record_kept(patch, found), autocast:

@@ -20,7 +20,7 @@ from model import GPTModel
 from parallel import hang_guard as hang
 from parallel import rendezvous as start_module
 from parallel.process_group import Ranks, identity, refuse_shared_gpus, sum_ranks
-from parallel.rendezvous import Start, agree_on_name
+from parallel.rendezvous import Rendezvous, agree_on_name
 
 
 def test_sums_stay_float64_and_leave_their_input_alone(group):
@@ -155,9 +155,9 @@ def test_marks_of_launchers_that_are_gone_do_not_pile_up(tmp_path, monkeypatch):
     reused = f"rosetrainer-{user}-{os.getpid()}-5"  # the number of a process is used again
     for name in (*kept, f"rosetrainer-{user}-{ended.pid}-5", reused):
         (tmp_path / name).touch()
-    start_module.begun()
-    begun = start_module._mark().name
-    assert {p.name for p in tmp_path.iterdir()} == kept | {begun}
+    start_module.mark_started()
+    own = start_module._mark().name
+    assert {p.name for p in tmp_path.iterdir()} == kept | {own}
 
 
 def test_missing_ranks_are_named(monkeypatch):
@@ -279,7 +279,7 @@ def test_two_ranks_on_one_gpu_are_refused_on_all(gpus, said):
     store = dist.HashStore()
 
     def work(rank):
-        refuse_shared_gpus(Start(store, "name", rank, 4), gpus[rank])
+        refuse_shared_gpus(Rendezvous(store, "name", rank, 4), gpus[rank])
 
     found = on_threads(4, work)
     assert all(f is None if said is None else f.startswith(said) for f in found)

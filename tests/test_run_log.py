@@ -204,7 +204,7 @@ def test_other_ranks_write_nothing(folder, capsys):
     log.eval(state, RESULT)
     log.sample("x")
     log.saved(3.0)
-    log.tick(state)
+    log.after_step(state)
     log.finish(state)
     assert capsys.readouterr().out == "" and list(folder.iterdir()) == []
 
@@ -220,9 +220,9 @@ def test_a_new_run_sets_the_old_metrics_aside_and_says_so(folder, capsys):
 def test_notes_are_said_once(folder, capsys):
     state = RunState(notes=["resumed c.pt at step 4"])
     log = start(state)
-    state.notes.append("saved c.pt at step 5")
-    log.tick(state)
-    log.tick(state)
+    state.pending_messages.append("saved c.pt at step 5")
+    log.after_step(state)
+    log.after_step(state)
     log.finish(state)
     out, text = capsys.readouterr().out, (folder / "logs/train_minimal.log").read_text()
     for said in ("resumed c.pt at step 4", "saved c.pt at step 5"):

@@ -15,13 +15,13 @@ from test_step import Run
 from checkpoint import read_checkpoint
 from checkpointing import manager as saver_module
 from checkpointing.manager import (
-    Saver,
-    claim,
+    CheckpointManager,
+    archive_existing,
     copied,
     copy_bytes,
     free_number,
+    lock_path,
     run_files,
-    set_aside,
 )
 from config import UserError
 from parallel import hang_guard as hang
@@ -50,9 +50,13 @@ def saver(tmp_path, run):
     def make(run=run, path=tmp_path / "c.pt", rank=0, data=DATA, **changes):
         changes = {"checkpoint_async": "off", **changes}
         args = dataclasses.replace(run.args, checkpoint_path=str(path), **changes)
-        run.state.notes.clear()
+        run.state.pending_messages.clear()
         stop()
-        made.append(s := Saver(args, run.model, run.optimizer, run.state, data, CPU, Ranks(rank)))
+        made.append(
+            s := CheckpointManager(
+                args, run.model, run.optimizer, run.state, data, CPU, Ranks(rank)
+            )
+        )
         if not args.resume:
             s.begin()
         return s
@@ -94,15 +98,15 @@ def damage(path):
 
 
 def test_a_second_run_on_a_path_is_refused_with_the_name_of_the_first(tmp_path):
-    first = claim(tmp_path / "c.pt")
+    first = lock_path(tmp_path / "c.pt")
     said = ("in use by another run", f"process {os.getpid()} on {os.uname().nodename}")
     for _ in range(2):
-        refused(lambda: claim(tmp_path / "c.pt"), *said)
-    claim(tmp_path / "other.pt").close()
+        refused(lambda: lock_path(tmp_path / "c.pt"), *said)
+    lock_path(tmp_path / "other.pt").close()
     (tmp_path / "link.pt").symlink_to("c.pt")
-    refused(lambda: claim(tmp_path / "link.pt"), *said)
+    refused(lambda: lock_path(tmp_path / "link.pt"), *said)
     first.close()
-    claim(tmp_path / "c.pt").close()
+    lock_path(tmp_path / "c.pt").close()
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -111,7 +115,9 @@ def test_a_refused_run_changes_nothing(tmp_path, run, saver, resume):
     (tmp_path / "c.pt.1.tmp").touch()  # of the first run, which lives
     before = names(tmp_path)
     args = dataclasses.replace(run.args, checkpoint_path=str(tmp_path / "c.pt"), resume=resume)
-    refused(lambda: Saver(args, run.model, run.optimizer, run.state, DATA, CPU), "in use")
+    refused(
+        lambda: CheckpointManager(args, run.model, run.optimizer, run.state, DATA, CPU), "in use"
+    )
     assert names(tmp_path) == before
 
 
@@ -120,9 +126,9 @@ def test_a_path_that_is_no_file_is_refused(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     os.mkfifo("fifo")
     for path in ("folder", ".", "fifo"):
-        refused(lambda path=path: claim(tmp_path / path), "not a plain file")
+        refused(lambda path=path: lock_path(tmp_path / path), "not a plain file")
     (tmp_path / "file").touch()
-    refused(lambda: claim(tmp_path / "file" / "c.pt"), "change --checkpoint-path")
+    refused(lambda: lock_path(tmp_path / "file" / "c.pt"), "change --checkpoint-path")
     assert names(tmp_path) == ["fifo", "file", "folder"]
 
 
@@ -146,7 +152,7 @@ def test_files_of_an_earlier_run_get_the_same_number(tmp_path, run, saver):
     assert names(tmp_path) == ["c.1.best.pt", "c.1.previous.pt", "c.1.pt", "c.1.step000003.pt"]
     for name in names(tmp_path):
         assert (tmp_path / name).read_text() == name.replace(".1", "")
-    (note,) = run.state.notes
+    (note,) = run.state.pending_messages
     assert "c.best.pt -> c.1.best.pt" in note and "c.pt -> c.1.pt" in note
 
 
@@ -179,7 +185,9 @@ def test_with_resume_nothing_is_renamed(tmp_path, run, saver):
     saver(keep_every=1).save()
     before = names(tmp_path)
     saver(resume=True)
-    assert names(tmp_path) == before == ["c.pt", "c.step000001.pt"] and not run.state.notes
+    assert (
+        names(tmp_path) == before == ["c.pt", "c.step000001.pt"] and not run.state.pending_messages
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +205,7 @@ def test_numbers_stand_before_the_label(tmp_path, name, files, wanted):
     for file in files:
         (tmp_path / file).touch()
     assert [p.name for p in run_files(tmp_path / name)] == sorted(files)
-    set_aside(run_files(tmp_path / name), 1)
+    archive_existing(run_files(tmp_path / name), 1)
     assert names(tmp_path) == sorted(wanted)
 
 
@@ -227,7 +235,7 @@ def test_a_symbolic_link_stays_one_when_its_target_is_renamed(tmp_path, saver):
 
 def test_nothing_to_rename_is_nothing_to_say(tmp_path, run, saver):
     saver()
-    assert set_aside([tmp_path / "none.pt"], 1) == [] == run.state.notes
+    assert archive_existing([tmp_path / "none.pt"], 1) == [] == run.state.pending_messages
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -241,7 +249,7 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path, saver, resume)
 
 
 def test_what_another_run_is_writing_is_left_alone(tmp_path, saver):
-    other = claim(tmp_path / "c.large.pt")
+    other = lock_path(tmp_path / "c.large.pt")
     (tmp_path / "c.large.pt.7.tmp").touch()
     saver()
     other.close()
@@ -364,7 +372,7 @@ def test_a_plain_save_is_on_disk_when_it_returns(tmp_path, run, saver):
     seconds = s.save()
     assert step_of(tmp_path / "c.pt") == 1 and s.writing is None and s.copies == {}
     assert 0 < seconds < 20
-    assert run.state.notes == [f"saved {tmp_path}/c.pt at step 1"]
+    assert run.state.pending_messages == [f"saved {tmp_path}/c.pt at step 1"]
 
 
 def test_auto_saves_in_the_background_where_a_copy_fits(tmp_path, run, saver, monkeypatch):
@@ -395,11 +403,11 @@ def test_milestones_and_the_best_are_kept(tmp_path, run, saver):
         run.step()
         if step == 3:
             run.state.best_step = 3
-        run.state.notes.clear()
+        run.state.pending_messages.clear()
         s.save()
         also = {2: "c.step000002.pt", 3: "c.best.pt", 4: "c.step000004.pt"}.get(step)
         more = f" and {also}" if also else ""
-        assert run.state.notes == [f"saved {tmp_path}/c.pt{more} at step {step}"]
+        assert run.state.pending_messages == [f"saved {tmp_path}/c.pt{more} at step {step}"]
     held = {name: step_of(tmp_path / name) for name in names(tmp_path)}
     assert held == {
         "c.pt": 5,
@@ -450,7 +458,7 @@ def test_the_best_so_far_waits_in_memory_for_the_next_save(
     s.save()  # better than the one that waits, which nobody will ask for
     s.finish()
     assert written[2:] == [(6,), (8, "best")] and step_of(tmp_path / "c.best.pt") == 8
-    assert run.state.notes[-1] == f"saved {tmp_path}/c.pt and c.best.pt at step 8"
+    assert run.state.pending_messages[-1] == f"saved {tmp_path}/c.pt and c.best.pt at step 8"
 
 
 def test_the_best_so_far_is_written_at_once_where_memory_has_no_room(
@@ -468,7 +476,7 @@ def test_the_best_so_far_is_written_at_once_where_memory_has_no_room(
     best_at(run, 4)
     s.keep_best()
     assert step_of(tmp_path / "c.best.pt") == 4
-    assert "no memory to save in the background (none left)" in run.state.notes
+    assert "no memory to save in the background (none left)" in run.state.pending_messages
 
 
 def refuse_memory(*_, **__):
@@ -529,12 +537,12 @@ def test_a_save_that_fails_is_noted_and_the_next_one_makes_it_good(
     said = "step 1 was not saved: the disk is full"
     s.finish()
     assert run.state.unsaved and run.state.exit_code(s.args) == 2
-    assert run.state.notes == [f"{said}; the run goes on"]
+    assert run.state.pending_messages == [f"{said}; the run goes on"]
     run.step()
     s.save()
     s.finish()
     assert not run.state.unsaved and run.state.exit_code(s.args) == 0
-    assert run.state.notes[1:] == [f"saved {tmp_path}/c.pt at step 2"]
+    assert run.state.pending_messages[1:] == [f"saved {tmp_path}/c.pt at step 2"]
     failing_once(monkeypatch, UserError("the disk is full"))
     run.step()
     s.save()
@@ -549,7 +557,7 @@ def test_no_failure_in_the_background_is_lost(run, saver, monkeypatch, error):
     failing_once(monkeypatch, error)
     s.save()
     s.finish()
-    assert run.state.notes == [f"step 1 was not saved: {error}; the run goes on"]
+    assert run.state.pending_messages == [f"step 1 was not saved: {error}; the run goes on"]
 
 
 def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, run, saver):
@@ -559,7 +567,7 @@ def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, run, save
     run.model.wpe.weight.data[3, 3] = float("nan")
     s.save()
     s.finish()
-    assert "step 2 was not saved: model wpe.weight is not finite" in run.state.notes[-1]
+    assert "step 2 was not saved: model wpe.weight is not finite" in run.state.pending_messages[-1]
     assert step_of(tmp_path / "c.pt") == 1 and names(tmp_path) == ["c.pt"]
 
 
@@ -688,7 +696,7 @@ def test_the_newest_whole_checkpoint_is_continued(
     if wanted:
         assert equal(fresh.weights(), wanted["c.pt"])
     used = "c.pt" if step == 2 else "c.previous.pt"
-    notes = fresh.state.notes
+    notes = fresh.state.pending_messages
     assert f"resumed {tmp_path}/{used} at step {step}" in notes
     said = "not the latest, since "
     assert any(note.startswith(said + f"{tmp_path}/c.pt: ") for note in notes) == (step == 1)
@@ -761,7 +769,7 @@ def test_settings_and_machine_that_changed_are_noted(tmp_path, saved, saver, mon
     monkeypatch.setattr(saver_module, "environment", lambda device, world: {"processes": 4})
     fresh = Run()
     saver(run=fresh, resume=True, lr=0.5).load()
-    (note,) = (note for note in fresh.state.notes if note.startswith("changed"))
+    (note,) = (note for note in fresh.state.pending_messages if note.startswith("changed"))
     assert f"lr was {saved.args.lr}, is 0.5" in note and "processes was 1, is 4" in note
 
 
@@ -770,14 +778,14 @@ def test_notes_name_files_that_exist(tmp_path, run, saver):
     (tmp_path / "link.pt").symlink_to("real/c.pt")
     run.state.best_step = 1
     saver(path=tmp_path / "link.pt").save()
-    (note,) = run.state.notes
+    (note,) = run.state.pending_messages
     assert "c.best.pt" in note and (tmp_path / "real" / "c.best.pt").exists()
 
 
 def test_a_run_that_does_not_come_to_begin_renames_nothing(tmp_path, saved, saver, monkeypatch):
     before = names(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(Saver, "begin", lambda self: None)
+        patch.setattr(CheckpointManager, "begin", lambda self: None)
         saver()
     assert names(tmp_path) == before
 
@@ -787,7 +795,7 @@ def test_a_copy_becomes_a_run_of_its_own_and_a_moved_file_does_not(tmp_path, sav
     branch = Run()
     saver(run=branch, resume=True, path=tmp_path / "copy.pt").load()
     assert branch.state.run_id != saved.state.run_id and branch.state.wandb_run_id == ""
-    assert f"a branch of run {saved.state.run_id}" in branch.state.notes[-1]
+    assert f"a branch of run {saved.state.run_id}" in branch.state.pending_messages[-1]
     (tmp_path / "c.pt").rename(tmp_path / "moved.pt")
     moved = Run()
     saver(run=moved, resume=True, path=tmp_path / "moved.pt").load()
@@ -808,7 +816,7 @@ def test_a_run_that_was_set_aside_is_itself_and_no_copy(tmp_path, saved, saver):
 
 @pytest.mark.parametrize("name", ["c.best.pt", "c.previous.pt", "c.step000500.pt"])
 def test_the_files_of_a_run_are_no_paths_for_another(tmp_path, name):
-    refused(lambda: claim(tmp_path / name), "belongs to the run at c.pt", "copy it")
+    refused(lambda: lock_path(tmp_path / name), "belongs to the run at c.pt", "copy it")
 
 
 def test_a_run_beyond_its_end_is_refused(saved, saver):
@@ -827,4 +835,4 @@ def test_without_memory_for_a_copy_it_saves_at_once(tmp_path, run, saver, monkey
     monkeypatch.setattr(saver_module, "copied", no_memory)
     s.save()
     assert step_of(tmp_path / "c.pt") == 1 and s.writing is None
-    assert "no memory to save in the background" in run.state.notes[0]
+    assert "no memory to save in the background" in run.state.pending_messages[0]

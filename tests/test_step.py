@@ -266,13 +266,13 @@ def test_the_end_after_bad_updates_names_steps_and_samples():
 def test_the_lowest_loss_is_the_best_and_a_nan_never():
     state = RunState(step=1)
     state.update_best(math.nan)
-    assert state.best_val_loss == math.inf and not state.at_best
+    assert state.best_val_loss == math.inf and not state.is_best
     state.update_best(2.0)
-    assert state.at_best
+    assert state.is_best
     for step, loss in ((2, 2.0), (3, math.nan), (4, 2.5)):
         state.step = step
         state.update_best(loss)
-        assert (state.best_val_loss, state.best_step) == (2.0, 1) and not state.at_best
+        assert (state.best_val_loss, state.best_step) == (2.0, 1) and not state.is_best
 
 
 def test_a_long_first_step_says_how_far_it_is(monkeypatch):

@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from runtime.signals import Watch
+from runtime.signals import StopSignals
 
 
 def until(true, seconds=10.0):
@@ -19,8 +19,8 @@ def until(true, seconds=10.0):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_is_noted_and_nothing_else_happens(number, capfd):
-    with Watch() as watch:
-        watch.begin()
+    with StopSignals() as watch:
+        watch.install()
         assert watch.signal == 0
         os.kill(os.getpid(), number)
         assert until(lambda: watch.signal == number)
@@ -29,15 +29,15 @@ def test_a_signal_is_noted_and_nothing_else_happens(number, capfd):
 
 def test_handlers_are_as_before_afterwards():
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    with Watch() as watch:
-        watch.begin()
+    with StopSignals() as watch:
+        watch.install()
         assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
     assert {s: signal.getsignal(s) for s in before} == before
     assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_before_it_begins_signals_do_what_they_always_do():
-    with Watch(), pytest.raises(KeyboardInterrupt):
+    with StopSignals(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
@@ -45,8 +45,8 @@ def test_before_it_begins_signals_do_what_they_always_do():
 def test_what_was_ignored_stays_ignored():
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Watch() as watch:
-            watch.begin()
+        with StopSignals() as watch:
+            watch.install()
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.3)
             assert watch.signal == 0
@@ -95,11 +95,11 @@ def test_the_signals_that_there_are_stop_a_run(monkeypatch):
 SCRIPT = f"""
 import hashlib, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from runtime.signals import Watch, end_with_parent
+from runtime.signals import StopSignals, end_with_parent
 """
 BUSY = """
-with Watch() as watch:
-    watch.begin()
+with StopSignals() as watch:
+    watch.install()
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # no handler of Python's runs in here
 """

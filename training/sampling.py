@@ -95,9 +95,9 @@ def fitting_prompt(data: TokenDataset) -> str:
     if tokenizer is None:
         return ""
     ids = data.source.read(data.start, min(4000, data.num_tokens))
-    begun, *documents = np.split(ids, np.flatnonzero(ids == tokenizer.end_token) + 1)
+    mark_started, *documents = np.split(ids, np.flatnonzero(ids == tokenizer.end_token) + 1)
     lines = [x for d in documents for x in tokenizer.decode(d.tolist()).splitlines()]
-    for line in lines + tokenizer.decode(begun.tolist()).splitlines()[1:]:
+    for line in lines + tokenizer.decode(mark_started.tolist()).splitlines()[1:]:
         words = line.split()
         if len(words) > 1 and line.isprintable() and "\ufffd" not in line:
             return " ".join(words[: min(3, len(words) - 1)])[:40]

@@ -27,7 +27,7 @@ _GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0, 0.5, 2000  # of the fp16 loss scale
 
 
 @dataclass
-class LossScale:
+class GradScaler:
     """What an fp16 loss is multiplied with, so that small gradients are not lost: halved when one
     overflows, doubled after 2000 updates without (Micikevicius et al. 2018, sec. 3.2).
 
@@ -39,10 +39,10 @@ class LossScale:
     scale: float = 2.0**16
     good: int = 0  # updates since the last that overflowed
 
-    def update(self, bad: bool) -> None:
-        """After an update, or one that failed: bad."""
-        self.good = 0 if bad else self.good + 1
-        self.scale *= _BACKOFF if bad else _GROWTH if self.good == _GROWTH_INTERVAL else 1.0
+    def update(self, found_inf: bool) -> None:
+        """After an update, or one that failed: found_inf."""
+        self.good = 0 if found_inf else self.good + 1
+        self.scale *= _BACKOFF if found_inf else _GROWTH if self.good == _GROWTH_INTERVAL else 1.0
         self.good %= _GROWTH_INTERVAL
 
     def state_dict(self) -> dict[str, float]:
@@ -66,13 +66,13 @@ class RunState:
     best_step: int = -1  # at which that was measured
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # tells runs apart
     wandb_run_id: str = ""
-    scaler: LossScale = field(default_factory=lambda: LossScale(enabled=False))
+    scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
     bad_in_row: Tensor | None = None  # () float32: updates skipped since the last good one
     skipped: Tensor | None = None  # () float32: updates skipped since this process started
     stop: int = 0  # the signal that ends the run, on all ranks after the same step
     home: str = ""  # the path that a resumed checkpoint was written to
     unsaved: bool = False  # the last save failed
-    notes: list[str] = field(default_factory=list)  # what the log has yet to say
+    pending_messages: list[str] = field(default_factory=list)  # what the log has yet to say
 
     def stopped_by(self, args: Settings) -> int:
         """The signal that ended the run before its last step; 0 = none did."""
@@ -89,14 +89,14 @@ class RunState:
             self.best_val_loss, self.best_step = val_loss, self.step
 
     @property
-    def at_best(self) -> bool:
+    def is_best(self) -> bool:
         """Whether the last evaluation was of this very step, and the best so far."""
         return self.step == self.best_step
 
     @classmethod
     def fresh(cls, device: Device) -> RunState:
         """The state of a run that has not begun; fp16 gets its loss scaler."""
-        return cls(scaler=LossScale(enabled=device.precision == "fp16"))
+        return cls(scaler=GradScaler(enabled=device.precision == "fp16"))
 
 
 @dataclass(frozen=True)
@@ -174,22 +174,22 @@ def train_step(
                 if p.grad is not None:
                     p.grad.mul_(1.0 / state.scaler.scale)
         norm = parallel.clip(model.parameters(), limit)
-        bad = (~norm.isfinite()).float()
-        optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
+        found_inf = (~norm.isfinite()).float()
+        optimizer.grad_scale, optimizer.found_inf = None, found_inf  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if not state.scaler.enabled:
             break
-        state.scaler.update(bool(bad))
-        if not bad:
+        state.scaler.update(bool(found_inf))
+        if not found_inf:
             break
     else:
         raise UserError(
             f"step {state.step}: fp16 gradients overflow at any loss scale; try --bf16 or a lower "
             "--lr"
         )
-    state.bad_in_row = bad if state.bad_in_row is None else (state.bad_in_row + 1) * bad
-    state.skipped = bad if state.skipped is None else state.skipped + bad
+    state.bad_in_row = found_inf if state.bad_in_row is None else (state.bad_in_row + 1) * found_inf
+    state.skipped = found_inf if state.skipped is None else state.skipped + found_inf
     state.step += 1
     state.tokens += n_tokens
     return StepStats(nll_sum, n_tokens, norm, lr)
@@ -234,11 +234,11 @@ def check_finite(state: RunState, args: Settings, way_back: Callable[[int], str]
     """Raises UserError after several skipped updates in a row. Waits for the device, so call it
     when logging. way_back(step): what to do where the weights of this step are no good.
     """
-    bad = 0 if state.bad_in_row is None else int(state.bad_in_row)
-    if bad >= _BAD_UPDATES_IN_A_ROW:
-        first, size = state.step - bad, args.global_batch_size
+    found_inf = 0 if state.bad_in_row is None else int(state.bad_in_row)
+    if found_inf >= _BAD_UPDATES_IN_A_ROW:
+        first, size = state.step - found_inf, args.global_batch_size
         raise UserError(
-            f"the loss or the gradients of the last {bad} updates were not finite: steps "
+            f"the loss or the gradients of the last {found_inf} updates were not finite: steps "
             f"{first + 1} to {state.step}, samples {first * size} to {state.step * size - 1}. All "
             f"were skipped, so the weights are those of step {first}; {way_back(first)}"
         )
