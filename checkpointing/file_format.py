@@ -136,7 +136,9 @@ def open_verified(path: str | Path) -> Iterator[CheckpointReader]:
 
 @contextmanager
 def as_unreadable(path: str | Path) -> Iterator[None]:
-    """Whatever goes wrong within is the fault of this file."""
+    """Inside this context manager, any error means that the file at `path` is damaged or not a
+    checkpoint: it becomes an Unreadable that names the file.
+    """
     try:
         yield
     except MemoryError:
@@ -149,7 +151,7 @@ def as_unreadable(path: str | Path) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """The text on one line, with what would steer a terminal written out."""
+    """The text on one line, with characters that would steer a terminal written as escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -324,8 +326,10 @@ def _no_hooks() -> dict[str, Any]:
 
 
 def size_of(tree: Any, depth: int = 8) -> int:
-    """How much is in a tree: its values, and a 32nd of its characters, each as often as it is met.
-    Raises UserError where it is nested too deep, or not made of what a checkpoint is made of.
+    """A bound on the work that a tree takes: 1 for each value and for each 32 characters. A part
+    that is referred to several times counts each time, since a small file whose parts refer to each
+    other can stand for a tree that takes hours or all of the memory. Raises UserError where the
+    tree is nested too deep, or made of what no checkpoint has.
     """
     if type(tree) in (int, float, bool, type(None), TensorRef):
         return 1

@@ -55,8 +55,9 @@ class _Step:
 
 
 class CheckpointManager:
-    """Saves one run. Ranks other than 0 only load, and give their parts of what rank 0 writes.
-    What it has to say goes to `state.pending_messages`.
+    """Saves and loads the checkpoints of one run. Rank 0 writes; the other ranks load, and under
+    FSDP and tensor parallelism pass their parts to rank 0. Messages for the log are left in
+    `state.pending_messages`.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""How one model is spread over many processes: DDP, FSDP, tensor parallelism, and the two together.
-What is whole on one process is put together here, and taken apart. Processes themselves are in
-process_group.py.
+"""Spreads one model over many processes: DDP, FSDP, tensor parallelism, or the last two together.
+
+Parameters and optimizer state are converted here between the whole, which checkpoints hold, and the
+parts that each rank has. The processes themselves are in process_group.py.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from runtime.device import Device
 
 
 class ParallelModel(ParallelContext):
-    """One model on all ranks: `net` is what to call, and its backward pass averages gradients over
-    the ranks that see other data. Those that share each layer see the same data.
+    """The data-parallel context of a model that is spread over all ranks. Call `net` in place of
+    the model: its backward pass averages gradients over the ranks that work on different data.
 
-    rank, world: of the data, which this one is and how many there are.
+    dp_rank, dp_size: this rank among those that work on different data, and how many those are.
+    Ranks that share each layer (a tensor-parallel group) have the same dp_rank and see the same
+    data.
     """
 
     def __init__(self, model: GPTModel, args: Settings, device: Device, ranks: Ranks) -> None:

@@ -36,7 +36,9 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that torchrun started; alone, it is rank 0 of 1."""
+    """The ranks of a run as this process sees them: its own rank, how many there are, and what they
+    do together. Without a launcher it is rank 0 of 1.
+    """
 
     rank: int = 0
     world: int = 1

@@ -1,9 +1,9 @@
-"""Tensor parallelism: the matrices of blocks, the embedding and the head in parts, one per rank, on
-plain tensors (Shoeybi et al. 2019, sec. 3).
+"""Tensor parallelism (Shoeybi et al. 2019, sec. 3): each rank has some rows or columns of the
+matrices of a block, and the embedding and the head of some token ids, as plain tensors.
 
 The parts are ordinary parameters, so DDP, `fully_shard`, the fused optimizer and what model.py and
-loss.py do to save memory take them as they are. Torch's `parallelize_module` makes DTensors of
-them instead, which none of these but `fully_shard` takes; the tests use it as the reference.
+loss.py do to save memory take them as they are. Torch's `parallelize_module` makes DTensors of them
+instead, which none of these but `fully_shard` takes; the tests use it as the reference.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def part_of(whole: Tensor, dim: int, index: int, parts: int) -> Tensor:
 
 
 def split_model(model: GPTModel, group: dist.ProcessGroup) -> None:
-    """Leaves of each matrix the part of this rank, and puts the sums over ranks where they belong.
-    All ranks of the group start with the same model, and see the same batches.
+    """Replaces each matrix of the model by this rank's part, in place, and its layers by those that
+    sum over the ranks where needed. All ranks of the group start with the same model and see the
+    same batches.
     """
     rank, parts = group.rank(), group.size()
     for name, p in list(model.named_parameters()):
@@ -78,7 +79,7 @@ def split_model(model: GPTModel, group: dist.ProcessGroup) -> None:
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear layer of which each rank computes some outputs, from the same input."""
+    """A linear layer of which each rank computes some of the outputs from the whole input."""
 
     def __init__(self, linear: nn.Linear, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -90,7 +91,9 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer of which each rank has some inputs, and all get the same output."""
+    """A linear layer of which each rank has some of the inputs; the output is summed over the
+    ranks, so that all have the same.
+    """
 
     def __init__(self, linear: nn.Linear, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -103,7 +106,9 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding of which each rank has the rows of some ids."""
+    """An embedding of which each rank has the rows of some token ids. The output is summed over the
+    ranks, of which all but one contribute zeros for an id.
+    """
 
     def __init__(self, embedding: nn.Embedding, start: int, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -118,7 +123,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class _Same(torch.autograd.Function):
-    """What all ranks have the same, and use for different things: gradients add up."""
+    """The identity, whose backward pass sums the gradients of the ranks (f in fig. 3 of the paper)."""
 
     @staticmethod
     def forward(ctx, x, group):  # type: ignore[no-untyped-def]
@@ -131,7 +136,7 @@ class _Same(torch.autograd.Function):
 
 
 class _Added(torch.autograd.Function):
-    """The sum over ranks, which all use for the same: the gradient of each part is the whole."""
+    """The sum over the ranks, whose backward pass is the identity (g in fig. 3 of the paper)."""
 
     @staticmethod
     def forward(ctx, x, group):  # type: ignore[no-untyped-def]
@@ -172,8 +177,8 @@ def _joined(logits: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
 
 
 def _draw_own_masks(attn: nn.Module, layer: int, rank: int) -> None:
-    """Has dropout inside attention differ between ranks, which have different heads. All other
-    masks are on what they have the same, and must be the same.
+    """Gives the dropout inside attention another mask on each rank, since ranks have different
+    heads. All other masks are applied to what ranks have in common, and must be the same.
     """
     saved = []
 

@@ -26,7 +26,7 @@ _LONG_ON_CPU = 1e12  # tokens x parameters; with 2 FLOP each, 20 s at 100 GFLOP/
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Of one evaluation. bpb is None where the text behind the tokens is not known."""
+    """The result of one evaluation. bpb is None where the text behind the tokens is not known."""
 
     loss: float  # nats per token
     loss_se: float  # its standard error

@@ -101,8 +101,8 @@ class RunState:
 
 @dataclass(frozen=True)
 class StepStats:
-    """Of one update, as tensors that are not waited for: read them when they are logged, not
-    before.
+    """Statistics of one update. A GPU may still be computing the tensors: reading one waits for it,
+    so read them only when they are logged.
     """
 
     nll_sum: Tensor  # () float32: nats over this rank's scored tokens
@@ -117,8 +117,8 @@ class StepStats:
 
 @dataclass(frozen=True)
 class Due:
-    """What is to be done after an update. Anything planned is logged too, so that timings never
-    include it.
+    """What is to be done after an update. Where anything else is planned, the update is logged too,
+    so that timings of steps never include it.
     """
 
     log: bool
