@@ -27,7 +27,7 @@ from runtime.signals import print_stderr
 PATIENT_SECONDS = 7200  # that a save, or reading a new text, may take
 _WAITED = 0.8  # part of a limit after which a rank that waits looks for the one to blame
 _STUCK = 0.4  # part of the timeout in which a rank that works gets on to another line
-_STORE_SECONDS = 15.0  # longer than any call of the store takes: see start.store_of_launcher
+_STORE_SECONDS = 15.0  # longer than any call of the store takes: see store_of_launcher
 _SILENT_SECONDS = 10.0  # without a report: far longer than a busy rank needs for one
 _HERE = str(Path(__file__).resolve().parent.parent)
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+) ")

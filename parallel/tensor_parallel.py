@@ -123,7 +123,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class _Same(torch.autograd.Function):
-    """The identity, whose backward pass sums the gradients of the ranks (f in fig. 3 of the paper)."""
+    """The identity; its backward pass sums the gradients of the ranks (f in fig. 3 there)."""
 
     @staticmethod
     def forward(ctx, x, group):  # type: ignore[no-untyped-def]
@@ -136,7 +136,7 @@ class _Same(torch.autograd.Function):
 
 
 class _Added(torch.autograd.Function):
-    """The sum over the ranks, whose backward pass is the identity (g in fig. 3 of the paper)."""
+    """The sum over the ranks; its backward pass is the identity (g in fig. 3 there)."""
 
     @staticmethod
     def forward(ctx, x, group):  # type: ignore[no-untyped-def]
