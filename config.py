@@ -103,7 +103,9 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a training run, complete and checked; `parse_settings` in runtime/command_line.py makes one."""
+    """All settings of a training run, complete and checked; `parse_settings` in
+    runtime/command_line.py makes one.
+    """
 
     model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
 

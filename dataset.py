@@ -273,9 +273,9 @@ class Mixture(TokenDataset):
 
 
 class TextDatasetForCausalLM(TokenDataset):
-    """Text, tokenized once into a cache. paths: files, folders, globs (see `corpus.text.find_sources`);
-    none = the Python standard library's source. document_separator: what parts the documents of a
-    plain text; "" = each file is one.
+    """Text, tokenized once into a cache. paths: files, folders, globs (see
+    `corpus.text.find_sources`); none = the Python standard library's source. document_separator:
+    what parts the documents of a plain text; "" = each file is one.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from runtime.command_line import parse_settings  # noqa: E402
 from runtime.device import Device  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CPU = Device(torch.device("cpu"), "fp32", "test")
 

@@ -97,7 +97,7 @@ class Ended:
 @pytest.fixture
 def ended(monkeypatch):
     over = Ended()
-    monkeypatch.setattr(hang, "tell", over.said.append)
+    monkeypatch.setattr(hang, "print_stderr", over.said.append)
     monkeypatch.setattr(hang.os, "_exit", over.exit)
     return over
 

@@ -218,7 +218,7 @@ def test_a_new_run_sets_the_old_metrics_aside_and_says_so(folder, capsys):
 
 
 def test_notes_are_said_once(folder, capsys):
-    state = RunState(notes=["resumed c.pt at step 4"])
+    state = RunState(pending_messages=["resumed c.pt at step 4"])
     log = start(state)
     state.pending_messages.append("saved c.pt at step 5")
     log.after_step(state)
