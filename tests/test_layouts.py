@@ -73,11 +73,11 @@ def poisoned(ranks, flags):
 
     def state():
         kept = build_checkpoint(
-            run.model, run.optimizer, run.state, run.args, gather=run.spread.gather
+            run.model, run.optimizer, run.state, run.args, gather=run.parallel.gather
         )
         return copy.deepcopy({k: kept[k] for k in ("model", "optimizer")})
 
-    before, clip = state(), run.spread.clip
+    before, clip = state(), run.parallel.clip
 
     def with_nan(parameters, limit):
         if ranks.rank == ranks.world - 1:
@@ -85,7 +85,7 @@ def poisoned(ranks, flags):
             (grad.to_local() if hasattr(grad, "to_local") else grad).view(-1)[0] = math.nan
         return clip(parameters, limit)
 
-    run.spread.clip = with_nan
+    run.parallel.clip = with_nan
     run.step()
     after = state()
     changed = [k for k, v in before["model"].items() if not torch.equal(v, after["model"][k])]
