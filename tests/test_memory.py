@@ -113,7 +113,7 @@ def test_parts_of_a_model_need_parts_of_its_memory():
     [
         (
             (0.99, 0),
-            "its batch does not matter, .* lower --n-layers or --d-model, or spread it over several "
+            "weights, gradients and optimizer alone are too much, for any batch; lower --n-layers or --d-model, or spread it over several "
             "machines with --parallel fsdp",
         ),
         ((0, 0.49), "lower --batch-size or --seq-len, or try --use-activation-checkpoint"),

@@ -116,7 +116,7 @@ def refuse_what_cannot_fit(
     if too_much and not args.allow_memory:
         lower = "lower --batch-size or --seq-len, or try --use-activation-checkpoint"
         if state > free:
-            lower = "its batch does not matter, since all but activations is too much; lower "
+            lower = "weights, gradients and optimizer alone are too much, for any batch; lower "
             lower += "--n-layers or --d-model"
             if args.parallel != "fsdp":
                 where = "GPUs" if device.torch.type == "cuda" else "machines"
