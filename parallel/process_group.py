@@ -22,14 +22,12 @@ from parallel.context import ParallelContext
 from parallel.hang_guard import PATIENT_SECONDS, HangGuard, exchange_finished, may_take_long
 from parallel.rendezvous import (
     Rendezvous,
-    by_torchrun,
     everyone,
     lost_ranks_are_one_line,
     rendezvous,
     store_of_launcher,
 )
 from runtime.device import pick_device, use_threads
-from runtime.signals import end_with_parent
 
 _Result = TypeVar("_Result")
 
@@ -150,8 +148,6 @@ def process_group(
         use_threads(args.threads, ranks.local_world)
         yield ranks
         return
-    if by_torchrun():
-        end_with_parent()
     device = pick_device(args.device, local_rank=ranks.local_rank).torch
     cuda = device.type == "cuda"
     use_threads(args.threads, ranks.local_world)

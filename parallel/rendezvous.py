@@ -22,6 +22,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from config import UserError
+from runtime.signals import end_with_parent
 
 # What torchrun, SLURM, Open MPI and MPICH call a rank's number on its machine, and how many it has.
 _LOCAL_NAMES = (
@@ -58,10 +59,13 @@ def rendezvous() -> Rendezvous:
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(f"RANK is set, and {' and '.join(missing)} not; start it with torchrun")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if by_torchrun():
+        end_with_parent()
     with lost_ranks_are_one_line():
-        # Torchrun has a store; otherwise rank 0 makes it.
-        make = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = store_of_launcher(_START_SECONDS, make)
+        # Torchrun has a store since before it started this process, so there is nothing to wait for
+        # but a launcher that is gone. Otherwise rank 0 makes the store.
+        there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = store_of_launcher(10.0 if there else _START_SECONDS, rank == 0 and not there)
         name, again = agree_on_name(store, rank, world, by_torchrun() and _mark().exists())
         own = dist.PrefixStore(name, store)
         local, here = place_on_machine(own, rank, world)

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -302,3 +304,38 @@ def test_a_machine_without_an_address_is_waited_for_and_then_named(monkeypatch):
     monkeypatch.setattr(start_module.socket, "getaddrinfo", third_time)
     start_module._await_address("node7", 5.0)
     assert len(asked) == 3
+
+
+def test_a_rank_whose_launcher_is_gone_does_not_wait_for_its_store(tmp_path):
+    # The launcher dies before its process has got to the store, which nobody serves.
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "x"}
+    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from parallel import rendezvous as r; "
+    )
+    script += "open('started', 'w').close(); r.rendezvous()"
+    launcher = (
+        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); "
+    )
+    launcher += "open('pid', 'w').write(str(p.pid)); time.sleep(60)"
+    run = subprocess.Popen([sys.executable, "-c", launcher, script], env=env, cwd=tmp_path)
+    end = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)  # its thread knows its parent now
+    run.kill()
+    run.wait()
+    pid, end = int((tmp_path / "pid").read_text()), time.monotonic() + 8
+    while time.monotonic() < end:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if "Z" in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1][:3]:
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the rank is still there")
