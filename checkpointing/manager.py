@@ -232,24 +232,19 @@ class CheckpointManager:
 
     def _write(self, steps: list[_Step]) -> None:
         for step in steps:
-            self._write_one(step.content, step.number, step.labels)
-
-    def _write_one(self, content: dict[str, Any], step: int, labels: list[str]) -> None:
-        # As long as updates are skipped, the weights stay those of one step. The previous file is
-        # of an earlier one, and stays too: nobody knows yet whether these are good for anything.
-        again = self.latest >= step - content["bad_in_row"]
-        try:
-            write_checkpoint(self.path, content, *labels, keep_previous=again)
-        except Exception as reason:  # in a thread of its own it would else be lost
-            self.state.unsaved = True
-            self.state.pending_messages.append(
-                f"step {step} was not saved: {reason}; the run goes on"
-            )
-        else:
-            self.state.unsaved, self.latest = False, step
-            names = [variant_path(target_of(self.path), label).name for label in labels]
-            also = "".join(f" and {name}" for name in names)
-            self.state.pending_messages.append(f"saved {self.path}{also} at step {step}")
+            # As long as updates are skipped, the weights stay those of one step. The previous file
+            # is of an earlier one, and stays too: nobody knows yet whether these are any good.
+            again = self.latest >= step.number - step.content["bad_in_row"]
+            try:
+                write_checkpoint(self.path, step.content, *step.labels, keep_previous=again)
+            except Exception as reason:  # in a thread of its own it would else be lost
+                self.state.unsaved = True
+                message = f"step {step.number} was not saved: {reason}; the run goes on"
+            else:
+                self.state.unsaved, self.latest = False, step.number
+                names = [variant_path(target_of(self.path), label).name for label in step.labels]
+                message = f"saved {' and '.join([str(self.path), *names])} at step {step.number}"
+            self.state.pending_messages.append(message)
 
     def way_back(self, step: int) -> str:
         """What to do, for an error message, where the weights of this step are no good. If there is

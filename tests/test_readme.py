@@ -50,8 +50,3 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make (\w+)", TEXT, re.M):
         assert f"\n{target}:" in makefile
-
-
-def test_the_table_names_every_module():
-    for path in ROOT.glob("*.py"):
-        assert f"`{path.name}`" in TEXT, path.name
