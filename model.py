@@ -6,12 +6,10 @@ Shapes: B batch, T tokens, C channels (d_model), H heads, D channels per head (C
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig
 from loss import IGNORE, WHOLE_VOCAB, next_token_loss, token_losses
@@ -45,39 +43,6 @@ def rotary_table(positions: int, width: int) -> tuple[Tensor, Tensor]:
     return angle.cos().float(), angle.sin().float()
 
 
-def linear_recomputing_input(
-    linear: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, recompute: bool
-) -> Tensor:
-    """linear(function(x)). With forget, the backward pass computes function(x) once more from x,
-    which is kept anyway, instead of keeping both. Of gpt2's 16 C numbers per token and block 10 C
-    are left, for 1 % more time, and the gradients are the same bits.
-    """
-
-    def compute(x: Tensor) -> Tensor:
-        return function(x).to(dtype)
-
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    y = compute(x)
-    if not (recompute and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-        return linear(y)
-    own = storage_of(y)
-
-    def pack(kept: Tensor) -> Tensor | torch.Size:
-        return kept.shape if storage_of(kept) == own else kept
-
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return compute(x.detach()).view(kept) if isinstance(kept, torch.Size) else kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return linear(y)
-
-
-def storage_of(x: Tensor) -> int:
-    """Which memory x is in: the same for its views."""
-    return x.untyped_storage()._cdata
-
-
 class Attention(nn.Module):
     """Causal self-attention. The rows of `qkv` are ordered head by head (H, 3, D): a slice of it
     is whole heads.
@@ -86,24 +51,18 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         gpt2 = config.arch == "gpt2"
-        self.width, self.dropout, self.qk_norm = (
-            config.d_model // config.n_heads,
-            config.dropout,
-            not gpt2,
-        )
-        self.recompute = not config.use_activation_checkpoint
+        self.width, self.dropout = config.d_model // config.n_heads, config.dropout
+        self.qk_norm = not gpt2
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=gpt2)
         self.proj = nn.Linear(config.d_model, config.d_model, bias=gpt2)
 
     def forward(
-        self,
-        x: Tensor,
-        norm: nn.Module,
-        attn_mask: Tensor | None,
-        rotary: tuple[Tensor, Tensor] | None,
+        self, x: Tensor, attn_mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """Attention over norm(x)."""
-        qkv = linear_recomputing_input(self.qkv, norm, x, self.recompute)  # (B, T, 3 C)
+        """(B, T, C) to (B, T, C). attn_mask (B, 1, T, T) bool: the keys that each query sees, None
+        = itself and those before it; rotary: cosines and sines, each (T, D / 2).
+        """
+        qkv = self.qkv(x)  # (B, T, 3 C)
         q, k, v = qkv.unflatten(-1, (-1, 3, self.width)).transpose(1, 2).unbind(3)  # (B, H, T, D)
         if self.qk_norm:  # keeps the attention logits bounded (Dehghani et al. 2023, sec. 2.1)
             q, k = F.rms_norm(q, (self.width,)), F.rms_norm(k, (self.width,))
@@ -120,27 +79,28 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
+class Square(nn.Module):
+    """x to x * x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x  # under autocast, x.square() would be float32
+
+
 class MLP(nn.Module):
-    """Two matrices with GELU in its tanh form (gpt2) or squared ReLU (modern; So et al. 2021,
-    sec. 3) between them.
+    """Two matrices, and between them GELU in its tanh form (gpt2) or squared ReLU (modern; So et
+    al. 2021, sec. 3).
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         gpt2 = config.arch == "gpt2"
-        self.gelu, self.recompute = gpt2, not config.use_activation_checkpoint
         self.fc = nn.Linear(config.d_model, config.d_ff, bias=gpt2)
+        self.act = nn.GELU(approximate="tanh") if gpt2 else nn.Sequential(nn.ReLU(), Square())
         self.proj = nn.Linear(config.d_ff, config.d_model, bias=gpt2)
 
-    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """The MLP of norm(x)."""
-        h = linear_recomputing_input(self.fc, norm, x, self.recompute)
-        h = h if self.gelu else F.relu(h)
-        return linear_recomputing_input(self.proj, self.activation, h, self.recompute)
-
-    def activation(self, h: Tensor) -> Tensor:
-        """The nonlinearity; that of modern takes what its ReLU left."""
-        return F.gelu(h, approximate="tanh") if self.gelu else h * h  # square() makes it float32
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        return self.proj(self.act(self.fc(x)))
 
 
 class Block(nn.Module):
@@ -155,8 +115,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        x = x + self.drop(self.attn(x, self.norm_1, attn_mask, rotary))
-        return x + self.drop(self.mlp(x, self.norm_2))
+        x = x + self.drop(self.attn(self.norm_1(x), attn_mask, rotary))
+        return x + self.drop(self.mlp(self.norm_2(x)))
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -285,12 +245,8 @@ class GPTModel(nn.Module):
         else:
             x, rotary = F.rms_norm(x, x.shape[-1:]), (self.cos[:T], self.sin[:T])
         x = self.drop(x)
-        recompute = self.config.use_activation_checkpoint and self.training
         for block in self.blocks:
-            if recompute:
-                x = checkpoint(block, x, attn_mask, rotary, use_reentrant=False)
-            else:
-                x = block(x, attn_mask, rotary)
+            x = block(x, attn_mask, rotary)
         return self.norm_f(x)
 
     @property

@@ -21,6 +21,7 @@ from training.compilation import compile_model
 from training.evaluation import evaluate, starts_with_evaluation
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer
+from training.recompute import recompute_activations
 from training.sampling import sample
 from training.step import RunState, check_finite, due, train_step
 
@@ -36,6 +37,7 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
     ranks.must_agree(identity(args, data, model))
     state.pending_messages += compile_model(model, args, device, ranks.agree)
     parallel = ParallelModel(model, args, device, ranks)  # what each rank has of it
+    recompute_activations(model)  # keeps less for the backward pass
     net = parallel.net  # the model, but its backward pass averages over ranks
     optimizer = make_optimizer(model, args, parallel)
     checkpoints = CheckpointManager(args, model, optimizer, state, data, device, ranks, parallel)

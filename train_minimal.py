@@ -16,6 +16,7 @@ from training.compilation import compile_model
 from training.evaluation import evaluate, starts_with_evaluation
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer
+from training.recompute import recompute_activations
 from training.sampling import sample
 from training.step import RunState, check_finite, due, train_step
 
@@ -29,6 +30,7 @@ def main(args: Settings, signals: StopSignals) -> int:
     state = RunState.fresh(device)
     model = GPTModel(args.model, seed=args.seed).to(device.torch)
     state.pending_messages += compile_model(model, args, device)
+    recompute_activations(model)  # keeps less for the backward pass
     optimizer = make_optimizer(model, args)
     checkpoints = CheckpointManager(args, model, optimizer, state, data, device)
     if args.resume:

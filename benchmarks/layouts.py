@@ -26,7 +26,7 @@ from benchmarks.common import BenchSettings, on_ranks
 from benchmarks.speed import gpt2_small
 from config import GPTConfig, UserError
 from dataset import open_data
-from model import GPTModel, storage_of
+from model import GPTModel
 from parallel.parallel_model import ParallelModel
 from parallel.process_group import Ranks
 from parallel.tensor_parallel import split_model
@@ -34,6 +34,7 @@ from reporting.plots import read_records
 from runtime.command_line import parse_settings
 from runtime.device import Device
 from training.optimizers import make_optimizer
+from training.recompute import recompute_activations, storage_of
 from training.step import RunState, train_step
 
 _LAYOUTS = {
@@ -56,6 +57,7 @@ def state_bytes(ranks: Ranks, flags: list[str]) -> dict[str, float]:
     train, _, args = open_data(args)
     model = GPTModel(args.model, seed=0)
     parallel = ParallelModel(model, args, device, ranks)
+    recompute_activations(model)
     optimizer, state = make_optimizer(model, args, parallel), RunState.fresh(device)
     found: dict[str, float] = {}
 
@@ -153,6 +155,7 @@ def blocks_of(ranks: Ranks, ours: bool, repeats: int) -> dict[str, float]:
     model = GPTModel(config, seed=0)
     if ours:
         split_model(model, ranks.patient)  # type: ignore[arg-type]
+        recompute_activations(model)
     else:
         plan = {
             "attn.qkv": ColwiseParallel(),

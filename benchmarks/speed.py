@@ -32,6 +32,7 @@ from runtime.device import Device, pick_device, tune
 from training.compilation import compile_model
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer
+from training.recompute import recompute_activations
 from training.step import RunState, train_step
 
 # Dense bfloat16 matrix products, FLOP/s, as their maker's data sheets say.
@@ -99,6 +100,7 @@ def make_trainer(flags: list[str]) -> tuple[Callable[[], None], Parts, dict[str,
     tune(device, sparing=args.model.use_activation_checkpoint)
     model, start = GPTModel(args.model, seed=0).to(device.torch), time.perf_counter()
     compile_model(model, args, device)
+    recompute_activations(model)
     known = {"compile_s": time.perf_counter() - start, "micro_batch": float(args.batch_size)}
     optimizer, state = make_optimizer(model, args), RunState.fresh(device)
     batches = Prefetch(train, args, device)

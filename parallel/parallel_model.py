@@ -7,6 +7,7 @@ parts that each rank has. The processes themselves are in process_group.py.
 from __future__ import annotations
 
 import datetime
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,7 @@ from runtime.device import Device
 
 class ParallelModel(ParallelContext):
     """The data-parallel context of a model that is spread over all ranks. Call `net` in place of
-    the model: its backward pass averages gradients over the ranks that work on different data.
+    the model.
 
     dp_rank, dp_size: this rank among those that work on different data, and how many those are.
     Ranks that share each layer (a tensor-parallel group) have the same dp_rank and see the same
@@ -39,8 +40,10 @@ class ParallelModel(ParallelContext):
     """
 
     def __init__(self, model: GPTModel, args: Settings, device: Device, ranks: Ranks) -> None:
-        """Moves the model, which all ranks have the same, to the device and splits it in place."""
-        self.model, self.device = model, device
+        """Moves the model to the device and leaves of it what is this rank's, in place. All ranks
+        have the same model and args.
+        """
+        self.model, self.args, self.device = model, args, device
         self.tp_size = args.tensor_parallel_size
         self.sharded = args.parallel == "fsdp"
         self.world_size = ranks.world
@@ -51,17 +54,22 @@ class ParallelModel(ParallelContext):
         self.dp_group, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), wait)
         self.tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), wait)
         self.mesh = DeviceMesh.from_group(self.dp_group, device.torch.type)
-        self.net = self._wrap(args)
-
-    def _wrap(self, args: Settings) -> nn.Module:
-        model, device = self.model, self.device
         if self.tp_size > 1:
             split_model(model, self.tp_group)
         if self.sharded:
             shard(model, self.mesh, device)
-            return model
-        model.to(device.torch)
-        return replicate(model, self.dp_group, args, device) if self.dp_size > 1 else model
+        else:
+            model.to(device.torch)
+
+    @functools.cached_property
+    def net(self) -> nn.Module:
+        """The model, but its backward pass averages gradients over the ranks that work on different
+        data. DDP wraps it when it is first asked for, and runs one pass then: what the model keeps
+        for its backward pass is settled before.
+        """
+        if self.sharded or self.dp_size == 1:
+            return self.model
+        return replicate(self.model, self.dp_group, self.args, self.device)
 
     def no_sync(self) -> AbstractContextManager[object]:
         if isinstance(self.net, DistributedDataParallel):

@@ -34,6 +34,7 @@ from runtime.command_line import parse_settings  # noqa: E402
 from runtime.device import Device  # noqa: E402
 from training.evaluation import evaluate  # noqa: E402
 from training.optimizers import make_optimizer  # noqa: E402
+from training.recompute import recompute_activations  # noqa: E402
 from training.step import RunState, train_step  # noqa: E402
 
 # name: (processes, flags). Sizes are such that nothing divides evenly but what has to.
@@ -95,6 +96,7 @@ class Run:
             for p in self.model.parameters():
                 p.add_(torch.randn(p.shape, generator=draw) * 0.02)
         self.parallel = ParallelModel(self.model, self.args, self.device, ranks)
+        recompute_activations(self.model)
         self.optimizer: torch.optim.Optimizer
         if sgd:
             self.optimizer = SGDOfParts(self.model.parameters(), {"lr": args.lr})

@@ -62,6 +62,7 @@ from training.compilation import compile_model
 from dataset import open_data
 from runtime.device import pick_device
 from training.evaluation import evaluate
+from training.recompute import recompute_activations
 from training.sampling import generate
 from model import GPTModel
 from training.optimizers import make_optimizer
@@ -74,6 +75,7 @@ train, val, args = open_data(args)
 device, state = pick_device("cpu", args.precision), RunState()
 model = GPTModel(args.model, seed=0)
 assert compile_model(model, args, device)[0].startswith("compiled in")
+recompute_activations(model)
 compiled = counters["stats"]["unique_graphs"], counters["inductor"]["async_compile_cache_miss"]
 torch._dynamo.config.error_on_recompile = True
 optimizer = make_optimizer(model, args)

@@ -3,14 +3,17 @@ import dataclasses
 import pytest
 import torch
 from conftest import CPU, record_kept, toy_settings
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import model
 from config import UserError
 from loss import workspace_bytes
-from model import GPTModel, storage_of
+from model import GPTModel
 from runtime.device import Device
 from training import memory
 from training.memory import estimate, fit_micro_batch
+from training.recompute import recompute_activations, storage_of
 
 BF16 = Device(torch.device("cpu"), "bf16", "test")
 SHAPE = "--n-layers 6 --n-heads 4 --d-model 256 --vocab-size 1000 --seq-len 512 --lr 1e-3".split()
@@ -20,11 +23,12 @@ def kept(args, device, monkeypatch):
     """What a forward pass keeps besides the parameters, counted on tensors without data."""
     found = {}
     with FakeTensorMode():
-        model = GPTModel(args.model)
-        own = {storage_of(x) for x in (*model.parameters(), *model.buffers())}
+        gpt = GPTModel(args.model)
+        recompute_activations(gpt)
+        own = {storage_of(x) for x in (*gpt.parameters(), *gpt.buffers())}
         ids = torch.zeros(args.batch_size, args.seq_len, dtype=torch.int64)
         with record_kept(monkeypatch, found), device.autocast():
-            model(ids, labels=ids, reduction="sum", return_logits=False)
+            gpt(ids, labels=ids, reduction="sum", return_logits=False)
     return sum(x.untyped_storage().nbytes() for k, x in found.items() if k not in own)
 
 
@@ -53,7 +57,27 @@ def test_recomputing_keeps_one_block_and_the_inputs_of_the_others():
         for more in ([], ["--use-activation-checkpoint"])
     )
     # Per token: 6 x 40 C bytes of blocks against 6 x 4 C of their inputs and 64 C of one whole block.
-    assert plain - spare == 8 * 512 * 256 * (6 * 40 - 6 * 4 - 64)
+    expected = 8 * 512 * 256 * (6 * 40 - 6 * 4 - 64)
+    assert plain - spare == pytest.approx(expected, rel=0.01)
+
+
+def test_a_changed_model_is_counted_as_it_is(monkeypatch):
+    class GatedMLP(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.gate, self.up = (nn.Linear(config.d_model, config.d_ff) for _ in range(2))
+            self.down = nn.Linear(config.d_ff, config.d_model)
+
+        def forward(self, x):
+            return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+    plain = estimate(toy_settings(*SHAPE, "--d-ff", "768"), CPU)
+    monkeypatch.setattr(model, "MLP", GatedMLP)
+    args = toy_settings(*SHAPE, "--d-ff", "776")
+    need = estimate(args, CPU)
+    assert need.weights == 4 * GPTModel(args.model).num_parameters() > plain.weights
+    found = need.activations - workspace_bytes(1000, False, CPU.torch)
+    assert found == pytest.approx(kept(args, CPU, monkeypatch), rel=0.05)
 
 
 def test_the_largest_micro_batch_that_fits_is_taken(monkeypatch):

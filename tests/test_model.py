@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import record_kept, tiny
+from conftest import tiny
 
 import model as model_module
 from config import PRESETS, GPTConfig, from_dict
@@ -149,49 +149,6 @@ def test_reductions_agree(arch):
     logits, loss = model(ids, labels=ids, return_logits=False)
     assert logits is None and loss.ndim == 0
     assert model(ids)[1] is None
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_activation_checkpointing_is_on_only_when_asked_and_changes_no_gradient(arch, monkeypatch):
-    calls = []
-    original = model_module.checkpoint
-    monkeypatch.setattr(
-        model_module, "checkpoint", lambda *a, **k: (calls.append(1), original(*a, **k))[1]
-    )
-    found = []
-    for asked in (False, True):
-        model, ids = (
-            GPTModel(tiny(arch, use_activation_checkpoint=asked, dropout=0.1), seed=1),
-            batch(),
-        )
-        torch.manual_seed(5)
-        model(ids, labels=ids)[1].backward()
-        found.append([p.grad for p in model.parameters()])
-        assert len(calls) == (2 if asked else 0)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_what_is_computed_again_changes_no_bit_and_is_not_kept(arch, half, monkeypatch):
-    gradients, kept = [], []
-    for recompute in (False, True):
-        model, ids = GPTModel(tiny(arch), seed=1), batch()
-        for block in model.blocks:
-            fill = torch.Generator().manual_seed(2)
-            torch.nn.init.normal_(block.mlp.proj.weight, generator=fill)
-            block.attn.recompute = block.mlp.recompute = recompute
-        found = {}
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
-        with monkeypatch.context() as patch, record_kept(patch, found), autocast:
-            loss = model(ids, labels=ids)[1]
-        loss.backward()
-        gradients.append([p.grad for p in model.parameters()])
-        own = {model_module.storage_of(p) for p in model.parameters()}
-        kept.append(sum(x.untyped_storage().nbytes() for k, x in found.items() if k not in own))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    # Two blocks forget two norms of 16 channels and 64 numbers of the MLP, for 2 x 16 tokens.
-    assert kept[0] - kept[1] == 2 * (2 * 16 + 64) * 2 * 16 * (2 if half else 4)
 
 
 def test_an_ngram_row_depends_on_the_last_four_ids_and_on_nothing_else():

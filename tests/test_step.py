@@ -13,6 +13,7 @@ from parallel.context import ParallelContext
 from runtime.device import Device
 from training import step as step_module
 from training.optimizers import make_optimizer
+from training.recompute import recompute_activations
 from training.step import RunState, check_finite, due, train_step
 
 FP16 = Device(torch.device("cpu"), "fp16", "test")
@@ -25,6 +26,7 @@ class Run:
         args = toy_settings(*flags, **changes)
         self.train, _, self.args = open_data(args)
         self.model = GPTModel(self.args.model, seed=args.seed)
+        recompute_activations(self.model)
         self.optimizer = make_optimizer(self.model, self.args)
         self.device, self.state = device, RunState.fresh(device)
 

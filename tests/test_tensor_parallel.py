@@ -10,18 +10,19 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from benchmarks.common import on_ranks
 from model import GPTModel
 from parallel.tensor_parallel import joined, part_of, split_dim, split_model
+from training.recompute import recompute_activations
 
 
 def two_ways(ranks, arch):
     """Outputs and gradients of a block whole, in our parts, and in those of torch."""
-    # Without forgetting, which DTensors don't take.
-    whole = GPTModel(tiny(arch, n_heads=4, use_activation_checkpoint=True), seed=3)
+    whole = GPTModel(tiny(arch, n_heads=4), seed=3)
     with torch.no_grad():
         draw = torch.Generator().manual_seed(1)
         for p in whole.parameters():
             p.add_(torch.randn(p.shape, generator=draw) * 0.1)
     ours, theirs = copy.deepcopy(whole), copy.deepcopy(whole)
     split_model(ours, dist.group.WORLD)
+    recompute_activations(ours)  # which DTensors don't take
     plan = {
         "attn.qkv": ColwiseParallel(),
         "attn.proj": RowwiseParallel(),

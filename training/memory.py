@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from config import GPTConfig, Settings, UserError
 from loss import workspace_bytes
+from model import Block, GPTModel, rotary_table
 from runtime.device import Device, free_memory
 from training.compilation import why_not_compiled
+from training.recompute import recompute_inputs, storage_of
 
-# Bytes per token and channel that a block keeps for its backward pass, besides those of the MLP, in
-# float32 and in 16 bits: its two inputs, QKV, what attention gives, and in modern the normed and
-# turned Q and K. tests/test_memory.py compares with what the model keeps.
-_BLOCK = {"gpt2": (24, 16), "modern": (37, 31)}
 _SURE = 2.0  # times what is free: no estimate is that far off
 _USABLE = 0.9  # of the free memory: allocators lose some between their blocks
 
@@ -44,16 +44,16 @@ def estimate(args: Settings, device: Device, batch_size: int | None = None) -> N
     """What training with these settings needs, for micro-batches of batch_size sequences."""
     size = batch_size or args.batch_size
     parts = args.tensor_parallel_size * (_data_world(args) if args.parallel == "fsdp" else 1)
-    weights = 4.0 * _numbers(args.model) / parts
-    matrices = 4.0 * _block_numbers(args.model) / parts if args.optimizer == "muon" else 0.0
+    whole, blocks = _numbers(args.model)
+    weights = 4.0 * whole / parts
+    matrices = 4.0 * blocks / parts if args.optimizer == "muon" else 0.0
     activations = _activations(args, device, size)
     gradients = weights
     if args.parallel == "fsdp":  # of one block at a time, and the embeddings, whole
-        c, split = args.model, args.tensor_parallel_size
-        block = _block_numbers(c) / c.n_layers
-        activations += 8.0 * (_numbers(c) - _block_numbers(c) + block) / split
+        split = args.tensor_parallel_size
+        activations += 8.0 * (whole - blocks + blocks / args.model.n_layers) / split
         if args.global_batch_size > size * _data_world(args):  # whole until the last micro-step
-            gradients = 4.0 * _numbers(c) / split
+            gradients = 4.0 * whole / split
     return Need(weights, gradients, 2 * weights - matrices, activations)
 
 
@@ -135,31 +135,62 @@ def free_memory_of(device: Device) -> float:
     return free_memory()
 
 
-def _block_numbers(c: GPTConfig) -> int:
-    return c.n_layers * (4 * c.d_model * c.d_model + 2 * c.d_model * c.d_ff)
+@functools.cache
+def _numbers(config: GPTConfig) -> tuple[int, int]:
+    """The parameters of the whole model, and those of the matrices in its blocks."""
+    with torch.device("meta"):
+        model = GPTModel(config)
+    matrices = (p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    return model.num_parameters(), sum(matrices)
 
 
-def _numbers(c: GPTConfig) -> int:
-    """Parameters, but for the vectors."""
-    rest = c.max_position_embeddings if c.arch == "gpt2" else c.ngram_rows + c.vocab_size
-    return _block_numbers(c) + (c.vocab_size + rest) * c.d_model
+@functools.cache
+def _kept_by_block(config: GPTConfig, dtype: torch.dtype, recompute: bool) -> float:
+    """Bytes per token that a block keeps for its backward pass, measured on a block of this very
+    shape: what two lengths of input differ in. recompute: with `recompute_inputs`.
+    """
+    with torch.device("meta"):
+        block = Block(config)
+    block.to_empty(device="cpu")  # the numbers in it don't matter, and take no memory unwritten
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[storage_of(x)] = x
+        return x
+
+    if recompute:
+        recompute_inputs(block, keep)
+    found = []
+    for tokens in (8, 24):
+        kept.clear()
+        rotary = None
+        if config.arch == "modern":
+            rotary = rotary_table(tokens, config.d_model // config.n_heads)
+        x = torch.zeros(1, tokens, config.d_model, requires_grad=True)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        ):
+            block(x, None, rotary)
+        found.append(sum(x.untyped_storage().nbytes() for x in kept.values()))
+    return (found[1] - found[0]) / (24 - 8)
 
 
 def _activations(args: Settings, device: Device, batch_size: int) -> float:
     """Bytes kept between the forward and the backward pass, the gradient of the head among them."""
-    c, half, split = args.model, device.amp, args.tensor_parallel_size
-    # Under tensor parallelism each rank has its heads' QKV and its part of the MLP, but all of a
-    # block's two inputs.
-    inner = (_BLOCK[c.arch][half] - 8) * c.d_model + (2 if half else 4) * c.d_ff
-    block = 8 * c.d_model + inner / split
-    # Outputs of norms and of the activation: model.py computes them again, compiled blocks don't.
-    whole = block + (4 if half else 8) * c.d_model + (2 if half else 4) * c.d_ff / split
-    layers = (block if why_not_compiled(args, device) else whole) * c.n_layers
+    c, split = args.model, args.tensor_parallel_size
+    compiled = not why_not_compiled(args, device)
+    sizes = (_kept_by_block(c, device.dtype, again) for again in (False, not compiled))
+    # Under tensor parallelism a rank has its part of what a block keeps, but for the two inputs of
+    # the block's halves, which it has whole.
+    inputs = 2 * 4 * c.d_model
+    whole, recomputing = (inputs + (size - inputs) / split for size in sizes)
+    layers = recomputing * c.n_layers
     if c.use_activation_checkpoint:  # the inputs of all blocks, and one block that keeps it all
         layers = 4 * c.d_model * c.n_layers + whole
     ends = 16 * c.d_model  # the embedding, the last norm, and the gradient of what it gives
     head = 4.0 * c.vocab_size * c.d_model / split
-    if half:  # autocast's copies of the weights
-        head += 2.0 * _block_numbers(c) / split
-    workspace = workspace_bytes(c.vocab_size, half, device.torch)
+    if device.amp:  # autocast's copies of the weights
+        head += 2.0 * _numbers(c)[1] / split
+    workspace = workspace_bytes(c.vocab_size, device.amp, device.torch)
     return batch_size * args.seq_len * (layers + ends) + head + workspace
