@@ -21,8 +21,9 @@ from benchmarks.recipe import bench_recipe
 from benchmarks.runs import bench_resume, bench_save
 from benchmarks.speed import bench_growth, bench_profile, bench_train
 from benchmarks.threads import bench_threads
-from config import UserError, choose
-from runtime.command_line import parse_flags, run_script
+from runtime.fields import UserError, choose
+from runtime.flags import parse_flags
+from runtime.script import run_script
 
 Rows = list[dict[str, Any]]
 

@@ -33,20 +33,14 @@ from checkpointing.file_format import (
     tensor_bytes,
     write_with_checksum,
 )
-from config import (
-    NothingSaved,
-    Settings,
-    UserError,
-    check_fields,
-    choose,
-    expanded,
-    flag,
-    from_dict,
-    to_dict,
-)
+from config import Settings, from_dict, to_dict
 from corpus.tokenizer import build_tokenizer, tokenizer_from_json
 from model import GPTModel
-from runtime.command_line import parse_flags, run_script
+from runtime.fields import NothingSaved, UserError, check_fields, choose, flag
+from runtime.files import expanded
+from runtime.flags import parse_flags
+from runtime.script import run_script
+from settings.paths import variant_path
 from training.optimizers import lr_at, state_shapes
 from training.step import RunState
 
@@ -126,11 +120,6 @@ def build_checkpoint(
         "data": data or {},
         "environment": environment or {},
     }
-
-
-def variant_path(path: str | Path, label: str) -> Path:
-    """`name.label.pt` beside `name.pt`."""
-    return Path(path).with_name(f"{Path(path).stem}.{label}{Path(path).suffix}")
 
 
 def write_checkpoint(

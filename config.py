@@ -1,5 +1,5 @@
-"""Every setting, once: dataclasses that check themselves, and presets. The flags are made by
-runtime/command_line.py.
+"""Every setting, once: dataclasses that check themselves. Presets, and how the command line becomes
+such settings, are in settings/.
 
 A setting is one line, `name: type = flag(default, "help, with its unit")`: the flag `--name`, its
 help, its type check and its place in every checkpoint follow from it. What wins: what the user
@@ -9,54 +9,18 @@ typed, then the checkpoint (with --resume) or the preset, then the default of th
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import os
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-
-class UserError(Exception):
-    """A mistake of the user: one line that says what was given, what is allowed, what to try.
-
-    of_all: all ranks have found it together, so it does not matter which one says it.
-    """
-
-    def __init__(self, text: str, of_all: bool = False) -> None:
-        super().__init__(text)
-        self.of_all = of_all
+from runtime.fields import UserError, check_fields, flag
 
 
-class NothingSaved(UserError):
-    """There is no checkpoint to resume at a path, not even a damaged one."""
-
-
-def flag(
-    default: Any,
-    help: str,
-    *choices: str,
-    at_least: float | None = None,
-    at_most: float = 2**62,
-    fixed: bool = False,
-    positional: bool = False,
-    word: str = "",
-    metavar: str = "",
-    short_for: str = "",
-) -> Any:
-    """One setting: default, help of its flag with the unit, and the values that it may take.
-
-    fixed: another value makes another run, so --resume takes it only with --allow-change. word:
-    what a flag that is on when given alone also takes, as in --resume auto. metavar: what --help
-    calls the value; with PATH in it, a typed ~ is the home directory. short_for: the flag and value
-    that it is another name of; such a flag has no negation.
-    """
-    limits = {"choices": choices, "at_least": at_least, "at_most": at_most}
-    named = {"word": word, "metavar": metavar, "short_for": short_for}
-    metadata = {"help": help, "fixed": fixed, "positional": positional, **named, **limits}
-    return dataclasses.field(default=default, metadata=metadata)
+def _divisors_near(wanted: int, size: int) -> str:
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    near = sorted(divisors, key=lambda n: (abs(n - wanted), -n))[:2]
+    return " or ".join(map(str, sorted(near)))
 
 
 # fmt: off
@@ -81,19 +45,14 @@ class GPTConfig:
         if self.d_ff == 0:
             object.__setattr__(self, "d_ff", 4 * self.d_model)
         if self.d_model % self.n_heads:
-            near = sorted(
-                (n for n in range(1, 2 * self.n_heads + 1) if self.d_model % n == 0),
-                key=lambda n: (abs(n - self.n_heads), -n),
-            )[:2]
             raise UserError(
                 f"n_heads={self.n_heads} does not divide d_model={self.d_model}; "
-                f"try {' or '.join(map(str, sorted(near)))}"
+                f"try {_divisors_near(self.n_heads, self.d_model)}"
             )
         if self.arch == "modern" and (self.d_model // self.n_heads) % 2:
             raise UserError(
-                f"d_model/n_heads={self.d_model // self.n_heads} is odd, and rotary positions "
-                "need an "
-                "even width per head; try another n_heads"
+                f"d_model/n_heads={self.d_model // self.n_heads} is odd, and rotary positions need "
+                "an even width per head; try another n_heads"
             )
         if self.arch == "gpt2" and self.ngram_rows:
             raise UserError(f"ngram_rows={self.ngram_rows} is for --arch modern; leave it at 0")
@@ -104,7 +63,7 @@ class GPTConfig:
 @dataclass(frozen=True)
 class Settings:
     """All settings of a training run, complete and checked; `parse_settings` in
-    runtime/command_line.py makes one.
+    settings/command_line.py makes one.
     """
 
     model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
@@ -219,11 +178,6 @@ class Settings:
     def __post_init__(self) -> None:
         check_fields(self)
         self._resolve_aliases()
-        names = [f.name for kind in (GPTConfig, Settings) for f in dataclasses.fields(kind)]
-        allowed = tuple(name.replace("-", "_") for name in self.allow_change)
-        for name in allowed:
-            choose("allow_change", name, dict.fromkeys(names))
-        object.__setattr__(self, "allow_change", allowed)
         self._check_data()
         self._check_schedule()
         if self.seq_len > self.model.max_position_embeddings:
@@ -262,12 +216,9 @@ class Settings:
         sizes = {"n_heads": model.n_heads, "d_ff": model.d_ff}
         bad = next((name for name, size in sizes.items() if size % parts), None)
         if bad:
-            both = math.gcd(*sizes.values())
-            fitting = [n for n in range(1, both + 1) if both % n == 0]
-            near = sorted(sorted(fitting, key=lambda n: abs(n - parts))[:2])
             raise UserError(
                 f"tensor_parallel_size={parts} does not divide {bad}={sizes[bad]}; "
-                f"try {' or '.join(map(str, near))}"
+                f"try {_divisors_near(parts, math.gcd(*sizes.values()))}"
             )
         vocab = model.vocab_size
         if vocab and (parts - 1) * -(-vocab // parts) >= vocab:  # the last part would be empty
@@ -287,13 +238,12 @@ class Settings:
             )
         if self.data_mode == "fineweb_npy" and not self.train_npy:
             raise UserError("data_mode=fineweb_npy needs --train-npy FILE...")
-        if (self.val_data and self.data_mode != "text") or (
-            self.val_npy and self.data_mode != "fineweb_npy"
-        ):
-            raise UserError(
-                f"{'--val-data' if self.val_data else '--val-npy'} does not fit "
-                f"data_mode={self.data_mode}; text goes with text, shards with shards"
-            )
+        for name, mode in (("val_data", "text"), ("val_npy", "fineweb_npy")):
+            if getattr(self, name) and self.data_mode != mode:
+                raise UserError(
+                    f"--{name.replace('_', '-')} does not fit data_mode={self.data_mode}; "
+                    "text goes with text, shards with shards"
+                )
         if not self.has_val_files and not 0 < self.val_ratio < 1:
             raise UserError(
                 f"val_ratio={self.val_ratio} must lie between 0 and 1 where no validation files "
@@ -317,205 +267,17 @@ class Settings:
                 )
 
 
-@dataclass(frozen=True)
-class EvalSettings:
-    """Settings of eval.py; what is not given comes from the checkpoint."""
-
-    checkpoint_path: tuple[str, ...] = flag((), "checkpoint files, or folders")
-    data_mode: str = flag("auto", "kind of data", "auto", "text", "fineweb_npy", "toy")
-    val_data: tuple[str, ...] = flag((), "text files to evaluate on, whole")
-    val_npy: tuple[str, ...] = flag((), "token shards to evaluate on, whole")
-    bin_dtype: str = flag("auto", "ids of .bin files without header; auto = as in training",
-                          "auto", "uint8", "uint16", "uint32")
-    tokenizer_name: str = flag("", "tokenizer of val-data; none = that of the checkpoint",
-                               metavar="NAME|PATH")
-    max_tokens: int = flag(0, "evaluate on at most this many tokens; 0 = all", at_least=0)
-    by_source: bool = flag(False, "of a mixture, the loss of each source too")
-    seq_len: int = flag(0, "tokens per sequence; 0 = as in training", at_least=0)
-    batch_size: int = flag(0, "sequences per rank and forward pass; 0 = as before", at_least=0)
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    no_amp: bool = flag(False, "float32, whatever the training used")
-    seed: int = flag(-1, "accepted for symmetry: evaluation draws nothing", at_least=-1)
-    cache_dir: str = flag("", "folder of the tokenized texts; none = as in training",
-                          metavar="PATH")
-    log_dir: str = flag("logs", "folder of eval.log and eval.jsonl", metavar="PATH")
-    threads: int = flag(0, "CPU threads of each process; 0 = cores / processes of this machine",
-                        at_least=0)
-    timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1,
-                                at_most=604_800)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if not self.checkpoint_path:
-            raise UserError("eval.py needs --checkpoint-path FILE...; a run prints it at its end")
-        if self.seq_len == 1:
-            raise UserError("seq_len=1 leaves nothing to predict; try the length used in training")
-        if self.val_data and self.val_npy:
-            raise UserError("--val-data and --val-npy are two data sets; evaluate one at a time")
 
 
-@dataclass(frozen=True)
-class SampleSettings:
-    """Settings of generate.py."""
-
-    checkpoint_path: str = flag("checkpoints/minigpt_single.pt", "checkpoint file, or folder",
-                                metavar="PATH")
-    prompt: str = flag("\n", "text to continue; empty = the start of a document",
-                       metavar="TEXT")
-    tokenizer_name: str = flag("", "tokenizer; none = that of the checkpoint",
-                               metavar="NAME|PATH")
-    max_new_tokens: int = flag(300, "tokens to write", at_least=1)
-    num_samples: int = flag(1, "continuations to write", at_least=1)
-    temperature: float = flag(0.8, "0 = always the likeliest token; 1 = as predicted", at_least=0)
-    top_k: int = flag(50, "draw among this many likeliest tokens; 0 = all", at_least=0)
-    seed: int = flag(1337, "seed of the draws", at_least=0)
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    threads: int = flag(0, "CPU threads; 0 = as torch chooses", at_least=0)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
-_GPT2 = dict(
-    arch="gpt2", vocab_size=50257, max_position_embeddings=1024, seq_len=1024,
-    tokenizer_name="gpt2", batch_size=8, global_batch_size=480, num_steps=20_000,
-    warmup_steps=700, eval_steps=250, save_steps=1000, val_max_tokens=1_048_576,
-)
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # Learns visibly in about a minute on two CPU cores.
-    "quickstart": dict(
-        arch="modern", vocab_size=0, max_position_embeddings=0, n_layers=2, n_heads=2, d_model=64,
-        ngram_rows=10_500, seq_len=128, batch_size=24, global_batch_size=24, num_steps=800,
-        optimizer="muon", lr=0.02, muon_lr_ratio=0.4, min_lr=0.0, lr_scheduler="linear",
-        warmup_steps=0, eval_steps=200, save_steps=200, val_max_tokens=100_000,
-    ),
-    "toy": dict(
-        arch="gpt2", vocab_size=10_000, max_position_embeddings=0, n_layers=2, n_heads=4,
-        d_model=128, d_ff=512, dropout=0.1, seq_len=32, batch_size=8, global_batch_size=8,
-        num_steps=50, lr=3e-4, warmup_steps=5, eval_steps=10, log_steps=1, val_max_tokens=10_000,
-    ),
-    # Shapes: Radford et al. 2019, table 2. Learning rates: Brown et al. 2020, table 2.1.
-    "gpt2-small": dict(_GPT2, n_layers=12, n_heads=12, d_model=768, lr=6e-4),
-    "gpt2-medium": dict(_GPT2, n_layers=24, n_heads=16, d_model=1024, lr=3e-4),
-    "gpt2-large": dict(_GPT2, n_layers=36, n_heads=20, d_model=1280, lr=2.5e-4),
-    # The recipe of quickstart at the size of GPT-2 small; its rates are those that trainers of that
-    # size publish (matrices: 0.02 of Jordan et al. 2024 is 0.0036 here), not measured here.
-    "modern-small": dict(
-        _GPT2 | dict(arch="modern"), n_layers=12, n_heads=12, d_model=768, ngram_rows=50_304,
-        optimizer="muon", lr=6e-3, muon_lr_ratio=0.6, min_lr=0.0, lr_scheduler="linear",
-    ),
-    "gpt2-xl": dict(_GPT2, n_layers=48, n_heads=25, d_model=1600, lr=2e-4),
-}
 
-# What a preset made for Muon has with --optimizer adamw instead: without Muon's even steps, large
-# rates need a warm-up and are still too large.
-WITH_ADAMW: dict[str, dict[str, Any]] = {
-    "quickstart": dict(lr=3e-3, warmup_steps=50),
-    "modern-small": dict(lr=9e-4, warmup_steps=1250),
-}
 # fmt: on
-
-
-def preset_values(preset: str, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a preset where the flags that were typed leave them. Raises UserError."""
-    values = dict(choose("preset", preset, PRESETS))
-    if typed.get("data_mode") == "fineweb_npy" or typed.get("train_npy"):
-        values.pop("tokenizer_name", None)  # shards need none, and its files may not be at hand
-    if typed.get("arch") == "gpt2":
-        values.pop("ngram_rows", None)  # a part of the other architecture
-    if typed.get("optimizer") == "adamw":
-        values |= WITH_ADAMW.get(preset, {})
-    if "num_steps" in typed:
-        values["warmup_steps"] = min(values["warmup_steps"], typed["num_steps"] // 10)
-    return values
-
-
-def notes_on_preset(args: Settings) -> list[str]:
-    """Which rates of its preset a run does not have because of flags that don't name them."""
-    preset = PRESETS.get(args.preset, {})
-    own = WITH_ADAMW.get(args.preset, {}) if args.optimizer == "adamw" else {}
-    planned = (preset | own).get("warmup_steps", 0)
-    notes = []
-    if own and args.lr == own["lr"]:
-        notes.append(
-            f"lr is {args.lr:g}, which preset {args.preset} has with adamw (with muon "
-            f"{preset['lr']:g}); --lr sets another"
-        )
-    if args.warmup_steps == args.num_steps // 10 < planned:
-        notes.append(
-            f"warm-up is {args.warmup_steps} steps, a tenth of --num-steps, where preset "
-            f"{args.preset} has {planned}; --warmup-steps sets another"
-        )
-    return notes
-
-
-def wandb_mode(args: Settings) -> str:
-    """online, offline or disabled: what the settings say, or with auto the environment. Raises
-    UserError for a WANDB_MODE that is none of those that wandb knows.
-    """
-    if args.wandb_mode != "auto":
-        return args.wandb_mode
-    found = os.environ.get("WANDB_MODE") or "online"
-    known = {"online": "online", "offline": "offline", "disabled": "disabled"}
-    return str(choose("WANDB_MODE", found, known | {"run": "online", "dryrun": "offline"}))
-
-
-def default_checkpoint(script: str) -> str:
-    """Where a trainer saves unless told otherwise."""
-    return f"checkpoints/minigpt_{'ddp' if script == 'train_ddp' else 'single'}.pt"
-
-
-def in_folder(path: str, default: str) -> str:
-    """The path, or in a folder the file there with the name of the default path; "" is that."""
-    if path and (path.endswith("/") or os.path.isdir(path)):
-        return os.path.join(path, os.path.basename(default))
-    return path or default
-
-
-def checkpoint_in(path: str) -> str:
-    """The path of a checkpoint to read; of a folder, that of the trainer whose usual name is there.
-    Raises UserError where both are.
-    """
-    usual = [in_folder(path, default_checkpoint(x)) for x in ("train_minimal", "train_ddp")]
-    found = [p for p in dict.fromkeys(usual) if os.path.exists(p)]
-    if len(found) == 2:
-        raise UserError(f"{path} holds {found[0]} and {found[1]}; say which")
-    if not found and os.path.isdir(path):
-        others = sorted(p.name for p in Path(path).glob("*.pt"))
-        if others:
-            raise UserError(
-                f"{path} has no {Path(usual[0]).name}; name one of its checkpoints: "
-                f"{', '.join(others[:4])}{', ...' if len(others) > 4 else ''}"
-            )
-    return found[0] if found else usual[0]
 
 
 # What runs did before these settings existed: a checkpoint that lacks them means this.
 BEFORE: dict[str, Any] = {"val_by_weight": False, "allow_leak": True}
-
-
-def expanded(path: str | Path, flag: str) -> Path:
-    """A path in which ~ may stand for the home directory. Raises UserError where the user has none:
-    HOME is not set, and the number of the user stands for no account, as in some containers.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(
-            f"{path}: this user has no home directory; set HOME, or name another folder with {flag}"
-        ) from None
-
-
-def log_base(args: Settings) -> Path:
-    """What the logs of a run are called, without their endings: in log_dir, as its checkpoint is,
-    or for a trainer's default checkpoint as the trainer.
-    """
-    name = Path(args.checkpoint_path).stem
-    for script in ("train_minimal", "train_ddp"):
-        if os.path.abspath(args.checkpoint_path) == os.path.abspath(default_checkpoint(script)):
-            name = script
-    return Path(args.log_dir) / name
 
 
 def from_dict(values: Mapping[str, Any]) -> Settings:
@@ -524,11 +286,10 @@ def from_dict(values: Mapping[str, Any]) -> Settings:
     """
     names = {f.name for f in dataclasses.fields(GPTConfig)}
     model = {k: v for k, v in values.items() if k in names}
-    run: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k not in names
-    }
+    rest = {k: v for k, v in values.items() if k not in names}
+    run: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()}
     unknown = sorted(
-        set(run) - {f.name for f in dataclasses.fields(Settings)} | ({"model"} & set(run))
+        run.keys() - {f.name for f in dataclasses.fields(Settings)} | run.keys() & {"model"}
     )
     if unknown:
         raise UserError(
@@ -544,54 +305,3 @@ def to_dict(args: Settings) -> dict[str, Any]:
         **values.pop("model"),
         **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
     }
-
-
-def with_vocab_size(args: Settings, vocab_size: int, tokenizer_name: str) -> Settings:
-    """The same settings with what the data settles: the tokenizer's name, and a vocabulary size
-    that holds its ids.
-    """
-    if args.model.vocab_size and args.model.vocab_size < vocab_size:
-        raise UserError(
-            f"vocab_size={args.model.vocab_size} is below the tokenizer's {vocab_size} ids; "
-            f"try --vocab-size {vocab_size}"
-        )
-    model = dataclasses.replace(args.model, vocab_size=args.model.vocab_size or vocab_size)
-    return dataclasses.replace(args, model=model, tokenizer_name=tokenizer_name)
-
-
-def check_fields(settings: Any) -> None:
-    """Raises UserError where a field has the wrong type, is not finite, or lies outside of what
-    its flag allows.
-    """
-    hints = typing.get_type_hints(type(settings))
-    for field in dataclasses.fields(settings):
-        value, kind = getattr(settings, field.name), hints[field.name]
-        if kind is float and type(value) is int:
-            value = float(value)
-            object.__setattr__(settings, field.name, value)
-        accepted = tuple if typing.get_origin(kind) is tuple else kind
-        if type(value) is not accepted or (
-            accepted is tuple and not all(type(v) is str for v in value)
-        ):
-            raise UserError(
-                f"{field.name}={value!r:.80} must be of type {getattr(kind, '__name__', kind)}"
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{field.name}={value} must be a finite number")
-        choices, at_least = field.metadata.get("choices"), field.metadata.get("at_least")
-        if choices:
-            choose(field.name, str(value), dict.fromkeys(choices))
-        if at_least is not None and value < at_least:
-            raise UserError(f"{field.name}={value} must be at least {at_least}")
-        at_most = field.metadata.get("at_most")
-        if at_most is not None and isinstance(value, int) and value > at_most:
-            raise UserError(f"{field.name}={value} must be at most {at_most}")
-
-
-def choose(name: str, given: str, allowed: Mapping[str, Any]) -> Any:
-    """What `given` stands for in `allowed`. Raises UserError that names those that are close."""
-    if given not in allowed:
-        close = difflib.get_close_matches(given[:80], allowed, n=2, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(f"{name}={given!r:.80} is not one of {', '.join(allowed)}{hint}")
-    return allowed[given]

@@ -7,6 +7,7 @@ and each token of the range is scored once.
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import math
 import os
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import Settings, UserError, expanded, with_vocab_size
+from config import Settings
 from corpus.contamination import REFUSED_SHARE, refuse_copies, refuse_leak, repeated_files, some
 from corpus.hashing import hash_of, permute
 from corpus.shards import (
@@ -37,6 +38,8 @@ from corpus.token_files import TOKENIZER_FILE, note_on_documents, tokenize_files
 from corpus.tokenizer import Tokenizer, build_tokenizer
 from parallel.context import SINGLE_PROCESS, ParallelContext
 from runtime.device import Device
+from runtime.fields import UserError
+from runtime.files import expanded
 
 __all__ = [
     "FineWebNPYDataset",
@@ -526,3 +529,16 @@ class Prefetch:
     def _fetch(self, step: int) -> Tensor:
         batch = self._read(step)
         return batch.pin_memory() if self._pin else batch
+
+
+def with_vocab_size(args: Settings, vocab_size: int, tokenizer_name: str) -> Settings:
+    """The same settings with what the data settles: the tokenizer's name, and a vocabulary size
+    that holds its ids.
+    """
+    if args.model.vocab_size and args.model.vocab_size < vocab_size:
+        raise UserError(
+            f"vocab_size={args.model.vocab_size} is below the tokenizer's {vocab_size} ids; "
+            f"try --vocab-size {vocab_size}"
+        )
+    model = dataclasses.replace(args.model, vocab_size=args.model.vocab_size or vocab_size)
+    return dataclasses.replace(args, model=model, tokenizer_name=tokenizer_name)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import runtime.startup  # noqa: F401  # before torch loads
+import settings.startup  # noqa: F401  # before torch loads
 
 import dataclasses
 from typing import Any
 
 from checkpoint import changes_of_data, load_model, saved_settings
-from config import BEFORE, EvalSettings, Settings, UserError, checkpoint_in, from_dict
+from config import BEFORE, Settings, from_dict
 from corpus.tokenizer import stored_tokenizer
 from dataset import TokenDataset, open_validation, refuse_missing
 from parallel.process_group import DataParallel, process_group
 from reporting.run_log import report_evaluations
-from runtime.command_line import parse_flags, run_script
 from runtime.console import say
 from runtime.device import pick_device, tune
+from runtime.fields import UserError
+from runtime.flags import parse_flags
+from runtime.script import run_script
+from settings.paths import checkpoint_in
+from settings.scripts import EvalSettings
 from training.evaluation import evaluate
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import runtime.startup  # noqa: F401  # before torch loads
+import settings.startup  # noqa: F401  # before torch loads
 
 from typing import Any
 
 from checkpoint import load_model
-from config import SampleSettings, UserError, checkpoint_in
 from corpus.tokenizer import stored_tokenizer
-from runtime.command_line import parse_flags, run_script
 from runtime.console import say
 from runtime.device import pick_device, tune, use_threads
+from runtime.fields import UserError
+from runtime.flags import parse_flags
+from runtime.script import run_script
+from settings.paths import checkpoint_in
+from settings.scripts import SampleSettings
 from training.sampling import continue_text
 
 

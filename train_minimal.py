@@ -1,6 +1,6 @@
 """Trains a GPT on one device: `python train_minimal.py` (`--help` shows all flags)."""
 
-import runtime.startup  # noqa: F401  # before torch loads
+import settings.startup  # noqa: F401  # before torch loads
 
 from checkpoint import resumable_settings
 from checkpointing.manager import CheckpointManager
@@ -9,9 +9,10 @@ from dataset import Prefetch, data_record, open_data
 from model import GPTModel
 from parallel.rendezvous import is_first_reporter, must_be_alone
 from reporting.run_log import RunLog
-from runtime.command_line import parse_settings, run_script
 from runtime.device import pick_device, tune, use_threads
+from runtime.script import run_script
 from runtime.signals import StopSignals
+from settings.command_line import parse_settings
 from training.compilation import compile_model
 from training.evaluation import evaluate, starts_with_evaluation
 from training.memory import fit_micro_batch

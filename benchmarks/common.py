@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from config import GPTConfig, check_fields, flag
+from config import GPTConfig
 from parallel.process_group import Ranks
+from runtime.fields import check_fields, flag
 
 
 # fmt: off

@@ -19,7 +19,7 @@ from benchmarks.common import BenchSettings, in_new_process, memory
 from corpus.text import find_sources, read_texts, stdlib_files
 from corpus.token_files import prepare
 from corpus.tokenizer import build_tokenizer
-from runtime.command_line import parse_settings
+from settings.command_line import parse_settings
 
 
 def open_and_read(path: str) -> dict[str, float]:

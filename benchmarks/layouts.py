@@ -24,15 +24,16 @@ from torch.distributed.tensor.parallel import (
 
 from benchmarks.common import BenchSettings, on_ranks
 from benchmarks.speed import gpt2_small
-from config import GPTConfig, UserError
+from config import GPTConfig
 from dataset import open_data
 from model import GPTModel
 from parallel.parallel_model import ParallelModel
 from parallel.process_group import Ranks
 from parallel.tensor_parallel import split_model
 from reporting.plots import read_records
-from runtime.command_line import parse_settings
 from runtime.device import Device
+from runtime.fields import UserError
+from settings.command_line import parse_settings
 from training.optimizers import make_optimizer
 from training.recompute import recompute_activations, storage_of
 from training.step import RunState, train_step

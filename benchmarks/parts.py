@@ -29,8 +29,8 @@ from benchmarks.speed import device_of, gpt2_small
 from dataset import ToyRandomDataset, open_data
 from loss import next_token_loss
 from model import GPTModel
-from runtime.command_line import parse_settings
 from runtime.device import pick_device, tune
+from settings.command_line import parse_settings
 from training.evaluation import evaluate
 from training.optimizers import Muon, make_optimizer
 from training.sampling import generate

@@ -19,9 +19,9 @@ import torch
 from benchmarks.common import BenchSettings
 from checkpoint import differences, read_checkpoint
 from checkpointing.manager import CheckpointManager, lock_path
-from config import UserError
 from reporting.plots import first_difference, read_records
-from runtime.command_line import parse_settings
+from runtime.fields import UserError
+from settings.command_line import parse_settings
 
 
 def bench_resume(args: BenchSettings) -> list[dict[str, Any]]:

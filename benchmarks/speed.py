@@ -27,8 +27,8 @@ from benchmarks.common import (
 from config import GPTConfig, Settings
 from dataset import Prefetch, open_data
 from model import GPTModel
-from runtime.command_line import parse_settings
 from runtime.device import Device, pick_device, tune
+from settings.command_line import parse_settings
 from training.compilation import compile_model
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import BenchSettings
-from config import UserError
 from reporting.plots import read_records
+from runtime.fields import UserError
 
 # The environment of each side. An empty OMP_WAIT_POLICY counts as set by the user, see
-# runtime/startup.py; OpenMP then spins, as it does without the variable.
+# runtime/threads.py; OpenMP then spins, as it does without the variable.
 WAYS = {
     "sleeping": {},
     "spinning": {"OMP_WAIT_POLICY": ""},

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import torch
 
-from config import UserError
+from runtime.fields import UserError
 
 _CHECKSUM_MARK = b"sha256:"
 _CHECKSUM_BYTES = len(_CHECKSUM_MARK) + 64

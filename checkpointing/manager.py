@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import os
 import re
 import threading
@@ -29,20 +28,20 @@ from checkpoint import (
     latest_valid,
     load_checkpoint,
     open_checkpoint,
-    variant_path,
     write_checkpoint,
 )
 from checkpointing.file_format import Unreadable, tensor_bytes
-from config import Settings, UserError, log_base
+from config import Settings
 from model import GPTModel
 from parallel.context import SINGLE_PROCESS, ParallelContext
 from parallel.hang_guard import may_take_long
 from parallel.process_group import Ranks
 from runtime.device import Device, environment, free_memory
-from runtime.locks import lock
+from runtime.fields import UserError
+from runtime.files import target_of
+from runtime.locks import hold
+from settings.paths import LABELS, archive_existing, free_number, log_base, run_files, variant_path
 from training.step import RunState
-
-_LABELS = r"previous|best|step\d+"
 
 
 @dataclass(frozen=True)
@@ -310,17 +309,12 @@ def copied(tree: Any, into: dict[str, Any], pinned: bool = False) -> dict[str, A
     return result
 
 
-def target_of(path: str | Path) -> Path:
-    """Where a file at `path` lies if that is a symbolic link."""
-    return Path(os.path.realpath(path))
-
-
 def lock_path(path: Path) -> IO[str]:
     """Keeps other runs off a checkpoint path, and removes what a killed one left half-written.
     Returns the lock, held until it is closed or the process ends. Raises UserError.
     """
     target = target_of(path)
-    if part := re.fullmatch(rf"(.+)\.({_LABELS})", target.stem):
+    if part := re.fullmatch(rf"(.+)\.({LABELS})", target.stem):
         raise UserError(
             f"{path} belongs to the run at {part[1]}{target.suffix}; copy it to another name to "
             "start a run from it"
@@ -332,7 +326,7 @@ def lock_path(path: Path) -> IO[str]:
         held = hold(target.with_name(target.name + ".lock"), str(path), "--checkpoint-path")
         stem = re.escape(target.stem)
         for rest in target.parent.iterdir():
-            label = rf"(\.({_LABELS}))?"
+            label = rf"(\.({LABELS}))?"
             if re.fullmatch(rf"{stem}{label}{re.escape(target.suffix)}\.\d+\.tmp", rest.name):
                 rest.unlink()
     except OSError as reason:
@@ -340,23 +334,6 @@ def lock_path(path: Path) -> IO[str]:
             f"cannot save to {path}: {reason.strerror}; change --checkpoint-path"
         ) from reason
     return held
-
-
-def hold(path: Path, what: str, flag: str) -> IO[str]:
-    """Takes the lock file that stands for `what`, until the result is closed or the process ends.
-    Raises OSError, or UserError that says who has it and which flag to give.
-    """
-    file = open(path, "a+")  # noqa: SIM115
-    if not lock(file, wait=False):
-        file.seek(0)
-        raise UserError(
-            f"{what} is in use by another run ({file.read().strip()}); stop it, or give another "
-            f"{flag}"
-        )
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}")
-    file.flush()
-    return file
 
 
 def _has_run(path: str, run_id: str) -> bool:
@@ -368,50 +345,3 @@ def _has_run(path: str, run_id: str) -> bool:
             return bool(contents.tree["run_id"] == run_id)
     except Unreadable:
         return True
-
-
-def run_files(path: Path) -> list[Path]:
-    """All checkpoints of the run at `path`."""
-    target = target_of(path)
-    if not target.parent.is_dir():
-        return []
-    stem, suffix = re.escape(target.stem), re.escape(target.suffix)
-    name = rf"{stem}(\.({_LABELS}))?{suffix}"
-    return sorted(p for p in target.parent.iterdir() if re.fullmatch(name, p.name))
-
-
-def free_number(path: Path, logs: Path) -> int:
-    """The first number that nothing has been set aside with, neither checkpoints of runs at `path`
-    nor their metrics, which are at `logs`.jsonl: what belongs together gets the same one.
-    """
-    target, taken = target_of(path), set[str]()
-    stem, suffix = re.escape(target.stem), re.escape(target.suffix)
-    numbered = {
-        target.parent: rf"{stem}\.(\d+)(\.({_LABELS}))?{suffix}",
-        logs.parent: rf"{re.escape(logs.name)}\.(\d+)\.jsonl",
-    }
-    for folder, pattern in numbered.items():
-        if folder.is_dir():
-            taken |= {m[1] for p in folder.iterdir() if (m := re.fullmatch(pattern, p.name))}
-    return next(n for n in itertools.count(1) if str(n) not in taken)
-
-
-def archive_existing(files: list[Path], number: int) -> list[str]:
-    """Gives files of an earlier run this number in their names; returns a line that says so, or
-    nothing. Raises UserError.
-    """
-    files = [f for f in files if os.path.lexists(f)]
-    try:
-        for f in files:
-            os.rename(f, _numbered(f, number))
-    except OSError as reason:
-        raise UserError(f"cannot rename {f}, which is there already: {reason.strerror}") from reason
-    renamed = ", ".join(f"{f.name} -> {_numbered(f, number).name}" for f in files)
-    return [f"{files[0].parent}: renamed what was there, {renamed}"] if files else []
-
-
-def _numbered(file: Path, number: int) -> Path:
-    """name.best.pt -> name.1.best.pt, which is then the best of name.1.pt."""
-    parts = re.fullmatch(rf"(.+?)((\.({_LABELS}))?(\.\w+)?)", file.name)
-    assert parts is not None, "the first part takes what the others don't"
-    return file.with_name(f"{parts[1]}.{number}{parts[2]}")

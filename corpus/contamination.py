@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from config import UserError
 from corpus.hashing import mix
 from corpus.shards import Source, SourceFile
+from runtime.fields import UserError
 from runtime.locks import lock
 
 PROBES = 256  # pieces of the validation data that are searched for

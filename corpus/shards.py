@@ -18,9 +18,9 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from config import UserError
 from corpus.hashing import hash_of, mix
 from corpus.id_width import sample_bytes, width_of_ids
+from runtime.fields import UserError
 
 OTHER_FORMATS = {  # long enough not to be the first ids of a file without header
     b"\x1f\x8b\x08": "gzip data",

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from config import UserError
 from corpus.shards import OTHER_FORMATS
+from runtime.fields import UserError
 
 _KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 _PACKED = (".gz", ".zst")

@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError
 from corpus.text import BLOCK_BYTES, USUAL_SEPARATOR, Text, kind_of, read_pieces
 from corpus.tokenizer import Tokenizer
+from runtime.fields import UserError
 from runtime.locks import lock
 
 MANIFEST, TOKENIZER_FILE, _PROGRESS = "tokens.json", "tokenizer.json", "progress.json"

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import regex
 
-from config import UserError
+from runtime.fields import UserError
 
 _FILE_FORMAT = "rosetrainer tokenizer 1"
 

@@ -9,13 +9,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from config import UserError, check_fields, flag
 from corpus.shards import TokenShards
 from corpus.text import find_sources, kind_of, read_texts
 from corpus.token_files import MANIFEST, TOKENIZER_FILE
 from corpus.tokenizer import Tokenizer, build_tokenizer
-from runtime.command_line import parse_flags, run_script
 from runtime.console import say
+from runtime.fields import UserError, check_fields, flag
+from runtime.flags import parse_flags
+from runtime.script import run_script
 
 _BLOCK = 1 << 20
 _ANY_ID = 1 << 32

@@ -10,12 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import UserError, check_fields, flag
 from corpus.text import find_texts
 from corpus.token_files import SHARD_TOKENS, note_on_documents, prepare
 from corpus.tokenizer import build_tokenizer
-from runtime.command_line import parse_flags, run_script
 from runtime.console import command, say
+from runtime.fields import UserError, check_fields, flag
+from runtime.flags import parse_flags
+from runtime.script import run_script
 
 
 @dataclass(frozen=True)

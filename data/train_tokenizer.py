@@ -13,11 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import UserError, check_fields, flag, in_folder
 from corpus.text import find_sources, read_texts, stdlib_files
 from corpus.tokenizer import BPETokenizer
-from runtime.command_line import parse_flags, run_script
 from runtime.console import say
+from runtime.fields import UserError, check_fields, flag
+from runtime.flags import parse_flags
+from runtime.script import run_script
+from settings.paths import in_folder
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config import EvalSettings, Settings, UserError, to_dict
+from config import Settings, to_dict
 from parallel.context import ParallelContext
 from parallel.hang_guard import PATIENT_SECONDS, HangGuard, exchange_finished, may_take_long
 from parallel.rendezvous import (
@@ -28,6 +28,8 @@ from parallel.rendezvous import (
     store_of_launcher,
 )
 from runtime.device import pick_device, use_threads
+from runtime.fields import UserError
+from settings.scripts import EvalSettings
 
 _Result = TypeVar("_Result")
 

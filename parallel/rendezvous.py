@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from config import UserError
+from runtime.fields import UserError
 from runtime.signals import end_with_parent
 
 # What torchrun, SLURM, Open MPI and MPICH call a rank's number on its machine, and how many it has.

@@ -22,14 +22,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpointing.manager import archive_existing, free_number, hold
-from config import Settings, UserError, default_checkpoint, log_base, notes_on_preset, to_dict
+from config import Settings, to_dict
 from dataset import TokenDataset
 from model import GPTModel
 from reporting.plots import draw_losses, read_records, run_of
 from reporting.wandb_log import WandB
 from runtime.console import command, say, visible
 from runtime.device import Device, environment
+from runtime.fields import UserError
+from runtime.locks import hold
+from settings.paths import archive_existing, default_checkpoint, free_number, log_base
+from settings.presets import notes_on_preset
 from training.evaluation import EvalResult, starts_with_evaluation
 from training.memory import estimate, free_memory_of
 from training.optimizers import lr_at

@@ -1,3 +1,3 @@
-"""What a program needs around the training: the command line, the device, signals, the terminal,
-file locks. Start reading in command_line.py.
+"""What a program needs around any training: flags, files, the device, signals and the terminal.
+Nothing here knows of GPTs. Start reading in device.py.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runtime.startup as startup
+import runtime.threads as threads
 
 import ctypes
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from config import UserError
+from runtime.fields import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
 _Dtype = torch.dtype  # `torch` is a field below
@@ -83,7 +83,7 @@ def pick_device(name: str = "auto", precision: str = "auto", local_rank: int = 0
     else:
         device = torch.device(kind)
         label = f"{torch.get_num_threads()} threads" if kind == "cpu" else "Apple GPU"
-        for variable, value in startup.WAITING_SET_BY_USER.items():
+        for variable, value in threads.WAITING_SET_BY_USER.items():
             label += f"; {variable}={value} of the environment decides how they wait"
     chosen = (
         "as asked"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
-from config import UserError
+from runtime.fields import UserError
 
 fcntl: ModuleType | None
 try:
@@ -34,3 +36,20 @@ def lock(file: IO[Any], wait: bool = True) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def hold(path: Path, what: str, flag: str) -> IO[str]:
+    """Takes the lock file that stands for `what`, until the result is closed or the process ends.
+    Raises OSError, or UserError that says who has it and which flag to give.
+    """
+    file = open(path, "a+")  # noqa: SIM115
+    if not lock(file, wait=False):
+        file.seek(0)
+        raise UserError(
+            f"{what} is in use by another run ({file.read().strip()}); stop it, or give another "
+            f"{flag}"
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    return file

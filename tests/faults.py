@@ -42,8 +42,8 @@ from checkpoint import (  # noqa: E402
     save_checkpoint,
     saved_settings,
 )
-from config import UserError  # noqa: E402
 from reporting.plots import comparable, first_difference, read_records  # noqa: E402
+from runtime.fields import UserError  # noqa: E402
 
 OUTCOMES = ("survived", "refused", "hung", "silent", "lost", "orphans")
 TOY = """

@@ -30,8 +30,8 @@ from parallel import parallel_model as distributed  # noqa: E402
 from parallel import tensor_parallel  # noqa: E402
 from parallel.parallel_model import ParallelModel  # noqa: E402
 from parallel.process_group import Ranks  # noqa: E402
-from runtime.command_line import parse_settings  # noqa: E402
 from runtime.device import Device  # noqa: E402
+from settings.command_line import parse_settings  # noqa: E402
 from training.evaluation import evaluate  # noqa: E402
 from training.optimizers import make_optimizer  # noqa: E402
 from training.recompute import recompute_activations  # noqa: E402

@@ -10,9 +10,10 @@ import bench
 from benchmarks import recipe, threads
 from benchmarks.common import BenchSettings, Side, flops_per_token, medians, side_by_side
 from benchmarks.speed import Parts, gpt2_small, growth_shapes
-from config import GPTConfig, UserError, to_dict
+from config import GPTConfig, to_dict
 from model import GPTModel
-from runtime.command_line import parse_settings
+from runtime.fields import UserError
+from settings.command_line import parse_settings
 
 
 def test_flops_are_counted_as_the_paper_does():

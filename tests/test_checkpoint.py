@@ -24,13 +24,14 @@ from checkpoint import (
     resumable_settings,
     save_checkpoint,
     saved_settings,
-    variant_path,
     write_checkpoint,
 )
 from checkpointing.file_format import Unreadable, write_with_checksum
-from config import UserError, to_dict
+from config import to_dict
 from model import GPTModel
-from runtime.command_line import parse_flags
+from runtime.fields import UserError
+from runtime.flags import parse_flags
+from settings.paths import variant_path
 from training.step import RunState
 
 DATA = {"train": {"fingerprint": "a", "tokens": 9}, "val": {"fingerprint": "b"}, "tokenizer": ""}

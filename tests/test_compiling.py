@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import CPU, ROOT, toy_settings
 
-from config import UserError
 from model import GPTModel
 from runtime.device import Device
+from runtime.fields import UserError
 from training import compilation as compiling
 from training.compilation import compile_model, why_not_compiled
 
@@ -57,7 +57,7 @@ def test_a_compiler_that_fails_on_any_rank_leaves_the_model_as_it_was(monkeypatc
 COUNT = """
 import sys, torch
 from torch._dynamo.utils import counters
-from runtime.command_line import parse_settings
+from settings.command_line import parse_settings
 from training.compilation import compile_model
 from dataset import open_data
 from runtime.device import pick_device

@@ -7,20 +7,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from config import (
-    PRESETS,
-    EvalSettings,
-    GPTConfig,
-    NothingSaved,
-    SampleSettings,
-    Settings,
-    UserError,
-    expanded,
-    from_dict,
-    notes_on_preset,
-    to_dict,
-)
-from runtime.command_line import parse_flags, parse_settings, run_script
+from config import GPTConfig, Settings, from_dict, to_dict
+from runtime.fields import NothingSaved, UserError
+from runtime.files import expanded
+from runtime.flags import parse_flags
+from runtime.script import run_script
+from settings.command_line import parse_settings, trainer_flags
+from settings.presets import PRESETS, notes_on_preset
+from settings.scripts import EvalSettings, SampleSettings
 
 DESIGN_FLAGS = [
     "--vocab-size",
@@ -268,7 +262,10 @@ def test_settings_of_a_hostile_file_are_refused(values, said):
 def shown(capsys, *flags, kind=Settings, program="train_minimal.py"):
     """What --help prints, each help of a flag in one line."""
     with pytest.raises(SystemExit) as ended:
-        parse_flags(kind, program, [*flags, "--help"])
+        if kind is Settings:
+            trainer_flags(program.removesuffix(".py"), [*flags, "--help"])
+        else:
+            parse_flags(kind, program, [*flags, "--help"])
     assert ended.value.code == 0
     return capsys.readouterr().out
 
@@ -328,7 +325,7 @@ def test_help_has_a_sound_word_for_each_value_and_no_empty_default(capsys, kind,
 
 def test_help_needs_no_torch():
     code = (
-        "import config, runtime.command_line, runtime.startup, sys; print('torch' in sys.modules)"
+        "import config, settings.command_line, settings.startup, sys; print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

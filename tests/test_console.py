@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from config import UserError, checkpoint_in
 from runtime.console import command, progress
+from runtime.fields import UserError
+from settings.paths import checkpoint_in
 
 
 def test_a_command_works_in_the_folder_where_it_is_printed(tmp_path, monkeypatch):

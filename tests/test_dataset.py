@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import CPU, toy_settings
 
-from config import UserError, to_dict
+from config import to_dict
 from dataset import (
     FineWebNPYDataset,
     Mixture,
@@ -21,7 +21,8 @@ from dataset import (
     share_out,
     weighted,
 )
-from runtime.command_line import parse_settings
+from runtime.fields import UserError
+from settings.command_line import parse_settings
 
 
 class Counting:

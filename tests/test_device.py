@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import CPU, ROOT
 
-from config import UserError
 from runtime import device as device_module
 from runtime.device import (
     Device,
@@ -15,6 +14,7 @@ from runtime.device import (
     seed_dropout,
     tune,
 )
+from runtime.fields import UserError
 
 
 def test_without_gpu_auto_is_the_cpu_in_float32_and_says_why(monkeypatch):

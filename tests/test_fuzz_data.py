@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_shards import llmc, npy
 
-from config import UserError
 from corpus.shards import TokenShards
 from corpus.text import read_texts
 from corpus.tokenizer import build_tokenizer
+from runtime.fields import UserError
 
 IDS = np.random.default_rng(0).integers(0, 50257, 400)
 CASES = 2000

@@ -7,11 +7,12 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = {"train_minimal", "train_ddp", "eval", "generate", "bench"}
-FOLDERS = {"runtime", "corpus", "parallel", "training", "checkpointing", "reporting"}
+FOLDERS = {"runtime", "settings", "corpus", "parallel", "training", "checkpointing", "reporting"}
 # From the lowest floor up: a file imports from its own floor and from those below.
 FLOORS = [
-    {"config"},
     {"runtime"},
+    {"config"},
+    {"settings"},
     {"corpus"},
     {"loss"},
     {"model"},

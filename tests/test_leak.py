@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from config import UserError
 from corpus import contamination as leak
 from corpus.contamination import leaked_share, refuse_leak, run_hashes
 from dataset import TokenDataset, open_data
-from runtime.command_line import parse_settings
+from runtime.fields import UserError
+from settings.command_line import parse_settings
 
 
 class Ids:

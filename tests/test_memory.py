@@ -7,10 +7,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model
-from config import UserError
 from loss import workspace_bytes
 from model import GPTModel
 from runtime.device import Device
+from runtime.fields import UserError
 from training import memory
 from training.memory import estimate, fit_micro_batch
 from training.recompute import recompute_activations, storage_of

@@ -6,8 +6,9 @@ import torch
 from conftest import tiny
 
 import model as model_module
-from config import PRESETS, GPTConfig, from_dict
+from config import GPTConfig, from_dict
 from model import GPTModel
+from settings.presets import PRESETS
 
 ARCHS = ("gpt2", "modern")
 

@@ -9,8 +9,9 @@ from conftest import ROOT
 from bench import VERBS as BENCHMARKS
 from bench import BenchSettings
 from checkpoint import VERBS, CheckpointSettings
-from config import EvalSettings, SampleSettings
-from runtime.command_line import parse_flags, parse_settings
+from runtime.flags import parse_flags
+from settings.command_line import parse_settings
+from settings.scripts import EvalSettings, SampleSettings
 
 TEXT = (ROOT / "README.md").read_text()
 COMMANDS = [

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import record_kept, tiny
@@ -73,6 +75,22 @@ def test_compiled_blocks_are_left_to_the_compiler(monkeypatch):
     plain_bytes = gradients_and_bytes(awake("gpt2"), monkeypatch)[1]
     recompute_activations(model)
     assert gradients_and_bytes(model, monkeypatch)[1] == plain_bytes
+
+
+@pytest.mark.parametrize("spare", [False, True], ids=["inputs", "blocks"])
+def test_a_deep_copy_is_a_model_of_its_own(spare):
+    model = awake("gpt2", use_activation_checkpoint=spare)
+    recompute_activations(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.01)
+    plain = GPTModel(model.config)
+    plain.load_state_dict(other.state_dict())
+    for m in (other, plain):
+        m(IDS, labels=IDS)[1].backward()
+    assert equal([p.grad for p in other.parameters()], [p.grad for p in plain.parameters()])
+    assert all(p.grad is None for p in model.parameters())
 
 
 class GatedMLP(nn.Module):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import CPU, toy_settings
 
-from config import UserError
 from dataset import open_data
 from model import GPTModel
 from reporting.plots import draw_losses, first_difference, read_records
 from reporting.run_log import RunLog, to_json
+from runtime.fields import UserError
 from training.evaluation import EvalResult
 from training.step import RunState, StepStats
 

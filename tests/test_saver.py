@@ -14,18 +14,11 @@ from test_step import Run
 
 from checkpoint import read_checkpoint
 from checkpointing import manager as saver_module
-from checkpointing.manager import (
-    CheckpointManager,
-    archive_existing,
-    copied,
-    copy_bytes,
-    free_number,
-    lock_path,
-    run_files,
-)
-from config import UserError
+from checkpointing.manager import CheckpointManager, copied, copy_bytes, lock_path
 from parallel import hang_guard as hang
 from parallel.process_group import Ranks
+from runtime.fields import UserError
+from settings.paths import archive_existing, free_number, run_files
 
 DATA = {"train": {"fingerprint": "a"}, "val": {"fingerprint": "b"}, "tokenizer": ""}
 

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from config import UserError
 from corpus.hashing import hash_of, mix
 from corpus.shards import JoinedTokens, TokenShards, ToyTokens
+from runtime.fields import UserError
 
 
 def npy(path, ids, dtype="<u2"):

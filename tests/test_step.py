@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import CPU, toy_settings
 
-from config import UserError
 from dataset import open_data
 from model import GPTModel
 from parallel.context import ParallelContext
 from runtime.device import Device
+from runtime.fields import UserError
 from training import step as step_module
 from training.optimizers import make_optimizer
 from training.recompute import recompute_activations

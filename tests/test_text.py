@@ -7,11 +7,11 @@ import subprocess
 import numpy as np
 import pytest
 
-from config import UserError
 from corpus import text, token_files
 from corpus.text import stdlib_files
 from corpus.token_files import tokenize_files
 from corpus.tokenizer import build_tokenizer
+from runtime.fields import UserError
 
 BYTES = build_tokenizer("bytes")
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from config import UserError
 from corpus import text, token_files
 from corpus.text import Text, find_sources
 from corpus.token_files import prepare
 from corpus.tokenizer import build_tokenizer
+from runtime.fields import UserError
 
 BYTES = build_tokenizer("bytes")
 

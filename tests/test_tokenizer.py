@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from config import UserError
 from corpus.tokenizer import BPETokenizer, build_tokenizer, stored_tokenizer
+from runtime.fields import UserError
 
 TEXTS = ["", "plain", "Grüße, 世界 🌹\n\ttabs", "<|endoftext|> is text here", "a" * 1000]
 

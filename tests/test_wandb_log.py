@@ -3,8 +3,8 @@ import time
 import pytest
 from conftest import toy_settings
 
-from config import UserError
 from reporting.wandb_log import WandB
+from runtime.fields import UserError
 from training.step import RunState
 
 wandb = pytest.importorskip("wandb")

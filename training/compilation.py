@@ -10,10 +10,11 @@ from typing import cast
 import torch
 from torch import nn
 
-from config import Settings, UserError
+from config import Settings
 from loss import next_token_loss, token_losses
 from model import Block, GPTModel, rotary_table
 from runtime.device import Device
+from runtime.fields import UserError
 
 
 def why_not_compiled(args: Settings, device: Device) -> str:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import GPTConfig, Settings, UserError
+from config import GPTConfig, Settings
 from loss import workspace_bytes
 from model import Block, GPTModel, rotary_table
 from runtime.device import Device, free_memory
+from runtime.fields import UserError
 from training.compilation import why_not_compiled
 from training.recompute import recompute_inputs, storage_of
 

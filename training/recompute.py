@@ -7,6 +7,8 @@ or split over processes, and before DDP runs its first pass.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ def recompute_activations(model: GPTModel) -> None:
     """
     for block in model.blocks:
         if model.config.use_activation_checkpoint:
-            block.forward = _checkpointed(block)
+            block.forward = partial(_checkpointed, block, block.forward)
         elif not model.compiled:
             recompute_inputs(block)
 
@@ -41,59 +43,71 @@ def recompute_inputs(block: nn.Module, kept: Callable[[Tensor], object] = lambda
 
     kept: called with each tensor that these linear layers keep all the same.
     """
-    latest: list[tuple[nn.Module, Tensor, Tensor]] = []  # module, input and output
-
-    def remember(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if torch.is_grad_enabled():
-            latest[:] = [(module, args[0], output)]
-
-    def forget(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        latest.clear()
-
-    def recomputing(linear: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            if not latest or storage_of(latest[0][2]) != storage_of(x):
-                return linear(x)
-            module, source, _ = latest.pop()
-            kind = x.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            x = x.to(dtype)
-            own = storage_of(x)
-
-            def pack(saved: Tensor) -> Tensor | torch.Size:
-                if storage_of(saved) == own:
-                    return saved.shape
-                kept(saved)
-                return saved
-
-            def unpack(saved: Tensor | torch.Size) -> Tensor:
-                if not isinstance(saved, torch.Size):
-                    return saved
-                return module.forward(source.detach()).to(dtype).view(saved)
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-                return linear(x)
-
-        return forward
-
+    # What is put on the modules are partials and not closures, so that a deep copy of the model has
+    # its own.
+    latest: list[_Output] = []
     for module in block.modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, _CHEAP):
-            module.register_forward_hook(remember)
+            module.register_forward_hook(partial(_remember, latest))
         elif weight is not None and weight.ndim == 2:
-            module.forward = recomputing(module.forward)
-    block.register_forward_hook(forget, always_call=True)
+            module.forward = partial(_recomputing_input, latest, kept, module.forward)
+    block.register_forward_hook(partial(_forget, latest), always_call=True)
 
 
-def _checkpointed(block: nn.Module) -> Callable[..., Tensor]:
-    forward = block.forward
+class _Output(NamedTuple):
+    """What a cheap module gave, and what of."""
 
-    def recomputed(*args: object) -> Tensor:
-        if not block.training:
-            return forward(*args)
-        return checkpoint(forward, *args, use_reentrant=False)
+    module: nn.Module
+    input: Tensor
+    output: Tensor
 
-    return recomputed
+
+def _remember(
+    latest: list[_Output], module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+) -> None:
+    if torch.is_grad_enabled():
+        latest[:] = [_Output(module, args[0], output)]
+
+
+def _forget(latest: list[_Output], *_: object) -> None:
+    latest.clear()
+
+
+def _recomputing_input(
+    latest: list[_Output],
+    kept: Callable[[Tensor], object],
+    linear: Callable[[Tensor], Tensor],
+    x: Tensor,
+) -> Tensor:
+    """linear(x), which does not keep x where that is the latest output of a cheap module."""
+    if not latest or storage_of(latest[0].output) != storage_of(x):
+        return linear(x)
+    module, source, _ = latest.pop()
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    x = x.to(dtype)
+    own = storage_of(x)
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        if storage_of(saved) == own:
+            return saved.shape
+        kept(saved)
+        return saved
+
+    def unpack(saved: Tensor | torch.Size) -> Tensor:
+        if not isinstance(saved, torch.Size):
+            return saved
+        return module.forward(source.detach()).to(dtype).view(saved)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return linear(x)
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], *args: object) -> Tensor:
+    if not block.training:
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False)
 
 
 def storage_of(x: Tensor) -> int:

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from config import Settings, UserError
+from config import Settings
 from corpus.hashing import hash_of
 from parallel.context import SINGLE_PROCESS, ParallelContext
 from runtime.console import progress
 from runtime.device import Device, seed_dropout
+from runtime.fields import UserError
 from training.optimizers import lr_at
 
 _FP16_RETRIES = 30  # 2**16, the first scale, is then below 2**-14: the gradients are broken

@@ -1,0 +1,148 @@
+"""Command-line flags, one for each field of a dataclass made of `runtime.fields.flag`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.fields import UserError
+from runtime.files import expanded
+from runtime.foreign_flags import FOREIGN
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; --help lists all flags")
+
+
+class _Format(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+@dataclass(frozen=True)
+class Help:
+    """What --help says besides the flags: which value each has on this command line, and what
+    stands above and below them.
+    """
+
+    shown: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # else the field's default
+    about: str = "[value]: what is used where the flag is not given."
+    epilog: str = ""
+
+
+def parse_flags(
+    kind: type, program: str, argv: list[str], describe: Callable[[], Help] = Help
+) -> dict[str, Any]:
+    """What the user typed, and nothing else: field name -> value. Raises UserError for flags and
+    values that don't fit. --help prints all flags, with what describe() adds, and exits.
+
+    kind: a dataclass of fields made by `flag`; those of a dataclass inside of it are flags too.
+    """
+    hints = typing.get_type_hints(kind)
+    kinds = [hints[f.name] for f in dataclasses.fields(kind)]
+    owners = (*(k for k in kinds if dataclasses.is_dataclass(k)), kind)
+    fields = [f for owner in owners for f in dataclasses.fields(owner) if f.metadata]
+    hints = {k: v for owner in owners for k, v in typing.get_type_hints(owner).items()}
+    help = describe() if {"-h", "--help"} & set(argv) else Help()
+    parser = _Parser(
+        prog=program,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=_Format,
+        description=help.about,
+        epilog=help.epilog,
+    )
+    for field in fields:
+        _add_flag(parser, field, hints[field.name], help.shown.get(field.name, field.default))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [s for s in parser._option_string_actions if s.startswith("--")]
+        raise UserError(f"unknown argument {unknown[0]}{_hint(unknown[0], flags, fields)}")
+    paths = [f.name for f in fields if "PATH" in _metavar(f, hints[f.name])]
+    return {k: _plain(v, flag_name(k) if k in paths else "") for k, v in vars(known).items()}
+
+
+def _plain(value: Any, path_flag: str) -> Any:
+    """What the parser found as a field has it: lists as tuples, and in paths no ~."""
+    if isinstance(value, list):
+        return tuple(_plain(v, path_flag) for v in value)
+    if path_flag and isinstance(value, str) and value.startswith("~"):
+        return str(expanded(value, path_flag))
+    return value
+
+
+def _hint(given: str, flags: list[str], fields: list[dataclasses.Field[Any]]) -> str:
+    """What to type in place of an argument that is not known."""
+    name = given.split("=")[0].lstrip("-").replace("_", "-").lower()
+    for field in fields:
+        if field.metadata["short_for"] and f"--{name}" == f"--no-{flag_name(field.name)[2:]}":
+            long = field.metadata["short_for"]
+            return (
+                f": {flag_name(field.name)} is short for {long} and has no opposite; give "
+                f"{long.split()[0]}"
+            )
+    instead = FOREIGN.get(name, "")
+    if instead and (not instead.startswith("--") or instead.split()[0].rstrip(",:") in flags):
+        return f"; here that is {instead}"
+    close = (
+        [f"--{name}"]
+        if f"--{name}" in flags
+        else difflib.get_close_matches(f"--{name}", flags, n=2)
+    )
+    return f"; did you mean {' or '.join(close)}?" if close else "; --help lists all flags"
+
+
+def _metavar(field: dataclasses.Field[Any], kind: Any) -> str:
+    """What --help calls the value of a flag."""
+    known = field.metadata["metavar"]
+    if field.metadata["choices"]:
+        known = "{" + ",".join(field.metadata["choices"]) + "}"
+    usual = {int: "N", float: "X", str: "NAME", bool: ""}
+    return known or usual.get(kind, "PATH")
+
+
+def _as_shown(value: Any) -> str:
+    """A value as --help shows it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (tuple, list)):
+        value = " ".join(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text.replace("\n", "\\n") or "none"
+
+
+def _add_flag(
+    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any, shown: Any
+) -> None:
+    name, metavar = flag_name(field.name), _metavar(field, kind)
+    text = f"{field.metadata['help']} [{_as_shown(shown)}]".replace("%", "%%")
+    if field.metadata["positional"]:
+        text = field.metadata["help"].replace("%", "%%")
+        parser.add_argument(field.name, nargs="*", metavar=metavar, help=text)
+    elif word := field.metadata["word"]:
+        parser.add_argument(name, nargs="?", const=True, choices=[word], metavar=word, help=text)
+        parser.add_argument(
+            f"--no-{field.name}",
+            dest=field.name,
+            action="store_const",
+            const=False,
+            help=argparse.SUPPRESS,
+        )
+    elif kind is bool and (field.metadata["short_for"] or field.name.startswith("no_")):
+        parser.add_argument(name, action="store_true", help=text)
+    elif kind is bool:
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+    elif typing.get_origin(kind) is tuple:
+        parser.add_argument(name, nargs="+", metavar=metavar, help=text)
+    else:
+        parser.add_argument(name, type=kind, metavar=metavar, help=text)

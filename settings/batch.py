@@ -1,0 +1,94 @@
+"""The global batch, and the micro-batches that it is computed in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from config import Settings
+from runtime.fields import UserError
+
+
+def data_parallel_size(script: str, args: Settings, typed: Mapping[str, Any], world: int) -> int:
+    """How many ranks see data of their own. Raises UserError where the processes don't fit."""
+    parts = args.tensor_parallel_size
+    if args.use_tensor_parallel and typed.get("tensor_parallel_size", world) != world:
+        raise UserError(
+            f"--use-tensor-parallel means all {world} processes, not "
+            f"{typed['tensor_parallel_size']}; give one of the two"
+        )
+    if script != "train_ddp" and (args.parallel != "ddp" or parts > 1):
+        raise UserError(
+            "--parallel fsdp and tensor parallelism are for several processes: "
+            "torchrun --nproc-per-node=N train_ddp.py"
+        )
+    if world % parts:
+        raise UserError(
+            f"tensor_parallel_size={parts} does not divide {world} processes; start a multiple of "
+            f"{parts}, or give another --tensor-parallel-size"
+        )
+    return world // parts
+
+
+def resolve_batch(args: Settings, typed: Mapping[str, Any], world: int, known: int) -> Settings:
+    """The settings with their global batch, and with micro-batches that divide it. world: ranks
+    that see data of their own. known: the global batch of the preset or of the run to resume.
+    """
+    total = _global_batch(args, typed, world, known)
+    if args.resume and known and total != known and "global_batch_size" not in args.allow_change:
+        raise UserError(
+            f"the run to resume has global_batch_size={known}, not {total}; another "
+            "one would repeat or leave out data; leave it, and give --batch-size to save memory "
+            "(or --allow-change global_batch_size)"
+        )
+    micro = _micro_batch(args, typed, world, total)
+    accum = total // world // micro
+    return dataclasses.replace(
+        args, global_batch_size=total, batch_size=micro, grad_accum_steps=accum
+    )
+
+
+def _global_batch(args: Settings, typed: Mapping[str, Any], world: int, known: int) -> int:
+    """Sequences per optimizer step: the number that was typed, or batch_size x grad_accum_steps x
+    ranks where both of those were, or the known one. A new run rounds a preset's to a multiple of
+    the ranks, which the preset did not foresee.
+    """
+    micro, accum = typed.get("batch_size"), typed.get("grad_accum_steps")
+    if typed.get("global_batch_size"):
+        return args.global_batch_size
+    if (micro and accum) or not known:
+        return args.batch_size * (args.grad_accum_steps or 1) * world
+    return known if args.resume else world * max(1, round(known / world))
+
+
+def _micro_batch(args: Settings, typed: Mapping[str, Any], world: int, total: int) -> int:
+    """Sequences per rank and micro-step: what was typed, or what grad_accum_steps that was typed
+    makes of the global batch, or the largest that divides it and is no larger than args.batch_size.
+    Raises UserError where a rank's part of the global batch is no multiple of it.
+    """
+    micro, accum = typed.get("batch_size"), typed.get("grad_accum_steps")
+    rows = total // world
+    sizes = [n for n in range(1, rows + 1) if rows % n == 0]
+    size = micro or rows // (accum or 1)
+    if not (micro or accum):
+        size = max((n for n in sizes if n <= args.batch_size), default=0)
+    if total == rows * world and size in sizes and (not accum or size * accum == rows):
+        return size
+    unit = world * (micro or 1) * (accum or 1)
+    near = [n for n in (total // unit * unit, (total // unit + 1) * unit) if n]
+    close = sorted(sorted(sizes, key=lambda n: (abs(n - (micro or n)), n))[:2])
+    tries = []
+    if micro and total == rows * world and not accum:
+        tries.append(f"--batch-size {_either(close)}")
+    tries.append(
+        "other --nproc-per-node" if args.resume else f"--global-batch-size {_either(near)}"
+    )
+    raise UserError(
+        f"global_batch_size={total} is not {world} ranks x batch_size {micro or 'N'} x "
+        f"grad_accum_steps {accum or 'N'} with whole numbers N; try {', or '.join(tries)}"
+    )
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))

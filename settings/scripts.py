@@ -1,0 +1,75 @@
+"""The settings of eval.py and generate.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.fields import UserError, check_fields, flag
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Settings of eval.py; what is not given comes from the checkpoint."""
+
+    checkpoint_path: tuple[str, ...] = flag((), "checkpoint files, or folders")
+    data_mode: str = flag("auto", "kind of data", "auto", "text", "fineweb_npy", "toy")
+    val_data: tuple[str, ...] = flag((), "text files to evaluate on, whole")
+    val_npy: tuple[str, ...] = flag((), "token shards to evaluate on, whole")
+    bin_dtype: str = flag(
+        "auto",
+        "ids of .bin files without header; auto = as in training",
+        "auto",
+        "uint8",
+        "uint16",
+        "uint32",
+    )
+    tokenizer_name: str = flag(
+        "", "tokenizer of val-data; none = that of the checkpoint", metavar="NAME|PATH"
+    )
+    max_tokens: int = flag(0, "evaluate on at most this many tokens; 0 = all", at_least=0)
+    by_source: bool = flag(False, "of a mixture, the loss of each source too")
+    seq_len: int = flag(0, "tokens per sequence; 0 = as in training", at_least=0)
+    batch_size: int = flag(0, "sequences per rank and forward pass; 0 = as before", at_least=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    no_amp: bool = flag(False, "float32, whatever the training used")
+    seed: int = flag(-1, "accepted for symmetry: evaluation draws nothing", at_least=-1)
+    cache_dir: str = flag(
+        "", "folder of the tokenized texts; none = as in training", metavar="PATH"
+    )
+    log_dir: str = flag("logs", "folder of eval.log and eval.jsonl", metavar="PATH")
+    threads: int = flag(
+        0, "CPU threads of each process; 0 = cores / processes of this machine", at_least=0
+    )
+    timeout_seconds: int = flag(
+        120, "longest wait of a rank for the others, seconds", at_least=1, at_most=604_800
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.checkpoint_path:
+            raise UserError("eval.py needs --checkpoint-path FILE...; a run prints it at its end")
+        if self.seq_len == 1:
+            raise UserError("seq_len=1 leaves nothing to predict; try the length used in training")
+        if self.val_data and self.val_npy:
+            raise UserError("--val-data and --val-npy are two data sets; evaluate one at a time")
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Settings of generate.py."""
+
+    checkpoint_path: str = flag(
+        "checkpoints/minigpt_single.pt", "checkpoint file, or folder", metavar="PATH"
+    )
+    prompt: str = flag("\n", "text to continue; empty = the start of a document", metavar="TEXT")
+    tokenizer_name: str = flag("", "tokenizer; none = that of the checkpoint", metavar="NAME|PATH")
+    max_new_tokens: int = flag(300, "tokens to write", at_least=1)
+    num_samples: int = flag(1, "continuations to write", at_least=1)
+    temperature: float = flag(0.8, "0 = always the likeliest token; 1 = as predicted", at_least=0)
+    top_k: int = flag(50, "draw among this many likeliest tokens; 0 = all", at_least=0)
+    seed: int = flag(1337, "seed of the draws", at_least=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    threads: int = flag(0, "CPU threads; 0 = as torch chooses", at_least=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -1,0 +1,36 @@
+"""What has to be settled before torch loads: every script imports this first.
+
+Loading torch takes seconds. Meanwhile the OpenMP library reads from the environment how its threads
+are to wait for each other (runtime/threads.py), and a user who asks for help need not wait for it.
+"""
+
+from __future__ import annotations
+
+import runtime.threads  # noqa: F401
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from runtime.flags import parse_flags
+from settings.command_line import trainer_flags
+from settings.scripts import EvalSettings, SampleSettings
+
+_FLAGS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+    "train_minimal.py": partial(trainer_flags, "train_minimal"),
+    "train_ddp.py": partial(trainer_flags, "train_ddp"),
+    "eval.py": partial(parse_flags, EvalSettings, "eval.py"),
+    "generate.py": partial(parse_flags, SampleSettings, "generate.py"),
+}
+
+
+def answer_help() -> None:
+    """Prints the help of the script that was started, if that is asked for, and exits."""
+    script = os.path.basename(sys.argv[0])
+    if script in _FLAGS and {"-h", "--help"} & set(sys.argv[1:]):
+        _FLAGS[script](sys.argv[1:])
+
+
+answer_help()
