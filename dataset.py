@@ -1,41 +1,37 @@
-"""Windows of a token stream: which window is sample i of optimizer step k, and what is held out.
+"""The data of a run: text, token shards or random tokens, what of it is held out, and which
+sequences a step sees.
 
-A `TokenDataset` is a range of a token source (corpus/shards.py) cut into windows of seq_len tokens
-with stride seq_len - 1: a window of T tokens scores T - 1 of them, so neighbours share one token
-and each token of the range is scored once.
+Each is a `TokenDataset` (corpus/windows.py), a range of tokens cut into windows of seq_len. The
+windows of step k follow from (seed, k) and from nothing else, so a resumed run sees what the other
+would have seen.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import glob
-import math
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from config import Settings
 from corpus.contamination import REFUSED_SHARE, refuse_copies, refuse_leak, repeated_files, some
-from corpus.hashing import hash_of, permute
+from corpus.hashing import permute
+from corpus.mixtures import Joined, Mixture, weighted
 from corpus.shards import (
-    JoinedTokens,
-    Source,
-    SourceFile,
     TokenShards,
     ToyTokens,
     find_shards,
 )
-from corpus.text import find_texts, stdlib_files
+from corpus.text_files import find_texts, stdlib_files
 from corpus.token_files import TOKENIZER_FILE, note_on_documents, tokenize_files
 from corpus.tokenizer import Tokenizer, build_tokenizer
+from corpus.windows import TokenDataset
 from parallel.context import SINGLE_PROCESS, ParallelContext
 from runtime.device import Device
 from runtime.fields import UserError
@@ -50,229 +46,6 @@ __all__ = [
     "open_data",
     "permute",
 ]
-
-
-_LONGEST_PATTERN = 1_000_000  # samples after which a mixture repeats its pattern of sources
-
-
-class TokenDataset(torch.utils.data.Dataset):
-    """The windows of tokens start .. stop - 1 of a source. len() counts the whole ones, used in
-    training.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        seq_len: int,
-        start: int = 0,
-        stop: int | None = None,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        self.source, self.seq_len, self.tokenizer = source, seq_len, tokenizer
-        self.start, self.stop = start, source.num_tokens if stop is None else stop
-        self.num_tokens = self.stop - self.start
-        self.notes: list[str] = []  # what a reader of the run's log should know of it
-
-    def __len__(self) -> int:
-        return max(self.num_tokens - 1, 0) // (self.seq_len - 1)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Window `index` as a model takes it: input_ids, attention_mask, labels, each (T,)
-        int64.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        ids = self.rows(np.array([index]))[0]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-
-    def rows(self, windows: np.ndarray) -> Tensor:
-        """These windows: (len(windows), T) int64."""
-        ids = np.empty((len(windows), self.seq_len), np.int64)
-        for row, window in zip(ids, windows.tolist(), strict=True):
-            row[:] = self.source.read(self.start + window * (self.seq_len - 1), self.seq_len)
-        return torch.from_numpy(ids)
-
-    def sample_windows(self, first: int, count: int, seed: int) -> np.ndarray:
-        """The windows of samples first .. first + count - 1: (count,) int64, nothing else decides.
-
-        Each epoch visits every window once, in an order of its own.
-        """
-        return self.ordered(np.arange(first, first + count), seed)
-
-    def ordered(self, samples: np.ndarray, seed: int) -> np.ndarray:
-        """The windows of these samples: sample i is number i % len(self) of epoch i //
-        len(self).
-        """
-        epoch, position = np.divmod(samples, len(self))
-        windows = np.empty(len(samples), np.int64)
-        for e in np.unique(epoch).tolist():
-            here = epoch == e
-            windows[here] = permute(position[here], len(self), hash_of(seed, e))
-        return windows
-
-    def samples(self, first: int, count: int, seed: int) -> Tensor:
-        """The sequences of samples first .. first + count - 1: (count, T) int64."""
-        return self.rows(self.sample_windows(first, count, seed))
-
-    def global_batch(self, step: int, args: Settings, rank: int = 0, world: int = 1) -> Tensor:
-        """This rank's rows of the sequences of optimizer step `step`: (rows, T) int64.
-
-        Together the ranks get samples step x global_batch_size and on: (seed, step) decides.
-        """
-        share = args.global_batch_size // world
-        return self.samples(step * args.global_batch_size + rank * share, share, args.data_seed)
-
-    def batches(
-        self, batch_size: int, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of (input_ids, labels), each (B, T) int64, that score every token but
-        the first once.
-
-        All batches of all ranks have the same shape, and all ranks get the same number of them: a
-        compiled model meets no other shape, and ranks may have to compute a batch together. What is
-        missing in the last ones is padding, whose labels are -100 and never scored.
-        """
-        stride = self.seq_len - 1
-        count = math.ceil((self.num_tokens - 1) / stride)
-        window = np.arange(batch_size)[:, None] * stride + np.arange(self.seq_len)
-        for start in range(0, count, world * batch_size):
-            position = self.start + (start + rank * batch_size) * stride
-            here = min(self.stop - position, batch_size * stride + 1)
-            stream = self.source.read(position, here) if here > 1 else np.empty(0)
-            missing = batch_size * stride + 1 - len(stream)
-            ids = np.pad(stream.astype(np.int64), (0, missing))
-            labels = np.pad(stream.astype(np.int64), (0, missing), constant_values=-100)
-            yield torch.from_numpy(ids[window]), torch.from_numpy(labels[window])
-
-    def limited(self, max_tokens: int) -> TokenDataset:
-        """The first max_tokens tokens of it; 0 = all."""
-        stop = min(self.stop, self.start + max_tokens) if max_tokens else self.stop
-        return TokenDataset(self.source, self.seq_len, self.start, stop, self.tokenizer)
-
-    def split(self, val_ratio: float) -> tuple[TokenDataset, TokenDataset]:
-        """(training part, validation part): the last val_ratio of the tokens is held out; they
-        share no token.
-        """
-        cut = self.stop - round(self.num_tokens * val_ratio)
-        return (
-            TokenDataset(self.source, self.seq_len, self.start, cut, self.tokenizer),
-            TokenDataset(self.source, self.seq_len, cut, self.stop, self.tokenizer),
-        )
-
-    @property
-    def parts(self) -> list[TokenDataset]:
-        """The sources that it joins; itself where it is one."""
-        return [self]
-
-    def files(self) -> list[tuple[SourceFile, int, int]]:
-        """The files that its tokens are from, each with the range of its own tokens."""
-        return self.source.files_in(self.start, self.stop)
-
-    def describe(self) -> dict[str, Any]:
-        """What must be the same for numbers to be comparable; stored in checkpoints and logs."""
-        return {
-            "source": self.source.name,
-            "fingerprint": self.source.fingerprint,
-            "start": self.start,
-            "stop": self.stop,
-            "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",
-        }
-
-
-class Joined(TokenDataset):
-    """Data sets one after the other, as one: the validation parts of a mixture."""
-
-    def __init__(self, parts: Sequence[TokenDataset], weights: Sequence[Fraction]) -> None:
-        joined = JoinedTokens([(p.source, p.start, p.stop) for p in parts])
-        super().__init__(joined, parts[0].seq_len, tokenizer=parts[0].tokenizer)
-        self._parts, self.weights = list(parts), list(weights)
-
-    @property
-    def parts(self) -> list[TokenDataset]:
-        return self._parts
-
-    def limited(self, max_tokens: int) -> TokenDataset:
-        """The first tokens of each part, by weight, max_tokens in all; 0 = all."""
-        if not max_tokens or max_tokens >= self.num_tokens:
-            return self
-        counts = share_out(max_tokens, [p.num_tokens for p in self.parts], self.weights)
-        kept = [(p, n, w) for p, n, w in zip(self.parts, counts, self.weights, strict=True) if n]
-        return Joined([p.limited(n) for p, n, _ in kept], [w for _, _, w in kept])
-
-
-def share_out(total: int, sizes: Sequence[int], weights: Sequence[Fraction]) -> list[int]:
-    """How much of `total` each one gives, by weight, where one can't give more than its size and
-    the others then give the more.
-    """
-    counts = [0] * len(sizes)
-    left, open_ones = total, set(range(len(sizes)))
-    while open_ones:
-        rate = left / sum(weights[i] for i in open_ones)
-        full = {i for i in open_ones if sizes[i] <= rate * weights[i]}
-        if not full:  # the rest of the division goes to the first ones
-            for i in sorted(open_ones):
-                counts[i] = int(rate * weights[i])
-            for i in sorted(open_ones)[: total - sum(counts)]:
-                counts[i] += 1
-            break
-        for i in full:
-            counts[i], left = sizes[i], left - sizes[i]
-        open_ones -= full
-    return counts
-
-
-class Mixture(TokenDataset):
-    """Several data sets, each giving its share of the samples; each keeps its own epochs.
-
-    The shares are exact: of the first n samples, part i gets n x weight[i], less than one sample
-    off for any n that is a multiple of the pattern, and at most len(parts) off anywhere else.
-    """
-
-    def __init__(self, parts: Sequence[TokenDataset], weights: Sequence[Fraction]) -> None:
-        joined = JoinedTokens([(p.source, p.start, p.stop) for p in parts])
-        super().__init__(joined, parts[0].seq_len, tokenizer=parts[0].tokenizer)
-        self._parts, total = list(parts), sum(weights, Fraction())
-        self.weights = [w / total for w in weights]
-        period = math.lcm(*(w.denominator for w in self.weights))
-        if period > _LONGEST_PATTERN:
-            raise UserError(f"weights {', '.join(map(str, weights))} are too fine; use 3 digits")
-        self.counts = np.array([int(w * period) for w in self.weights])
-        # Smooth weighted round-robin: who is most behind its share goes next.
-        owed, pattern = np.zeros(len(parts), np.int64), []
-        for _ in range(period):
-            owed += self.counts
-            pattern.append(int(owed.argmax()))
-            owed[pattern[-1]] -= period
-        self.pattern = np.array(pattern)
-        self.before = np.array(
-            [np.cumsum(self.pattern == i) - (self.pattern == i) for i in range(len(parts))]
-        )  # (parts, period)
-
-    @property
-    def parts(self) -> list[TokenDataset]:
-        return self._parts
-
-    def __len__(self) -> int:
-        return sum(len(p) for p in self.parts)
-
-    def samples(self, first: int, count: int, seed: int) -> Tensor:
-        """As in TokenDataset; each sample from the part that the pattern names."""
-        cycle, place = np.divmod(np.arange(first, first + count), len(self.pattern))
-        rows = torch.empty(count, self.seq_len, dtype=torch.int64)
-        for i, part in enumerate(self.parts):
-            here = self.pattern[place] == i
-            own = cycle[here] * self.counts[i] + self.before[i][place[here]]
-            rows[torch.from_numpy(here)] = part.rows(part.ordered(own, hash_of(seed, i)))
-        return rows
-
-    def limited(self, max_tokens: int) -> TokenDataset:
-        if max_tokens:
-            raise UserError("--max-tokens with weighted sources is ambiguous; limit num_steps")
-        return self
-
-    def describe(self) -> dict[str, Any]:
-        shares = {"weights": [str(w) for w in self.weights]}
-        return {**super().describe(), **shares}
 
 
 class TextDatasetForCausalLM(TokenDataset):
@@ -370,24 +143,6 @@ def open_source(
     if named and named[0][1] is not None:
         return [(open_one([path]), weight) for path, weight in named]
     return [(open_one([path for path, _ in named]), None)]
-
-
-def weighted(paths: Sequence[str]) -> list[tuple[str, Fraction | None]]:
-    """("a.npy", 7/10) of "a.npy:0.7"; the weight is None for a plain path. Raises UserError."""
-    found: list[tuple[str, Fraction | None]] = []
-    for path in paths:
-        name, colon, number = path.rpartition(":")
-        if colon and re.fullmatch(r"[0-9.]+", number) and not os.path.exists(path):
-            try:
-                found.append((name, Fraction(number)))
-            except ValueError:
-                raise UserError(f"{path}: {number} is not a weight; try {name}:0.5") from None
-        else:
-            found.append((path, None))
-    given = [weight for _, weight in found if weight is not None]
-    if given and (len(given) < len(found) or min(given) <= 0):
-        raise UserError(f"{' '.join(paths)}: give every source a weight above 0, or none of them")
-    return found
 
 
 def refuse_missing(paths: Sequence[str], hint: str) -> None:

@@ -7,12 +7,14 @@ import settings.startup  # noqa: F401  # before torch loads
 import dataclasses
 from typing import Any
 
-from checkpoint import changes_of_data, load_model, saved_settings
+from checkpoint import load_model, saved_settings
+from checkpointing.reading import changes_of_data
 from config import BEFORE, Settings, from_dict
 from corpus.tokenizer import stored_tokenizer
-from dataset import TokenDataset, open_validation, refuse_missing
+from corpus.windows import TokenDataset
+from dataset import open_validation, refuse_missing
 from parallel.process_group import DataParallel, process_group
-from reporting.run_log import report_evaluations
+from reporting.evaluations import report_evaluations
 from runtime.console import say
 from runtime.device import pick_device, tune
 from runtime.fields import UserError

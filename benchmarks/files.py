@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import BenchSettings, in_new_process, memory
-from corpus.text import find_sources, read_texts, stdlib_files
+from corpus.text import read_texts
+from corpus.text_files import find_sources, stdlib_files
 from corpus.token_files import prepare
 from corpus.tokenizer import build_tokenizer
 from settings.command_line import parse_settings

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import BenchSettings
-from checkpoint import differences, read_checkpoint
-from checkpointing.manager import CheckpointManager, lock_path
+from checkpoint import read_checkpoint
+from checkpointing.inspection import differences
+from checkpointing.manager import CheckpointManager
+from checkpointing.writing import lock_path
 from reporting.plots import first_difference, read_records
 from runtime.fields import UserError
 from settings.command_line import parse_settings

@@ -10,27 +10,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoint import (
-    add_names,
-    build_checkpoint,
-    check_space,
-    latest_valid,
-    load_checkpoint,
-    open_checkpoint,
-    write_checkpoint,
-)
-from checkpointing.file_format import Unreadable, tensor_bytes
+from checkpoint import build_checkpoint, load_checkpoint
+from checkpointing.file_format import Unreadable
+from checkpointing.reading import latest_valid, open_checkpoint
+from checkpointing.snapshot import copied, copy_bytes
+from checkpointing.writing import add_names, check_space, lock_path, write_checkpoint
 from config import Settings
 from model import GPTModel
 from parallel.context import SINGLE_PROCESS, ParallelContext
@@ -39,8 +33,7 @@ from parallel.process_group import Ranks
 from runtime.device import Device, environment, free_memory
 from runtime.fields import UserError
 from runtime.files import target_of
-from runtime.locks import hold
-from settings.paths import LABELS, archive_existing, free_number, log_base, run_files, variant_path
+from settings.paths import archive_existing, free_number, log_base, run_files, variant_path
 from training.step import RunState
 
 
@@ -282,58 +275,6 @@ class CheckpointManager:
                 self.writing.join()
             self.writing = None
         self.ranks.barrier()
-
-
-def copy_bytes(tree: Any, pinned: bool = False) -> int:
-    """Memory that copies of all tensors in nested dicts take. Torch gives a pinned one a block of
-    the next power of two.
-    """
-    if isinstance(tree, dict):
-        return sum(copy_bytes(value, pinned) for value in tree.values())
-    size = tensor_bytes(tree)
-    return 1 << (size - 1).bit_length() if pinned and size else size
-
-
-def copied(tree: Any, into: dict[str, Any], pinned: bool = False) -> dict[str, Any]:
-    """A copy of the tree on the CPU, in the tensors of `into`, which gets those that it lacks."""
-    result = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            result[key] = copied(value, into.setdefault(key, {}), pinned)
-        elif isinstance(value, Tensor):
-            if key not in into:
-                into[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
-            result[key] = into[key].copy_(value, non_blocking=pinned)
-        else:
-            result[key] = value
-    return result
-
-
-def lock_path(path: Path) -> IO[str]:
-    """Keeps other runs off a checkpoint path, and removes what a killed one left half-written.
-    Returns the lock, held until it is closed or the process ends. Raises UserError.
-    """
-    target = target_of(path)
-    if part := re.fullmatch(rf"(.+)\.({LABELS})", target.stem):
-        raise UserError(
-            f"{path} belongs to the run at {part[1]}{target.suffix}; copy it to another name to "
-            "start a run from it"
-        )
-    if target.exists() and not target.is_file():
-        raise UserError(f"{path} is not a plain file; give a file name as --checkpoint-path")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        held = hold(target.with_name(target.name + ".lock"), str(path), "--checkpoint-path")
-        stem = re.escape(target.stem)
-        for rest in target.parent.iterdir():
-            label = rf"(\.({LABELS}))?"
-            if re.fullmatch(rf"{stem}{label}{re.escape(target.suffix)}\.\d+\.tmp", rest.name):
-                rest.unlink()
-    except OSError as reason:
-        raise UserError(
-            f"cannot save to {path}: {reason.strerror}; change --checkpoint-path"
-        ) from reason
-    return held
 
 
 def _has_run(path: str, run_id: str) -> bool:

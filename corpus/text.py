@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import codecs
-import glob
 import gzip
-import hashlib
 import io
 import json
-import os
 import re
 import shlex
-import sysconfig
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from corpus.shards import OTHER_FORMATS
+from corpus.text_files import converting_command, kind_of
 from runtime.fields import UserError
 
-_KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
-_PACKED = (".gz", ".zst")
-_NO_TEXT = {  # endings of what would be learned as characters, or not read at all: what to do
-    ".json": 'write one object with a "text" on each line of a .jsonl file, as with jq -c',
-    ".csv": 'write the texts into a .txt, or as {"text": ...} on each line of a .jsonl file',
-    ".tsv": 'write the texts into a .txt, or as {"text": ...} on each line of a .jsonl file',
-    ".npy": "token shards are given with --train-npy or --val-npy",
-    ".bin": "token shards are given with --train-npy or --val-npy",
-    ".tar": "unpack it and give the folder",
-    ".tgz": "unpack it and give the folder",
-    ".zip": "unpack it and give the folder",
-}
 USUAL_SEPARATOR = "<|endoftext|>"  # between documents in one file, as GPT-2's end token is written
 BLOCK_BYTES = 1 << 20  # text is read, and handed to a worker, in pieces of about this size
-_STDLIB_LEAST_BYTES = 1_000_000
 _FORCED_CUT_BLOCKS = 16  # after that many without a safe place, text is cut where it is
 # Where the patterns by which BPE tokenizers split text first (GPT-2's and its successors') always
 # end a match, so that pieces give the ids of the whole: before a space that follows something
@@ -48,138 +30,6 @@ class Text(NamedTuple):
     text: str
     n_bytes: int  # in UTF-8
     ends_document: bool
-
-
-def find_sources(paths: Iterable[str | Path]) -> list[Path]:
-    """The files that files, folders and globs stand for; those of a folder or glob in name order.
-
-    In folders only files with a known ending count, and empty ones don't. Raises UserError.
-    """
-    return find_texts(paths)[0]
-
-
-def find_texts(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
-    """As `find_sources`, and for each folder or glob how many files are read, how many are left
-    out, and why.
-    """
-    found: list[Path] = []
-    notes = []
-    for path in map(str, paths):
-        if os.path.isdir(path):
-            matches = sorted(Path(path).rglob("*"))
-        elif glob.has_magic(path) and not os.path.exists(path):
-            matches = [Path(p) for p in sorted(glob.glob(path, recursive=True))]
-        else:
-            _refuse_no_text(Path(path))
-            found.append(Path(path))
-            continue
-        folder = Path(path) if os.path.isdir(path) else None
-        reasons = [_why_left_out(p, folder) for p in matches]
-        some = [p for p, reason in zip(matches, reasons, strict=True) if reason is None]
-        left_out = Counter(reason for reason in reasons if reason)
-        why = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common(6))
-        why += ", ..." if len(left_out) > 6 else ""
-        notes.append(
-            f"{path}: {len(some)} files read, {left_out.total()} left out"
-            + (f" ({why})" if why else "")
-        )
-        if not some:
-            raise UserError(
-                f"{path}: no text in it; known endings are {' '.join(_KINDS)}, also packed"
-                + (f"; found were {why}" if why else "")
-            )
-        for file in some:
-            _refuse_no_text(file)
-        found += some
-    return found, notes
-
-
-def _why_left_out(path: Path, folder: Path | None) -> str | None:
-    """Why a file of a folder, or of a glob (None), is not read; None if it is, "" for a folder on
-    the way.
-    """
-    if folder and any(part.startswith(".") for part in path.relative_to(folder).parts):
-        return "" if path.is_dir() else "hidden"
-    if folder and "node_modules" in path.relative_to(folder).parts:
-        return "" if path.is_dir() else "in node_modules"
-    if path.is_dir():
-        return "link to a folder" if path.is_symlink() else ""
-    if not path.exists():
-        return "broken link"
-    if not path.is_file():
-        return "pipe or device"
-    if folder and not kind_of(path)[0]:
-        return f"*{path.suffix.lower()}" if path.suffix else "without ending"
-    return None if path.stat().st_size else "empty"
-
-
-def _refuse_no_text(path: Path) -> None:
-    """Raises UserError for what would be trained on as characters, though it is something else."""
-    kind, packed = kind_of(path)
-    ending = Path(path.stem if packed else path).suffix.lower()
-    if ending in _NO_TEXT:
-        raise UserError(
-            f"{path}: {ending} files are not read as text; {_NO_TEXT[ending]} (to train on it as "
-            "it is, name it .txt)"
-        )
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(
-            f"{path}: is a pipe or a device, and text is read twice; write it to a file first"
-        )
-    if packed or kind == ".parquet" or not path.is_file():
-        return
-    try:
-        with open(path, "rb") as file:
-            start = file.read(8)
-    except OSError as reason:
-        raise UserError(f"{path}: cannot be read: {reason.strerror}") from reason
-    for encoding in ("UTF-32", "UTF-16"):  # the mark of one starts as that of the other
-        marks = [
-            getattr(codecs, f"BOM_{encoding.replace('-', '')}_{order}") for order in ("LE", "BE")
-        ]
-        if start.startswith(tuple(marks)):
-            raise UserError(f"{path}: is {encoding}; {_convert(path, encoding)}")
-    for magic, name in {**OTHER_FORMATS, b"\x93NUMPY": "a token shard (--train-npy)"}.items():
-        if start.startswith(magic):
-            raise UserError(
-                f"{path}: is {name}, not text; unpack or convert it, or give it its usual ending "
-                f"(read packed are {' '.join(_PACKED)})"
-            )
-
-
-def _convert(path: Path, encoding: str) -> str:
-    good = shlex.quote(str(path.with_suffix(".utf8.txt")))
-    return f"convert it first: iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {good}"
-
-
-def stdlib_files() -> list[Path]:
-    """The source of Python's standard library without its tests, its packages well mixed.
-
-    Raises UserError where it is not there.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = [
-        p
-        for p in root.rglob("*.py")
-        if not skip & set(p.relative_to(root).parts) and p.stat().st_size
-    ]
-    found = sum(p.stat().st_size for p in files)
-    if found < _STDLIB_LEAST_BYTES:
-        raise UserError(
-            f"this Python has only {found} bytes of its standard library's source in {root}, too "
-            "little to train on; give your own text with --train-data FILE, or --use-toy-data"
-        )
-    return sorted(
-        files, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest()
-    )
-
-
-def kind_of(path: Path) -> tuple[str, str]:
-    """(".jsonl", ".gz") of a.jsonl.gz or A.JSONL.GZ; "" for what is not known."""
-    packed = path.suffix.lower() if path.suffix.lower() in _PACKED else ""
-    kind = (Path(path.stem).suffix if packed else path.suffix).lower()
-    return (kind if kind in _KINDS else ""), packed
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -272,7 +122,7 @@ def _without_nul(path: Path, block: bytes) -> str:
     share = block.count(0) / len(block)
     if 0.3 < share < 0.7 and block[:1] and 0 in block[:2]:
         order = "BE" if block[0] == 0 else "LE"
-        return f"it looks like UTF-16; {_convert(path, 'UTF-16' + order)}"
+        return f"it looks like UTF-16; {converting_command(path, 'UTF-16' + order)}"
     if share > 0.1 and block.count(0) > 8:
         return "this is no text file; leave it out"
     unpack = {".gz": "zcat", ".zst": "zstdcat"}.get(kind_of(path)[1], "cat")

@@ -211,3 +211,19 @@ def _files_missing(name: str, reason: Exception) -> str:
         "(TIKTOKEN_CACHE_DIR names another folder), and downloading them failed "
         f"({type(reason).__name__}); --tokenizer-name bytes works offline"
     )
+
+
+def write_tokenizer_file(stored: str, path: str | Path, to: Path) -> None:
+    """Writes the tokenizer that the checkpoint at `path` holds, in its JSON form, to a file. Raises
+    UserError.
+    """
+    tokenizer_from_json(stored, f"the tokenizer in {path}")  # or a file would be made of anything
+    temporary = to.with_name(f"{to.name}.{os.getpid()}.tmp")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(stored, encoding="utf-8")
+        os.replace(temporary, to)
+    except OSError as reason:
+        raise UserError(
+            f"cannot write the tokenizer of {path} to {to}: {reason.strerror}"
+        ) from None

@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from corpus.shards import TokenShards
-from corpus.text import find_sources, kind_of, read_texts
+from corpus.text import read_texts
+from corpus.text_files import find_sources, kind_of
 from corpus.token_files import MANIFEST, TOKENIZER_FILE
 from corpus.tokenizer import Tokenizer, build_tokenizer
 from runtime.console import say

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from corpus.text import find_texts
+from corpus.text_files import find_texts
 from corpus.token_files import SHARD_TOKENS, note_on_documents, prepare
 from corpus.tokenizer import build_tokenizer
 from runtime.console import command, say

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from corpus.text import find_sources, read_texts, stdlib_files
+from corpus.text import read_texts
+from corpus.text_files import find_sources, stdlib_files
 from corpus.tokenizer import BPETokenizer
 from runtime.console import say
 from runtime.fields import UserError, check_fields, flag

@@ -5,8 +5,6 @@ The only place that formats a metric. The JSONL is the truth: all else shows num
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import os
 import shlex
@@ -15,7 +13,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,12 @@ import torch
 from tqdm import tqdm
 
 from config import Settings, to_dict
-from dataset import TokenDataset
+from corpus.windows import TokenDataset
 from model import GPTModel
+from reporting.metrics_file import to_json
 from reporting.plots import draw_losses, read_records, run_of
 from reporting.wandb_log import WandB
-from runtime.console import command, say, visible
+from runtime.console import command, visible
 from runtime.device import Device, environment
 from runtime.fields import UserError
 from runtime.locks import hold
@@ -423,14 +422,6 @@ class RunLog:
         )
 
 
-def to_json(record: dict[str, Any]) -> str:
-    """One line of JSON; numbers that JSON lacks (NaN, infinities) become null."""
-    clean = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-    }
-    return json.dumps(clean)
-
-
 def _start_profiler(base: Path, device: Device) -> Any:
     """Records updates 6 to 8 into a trace for chrome://tracing or Perfetto."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -443,105 +434,3 @@ def _start_profiler(base: Path, device: Device) -> Any:
     )
     profiler.start()
     return profiler
-
-
-def report_evaluations(
-    log_dir: str,
-    paths: Sequence[str],
-    results: Sequence[EvalResult],
-    data_of: Sequence[dict[str, Any]] = (),
-    by_source: Sequence[dict[str, EvalResult]] = (),
-) -> None:
-    """Prints the results of eval.py, as lines for one checkpoint, as a table for several;
-    appends them to its logs.
-
-    data_of: what each was evaluated on, as `TokenDataset.describe` says it. by_source: the results
-    of single sources of it.
-    """
-    lines = _evaluation_lines(paths, results, data_of, by_source)
-    say("\n".join(lines))
-    folder = Path(log_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "eval.log", "a", encoding="utf-8") as text:
-            text.writelines(time.strftime("[%Y-%m-%d %H:%M:%S] ") + line + "\n" for line in lines)
-        with open(folder / "eval.jsonl", "a", encoding="utf-8") as jsonl:
-            for i, (path, r) in enumerate(zip(paths, results, strict=True)):
-                record = {"event": "eval", "checkpoint": path, **dataclasses.asdict(r)}
-                if data_of:
-                    record["data"] = data_of[i]
-                if by_source and by_source[i]:
-                    parts = {k: dataclasses.asdict(v) for k, v in by_source[i].items()}
-                    record["sources"] = {k: json.loads(to_json(v)) for k, v in parts.items()}
-                jsonl.write(to_json(record) + "\n")
-    except OSError as reason:
-        raise UserError(
-            f"cannot write {reason.filename}: {reason.strerror}; try --log-dir"
-        ) from reason
-
-
-def _evaluation_lines(
-    paths: Sequence[str],
-    results: Sequence[EvalResult],
-    data_of: Sequence[dict[str, Any]],
-    by_source: Sequence[dict[str, EvalResult]],
-) -> list[str]:
-    labels = _data_labels(data_of)
-    rows = [
-        {
-            "checkpoint": path,
-            "avg_loss": f"{r.loss:.6f}",
-            "loss_se": f"{r.loss_se:.6f}",
-            "ppl": f"{r.ppl:.4f}",
-            "bpb": "n/a" if r.bpb is None else f"{r.bpb:.6f}",
-            "tokens": str(r.tokens),
-        }
-        for path, r in zip(paths, results, strict=True)
-    ]
-    if len(set(labels)) > 1:
-        rows = [{**row, "data": label} for row, label in zip(rows, labels, strict=True)]
-    if len(rows) == 1:
-        lines = [f"{name}: {value}" for name, value in rows[0].items()]
-    else:
-        widths = {k: max(len(k), *(len(row[k]) for row in rows)) for k in rows[0]}
-        header = {k: k for k in widths}
-        lines = [
-            "  ".join(row[k].ljust(widths[k]) for k in widths).rstrip() for row in (header, *rows)
-        ]
-    for path, sources in zip(paths, by_source, strict=False):
-        lines += [
-            f"{path} on {name}: avg_loss {r.loss:.6f}, ppl {r.ppl:.4f}, tokens {r.tokens}"
-            for name, r in sources.items()
-        ]
-    return lines + _data_lines(data_of, labels)
-
-
-def _data_labels(data_of: Sequence[dict[str, Any]]) -> list[str]:
-    """A number for each: the same one where the same tokens were scored, wherever they lie."""
-    names: dict[str, str] = {}
-    keys = [repr([v for k, v in sorted(d.items()) if k != "source"]) for d in data_of]
-    return [names.setdefault(key, str(len(names) + 1)) for key in keys]
-
-
-def _data_lines(data_of: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
-    """What the data are that the labels stand for, and whether rows can be compared."""
-    tokenizers = {d.get("tokenizer", "") for d in data_of}
-    about = {
-        label: f"{d['source']}, tokens {d['start']}..{d['stop'] - 1}"
-        + (f" of tokenizer {d['tokenizer'][:12] or 'unknown'}" if len(tokenizers) > 1 else "")
-        for label, d in reversed(list(zip(labels, data_of, strict=True)))
-    }
-    if len(about) < 2:
-        return [f"data: {text}" for text in about.values()]
-    lines = [f"data {label}: {about[label]}" for label in sorted(about, key=int)]
-    if len(tokenizers) > 1:
-        advice = (
-            "loss and ppl are per token, and these tokenizers make other tokens; bits per byte "
-            "(bpb) can be compared, where the whole of the same text was scored"
-        )
-    else:
-        advice = (
-            "rows of different data can't be compared; --val-data or --val-npy gives all "
-            "checkpoints the same"
-        )
-    return [*lines, advice]

@@ -35,13 +35,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import (  # noqa: E402
-    differences,
-    latest_valid,
-    read_checkpoint,
-    save_checkpoint,
-    saved_settings,
-)
+from checkpoint import read_checkpoint, save_checkpoint, saved_settings  # noqa: E402
+from checkpointing.inspection import differences  # noqa: E402
+from checkpointing.reading import latest_valid  # noqa: E402
 from reporting.plots import comparable, first_difference, read_records  # noqa: E402
 from runtime.fields import UserError  # noqa: E402
 

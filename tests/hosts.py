@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import differences, saved_settings  # noqa: E402
+from checkpoint import saved_settings  # noqa: E402
+from checkpointing.inspection import differences  # noqa: E402
 from reporting.plots import first_difference, read_records  # noqa: E402
 
 TINY = """

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import on_ranks  # noqa: E402
-from checkpoint import build_checkpoint, load_checkpoint, read_checkpoint, write_checkpoint  # noqa: E402
+from checkpoint import build_checkpoint, load_checkpoint, read_checkpoint  # noqa: E402
+from checkpointing.writing import write_checkpoint  # noqa: E402
 from dataset import open_data  # noqa: E402
 from model import GPTModel  # noqa: E402
 from parallel import parallel_model as distributed  # noqa: E402

@@ -9,7 +9,8 @@ from conftest import tiny
 import bench
 from benchmarks import recipe, threads
 from benchmarks.common import BenchSettings, Side, flops_per_token, medians, side_by_side
-from benchmarks.speed import Parts, gpt2_small, growth_shapes
+from benchmarks.growth import growth_shapes
+from benchmarks.speed import Parts, gpt2_small
 from config import GPTConfig, to_dict
 from model import GPTModel
 from runtime.fields import UserError

@@ -3,7 +3,7 @@ import sys
 import torch
 from test_step import Run
 
-from checkpoint import write_checkpoint
+from checkpointing.writing import write_checkpoint
 from tests import chaos
 from tests.test_checkpoint import content
 

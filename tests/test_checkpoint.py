@@ -14,24 +14,25 @@ from test_step import FP16, Run
 
 import checkpoint
 from checkpoint import (
-    CheckpointSettings,
     build_checkpoint,
-    differences,
-    latest_valid,
     load_checkpoint,
     load_model,
     read_checkpoint,
     resumable_settings,
     save_checkpoint,
     saved_settings,
-    write_checkpoint,
 )
+from checkpointing import inspection, writing
 from checkpointing.file_format import Unreadable, write_with_checksum
+from checkpointing.inspection import CheckpointSettings, differences
+from checkpointing.reading import latest_valid
+from checkpointing.writing import write_checkpoint
 from config import to_dict
 from model import GPTModel
 from runtime.fields import UserError
 from runtime.flags import parse_flags
 from settings.paths import variant_path
+from training.optimizers import note_on_rising_rate
 from training.step import RunState
 
 DATA = {"train": {"fingerprint": "a", "tokens": 9}, "val": {"fingerprint": "b"}, "tokenizer": ""}
@@ -372,7 +373,7 @@ def test_the_space_is_asked_for_before_a_byte_is_written(tmp_path, run, path, mo
     ]
     needed = sum(t.numel() * 4 for t in tensors) + 1_000_000
     before = files(tmp_path)
-    monkeypatch.setattr(checkpoint, "write_with_checksum", None)
+    monkeypatch.setattr(writing, "write_with_checksum", None)
     for free, said in ((needed - 1, "free"), (needed, "")):
         monkeypatch.setattr(shutil, "disk_usage", lambda p, free=free: SimpleNamespace(free=free))
         if said:
@@ -635,7 +636,7 @@ def test_a_description_is_checked_whoever_reads_it(path):
     changed(path, put("settings", "n_layers", 10**9))
     for call in (read_checkpoint, load_model, saved_settings, resumable_settings):
         refused(lambda call=call: call(path), "at most")
-    for call in (checkpoint.show, checkpoint.verify):
+    for call in (inspection.show, inspection.verify):
         with pytest.raises(UserError):
             call((str(path),))
     refused(lambda: differences(path, path), "at most")
@@ -929,17 +930,17 @@ def test_compare_names_the_file_that_shrank(path, tmp_path, run, monkeypatch):
         return original(self, tree)
 
     monkeypatch.setattr(checkpoint.CheckpointReader, "read", read)
-    refused(lambda: checkpoint.compare((path, other)), str(path), kind=Unreadable)
+    refused(lambda: inspection.compare((path, other)), str(path), kind=Unreadable)
 
 
 def test_odd_data_is_refused(path):
     changed(path, put("data", {"train": "x"}))
-    refused(lambda: checkpoint.show((str(path),)), "not what it must be: data")
+    refused(lambda: inspection.show((str(path),)), "not what it must be: data")
 
 
 def test_half_a_character_is_refused(path):
     changed(path, put("environment", {"a": "\ud800"}))
-    refused(lambda: checkpoint.show((str(path),)), "UnicodeEncodeError")
+    refused(lambda: inspection.show((str(path),)), "UnicodeEncodeError")
 
 
 @pytest.mark.parametrize(
@@ -955,5 +956,5 @@ def test_a_learning_rate_that_goes_up_again_is_said_with_both_rates(flags, said)
     before = toy_settings(
         num_steps=4, lr=0.4, min_lr=0.0, warmup_steps=0, lr_scheduler="linear"
     )  # 0.4, 0.3, 0.2, 0.1
-    note = checkpoint._rate_that_rises(before, dataclasses.replace(before, **flags), 4)
+    note = note_on_rising_rate(before, dataclasses.replace(before, **flags), 4)
     assert said in note and bool(said) == bool(note)

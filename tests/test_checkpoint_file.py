@@ -18,14 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from checkpointing import file_format as checkpoint_file
-from checkpointing.file_format import (
-    TensorRef,
-    Unreadable,
-    open_verified,
-    tensor_bytes,
-    write_with_checksum,
-)
+from checkpointing import file_format, safe_pickle
+from checkpointing.file_format import Unreadable, open_verified, tensor_bytes, write_with_checksum
+from checkpointing.safe_pickle import TensorRef
 
 CONTENT = {"a": torch.arange(3.0), "n": 1, "d": {"s": "ü", "l": [None, True, 0.5]}}
 START = b"\x80\x02"  # of every pickle of protocol 2
@@ -249,9 +244,9 @@ def test_torch_and_zipfile_read_it_too(small):
     assert seal_stored == b"sha256:" + hashlib.sha256(body).hexdigest().encode()
 
 
-@pytest.mark.parametrize("storage", checkpoint_file._DTYPES)
+@pytest.mark.parametrize("storage", safe_pickle._DTYPES)
 def test_every_type_and_shape_comes_back(tmp_path, storage):
-    dtype = checkpoint_file._DTYPES[storage]
+    dtype = safe_pickle._DTYPES[storage]
     shapes = [(), (0,), (3,), (2, 3), (1, 1, 4), (0, 3)]
     content = {
         str(shape): torch.arange(torch.Size(shape).numel()).to(dtype).reshape(shape)
@@ -542,7 +537,7 @@ def test_numbers_that_begin_beyond_the_file_are_refused_before_they_get_memory(t
 
 
 def test_a_description_beyond_its_limit_is_refused_unread(tmp_path, little_memory, monkeypatch):
-    monkeypatch.setattr(checkpoint_file, "_LARGEST_PICKLE", 1000)
+    monkeypatch.setattr(file_format, "LARGEST_PICKLE", 1000)
     (tmp_path / "c.pt").write_bytes(sealed(b"N" * 1001))
     refused(tmp_path / "c.pt", "absurd size")
     (tmp_path / "c.pt").write_bytes(sealed(START + b"}" + text("x" * 989) + b"Ns."))

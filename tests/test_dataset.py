@@ -7,19 +7,17 @@ import torch
 from conftest import CPU, toy_settings
 
 from config import to_dict
+from corpus.mixtures import Mixture, share_out, weighted
+from corpus.windows import TokenDataset
 from dataset import (
     FineWebNPYDataset,
-    Mixture,
     Prefetch,
     TextDatasetForCausalLM,
-    TokenDataset,
     ToyRandomDataset,
     build_tokenizer,
     open_data,
     open_validation,
     permute,
-    share_out,
-    weighted,
 )
 from runtime.fields import UserError
 from settings.command_line import parse_settings

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from conftest import CPU
 from test_step import Run
 
-from checkpoint import differences
+from checkpointing.inspection import differences
 from parallel.context import ParallelContext
 from parallel.parallel_model import ParallelModel, replicate
 from parallel.process_group import Ranks

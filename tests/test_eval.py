@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from conftest import CPU, tiny, toy_settings
 
-from dataset import TextDatasetForCausalLM, TokenDataset, build_tokenizer, open_data
+from corpus.windows import TokenDataset
+from dataset import TextDatasetForCausalLM, build_tokenizer, open_data
 from model import GPTModel
 from parallel.context import ParallelContext
-from reporting.run_log import report_evaluations
+from reporting.evaluations import report_evaluations
 from runtime.device import Device
 from training.evaluation import EvalResult, evaluate, perplexity, starts_with_evaluation
 

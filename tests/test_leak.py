@@ -3,7 +3,8 @@ import pytest
 
 from corpus import contamination as leak
 from corpus.contamination import leaked_share, refuse_leak, run_hashes
-from dataset import TokenDataset, open_data
+from corpus.windows import TokenDataset
+from dataset import open_data
 from runtime.fields import UserError
 from settings.command_line import parse_settings
 
@@ -38,7 +39,7 @@ def test_other_text_of_the_same_words_is_not(train):
 
 def test_phrases_that_source_code_repeats_are_no_leak(tmp_path):
     import dataset
-    from corpus.text import stdlib_files
+    from corpus.text_files import stdlib_files
 
     tokenizer = dataset.build_tokenizer("bytes")
     files = [p for p in stdlib_files() if "encodings" not in p.parts][:200]  # they do repeat

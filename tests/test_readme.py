@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from bench import VERBS as BENCHMARKS
 from bench import BenchSettings
-from checkpoint import VERBS, CheckpointSettings
+from checkpointing.inspection import VERBS, CheckpointSettings
 from runtime.flags import parse_flags
 from settings.command_line import parse_settings
 from settings.scripts import EvalSettings, SampleSettings

@@ -12,8 +12,9 @@ from conftest import CPU, toy_settings
 
 from dataset import open_data
 from model import GPTModel
+from reporting.metrics_file import to_json
 from reporting.plots import draw_losses, first_difference, read_records
-from reporting.run_log import RunLog, to_json
+from reporting.run_log import RunLog
 from runtime.fields import UserError
 from training.evaluation import EvalResult
 from training.step import RunState, StepStats

@@ -14,7 +14,9 @@ from test_step import Run
 
 from checkpoint import read_checkpoint
 from checkpointing import manager as saver_module
-from checkpointing.manager import CheckpointManager, copied, copy_bytes, lock_path
+from checkpointing.manager import CheckpointManager
+from checkpointing.snapshot import copied, copy_bytes
+from checkpointing.writing import lock_path
 from parallel import hang_guard as hang
 from parallel.process_group import Ranks
 from runtime.fields import UserError

@@ -7,8 +7,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from corpus import text, token_files
-from corpus.text import stdlib_files
+from corpus import text, text_files, token_files, workers
+from corpus.text_files import stdlib_files
 from corpus.token_files import tokenize_files
 from corpus.tokenizer import build_tokenizer
 from runtime.fields import UserError
@@ -37,7 +37,7 @@ def test_second_start_reads_the_cache_and_changed_text_does_not(tmp_path, monkey
     file = write(tmp_path / "a", "one")
     first = tokenize_files([file], BYTES, tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(token_files, "_encode", lambda *a: pytest.fail("tokenized again"))
+        patch.setattr(workers, "_encode", lambda *a: pytest.fail("tokenized again"))
         assert tokenize_files([file], BYTES, tmp_path / "cache") == first
     assert tokenize_files([write(file, "two")], BYTES, tmp_path / "cache") != first
     assert len(list((tmp_path / "cache").glob("*/*.npy"))) == 2
@@ -90,7 +90,7 @@ def test_missing_file_and_folder_are_named(tmp_path):
         tokenize_files([tmp_path / "none.txt"], BYTES, tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no text in it"):
-        tokenize_files(text.find_sources([tmp_path / "empty"]), BYTES, tmp_path / "cache")
+        tokenize_files(text_files.find_sources([tmp_path / "empty"]), BYTES, tmp_path / "cache")
 
 
 def test_cache_that_cannot_be_written_names_the_flag(tmp_path):
@@ -133,7 +133,7 @@ def test_standard_library_is_found_in_a_fixed_mixed_order():
 
 
 def test_python_without_its_source_names_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(text_files.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(UserError) as caught:
         stdlib_files()
     assert "--train-data" in str(caught.value) and "--use-toy-data" in str(caught.value)
@@ -143,8 +143,8 @@ def test_python_without_its_source_names_the_way_out(tmp_path, monkeypatch):
 def test_kinds_are_told_without_regard_to_case(tmp_path, name):
     file = write(tmp_path / name, json.dumps({"text": "one"}) + "\n")
     assert np.load(only([file], BYTES, tmp_path / "cache")).tolist() == [*b"one", 256]
-    assert text.kind_of(tmp_path / "A.TXT.GZ") == (".txt", ".gz")
-    assert text.find_sources([tmp_path]) == [file]
+    assert text_files.kind_of(tmp_path / "A.TXT.GZ") == (".txt", ".gz")
+    assert text_files.find_sources([tmp_path]) == [file]
 
 
 def test_files_left_out_of_a_folder_are_counted_with_the_reason(tmp_path):
@@ -156,7 +156,7 @@ def test_files_left_out_of_a_folder_are_counted_with_the_reason(tmp_path):
     (folder / "gone.txt").symlink_to("nowhere")
     (folder / "again").symlink_to(folder / "sub")
     os.mkfifo(folder / "pipe.txt")
-    files, (note,) = text.find_texts([folder])
+    files, (note,) = text_files.find_texts([folder])
     assert files == [folder / "a.txt", folder / "sub/B.MD"]
     assert note.startswith(f"{folder}: 2 files read, 8 left out (2 *.pdf, ")
     for reason in ("1 *.csv", "1 without ending", "1 empty", "1 broken link", "1 link to a folder"):
@@ -164,12 +164,12 @@ def test_files_left_out_of_a_folder_are_counted_with_the_reason(tmp_path):
     for name in (".git/hooks/a.txt", ".b.txt", "._a.txt", "node_modules/x/README.md"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write(folder / name, "words")
-    again, (note,) = text.find_texts([folder])
+    again, (note,) = text_files.find_texts([folder])
     assert again == files and "3 hidden" in note and "12 left out" in note
     inside = folder / ".git"  # asked for by name, it is read
-    assert text.find_texts([inside])[0] == [inside / "hooks/a.txt"]
+    assert text_files.find_texts([inside])[0] == [inside / "hooks/a.txt"]
     (tmp_path / "only.txt").write_text("words")
-    assert text.find_texts([tmp_path / "only.txt"]) == ([tmp_path / "only.txt"], [])
+    assert text_files.find_texts([tmp_path / "only.txt"]) == ([tmp_path / "only.txt"], [])
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_files_left_out_of_a_folder_are_counted_with_the_reason(tmp_path):
 def test_what_is_no_text_is_refused_with_what_to_do(tmp_path, name, content, said):
     file = write(tmp_path / name, content)
     with pytest.raises(UserError) as caught:
-        text.find_sources([file])
+        text_files.find_sources([file])
     assert said in str(caught.value) and str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -199,7 +199,7 @@ def test_what_is_no_text_is_refused_with_what_to_do(tmp_path, name, content, sai
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"is a pipe or a device.*write it to a file first"):
-        text.find_sources([tmp_path / "pipe"])
+        text_files.find_sources([tmp_path / "pipe"])
 
 
 def test_a_nul_byte_is_named_with_a_command_that_goes_on(tmp_path):

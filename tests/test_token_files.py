@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from corpus import text, token_files
-from corpus.text import Text, find_sources
+from corpus import text, token_files, workers
+from corpus.text import Text
+from corpus.text_files import find_sources
 from corpus.token_files import prepare
 from corpus.tokenizer import build_tokenizer
 from runtime.fields import UserError
@@ -77,9 +78,9 @@ def test_globs_are_taken_in_name_order(corpus):
 def test_output_does_not_depend_on_the_number_of_workers(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "BLOCK_BYTES", 128)
     found = []
-    for workers in (1, 2, 5):
-        out = tmp_path / f"out{workers}"
-        prepare(find_sources([corpus[0]]), BYTES, out, shard_tokens=500, workers=workers)
+    for n in (1, 2, 5):
+        out = tmp_path / f"out{n}"
+        prepare(find_sources([corpus[0]]), BYTES, out, shard_tokens=500, workers=n)
         found.append(bytes_of(out))
     assert len(found[0]) > 4 and found[0] == found[1] == found[2]
 
@@ -88,7 +89,7 @@ def test_a_stopped_run_keeps_its_shards_and_ends_with_the_same_bytes(corpus, tmp
     monkeypatch.setattr(text, "BLOCK_BYTES", 128)
     sources = find_sources([corpus[0]])
     prepare(sources, BYTES, tmp_path / "whole", shard_tokens=500)
-    original, calls = token_files._encode, []
+    original, calls = workers._encode, []
 
     def stopped(*args):
         calls.append(1)
@@ -97,7 +98,7 @@ def test_a_stopped_run_keeps_its_shards_and_ends_with_the_same_bytes(corpus, tmp
         return original(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(token_files, "_encode", stopped)
+        patch.setattr(workers, "_encode", stopped)
         prepare(sources, BYTES, tmp_path / "out", shard_tokens=500)
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npy")}
     assert kept and not (tmp_path / "out" / "tokens.json").exists()
@@ -110,7 +111,7 @@ def test_a_stopped_run_keeps_its_shards_and_ends_with_the_same_bytes(corpus, tmp
 KILL = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from corpus import token_files
+from corpus import token_files, workers
 from pathlib import Path
 from corpus.tokenizer import build_tokenizer
 
@@ -130,7 +131,7 @@ token_files.prepare([Path(sys.argv[1])], build_tokenizer("bytes"), Path(sys.argv
 @pytest.mark.parametrize(
     "where, count",
     [
-        ('token_files, "_encode"', 3),  # in a worker
+        ('workers, "_encode"', 3),  # in a worker
         ('token_files.os, "fsync"', 4),  # a shard is written, but has no name yet
         ('token_files, "_write_whole"', 4),  # a shard is there, but not yet counted
         ('token_files.os, "replace"', 5),
@@ -226,9 +227,9 @@ def test_disk_full_is_one_line(corpus, tmp_path, monkeypatch):
 
 def test_nothing_is_forked_once_a_gpu_is_in_use(monkeypatch):
     tokenizer, dtype = build_tokenizer("bytes"), np.dtype(np.uint16)
-    with token_files._pool(tokenizer, dtype, 1) as pool:
+    with workers._pool(tokenizer, dtype, 1) as pool:
         assert isinstance(pool, ProcessPoolExecutor)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    with token_files._pool(tokenizer, dtype, 1) as pool:
+    with workers._pool(tokenizer, dtype, 1) as pool:
         assert isinstance(pool, ThreadPoolExecutor)
-        assert pool.submit(token_files._work, [Text("ab", 2, True)]).result() == b"a\0b\0\0\1"
+        assert pool.submit(workers._work, [Text("ab", 2, True)]).result() == b"a\0b\0\0\1"

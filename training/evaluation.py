@@ -14,7 +14,7 @@ from torch import Tensor
 
 from config import Settings
 from corpus.tokenizer import Tokenizer
-from dataset import TokenDataset
+from corpus.windows import TokenDataset
 from loss import IGNORE
 from model import GPTModel
 from parallel.context import SINGLE_PROCESS, ParallelContext

@@ -179,3 +179,20 @@ def lr_at(step: int, args: Settings) -> float:
         decay_steps = max(1.0, args.decay_ratio * args.num_steps)
         share = min(1.0, max(0.0, (args.num_steps - step) / decay_steps))
     return args.final_lr + (args.lr - args.final_lr) * share
+
+
+def note_on_rising_rate(before: Settings, now: Settings, step: int) -> str:
+    """What to say where a run that gets more steps goes on at this one with a rate well above its
+    last.
+    """
+    if now.num_steps <= before.num_steps or not now.warmup_steps < step < now.num_steps:
+        return ""
+    last, first = lr_at(step - 1, before), lr_at(step, now)
+    if first <= 1.5 * last:
+        return ""
+    return (
+        f"the learning rate was {last:.3g} in step {step} and is {first:.3g} in the next: "
+        f"{now.lr_scheduler} now ends at step {now.num_steps}, and a lower --lr than {now.lr:g} "
+        "lowers the jump. To plan for more steps, start a run with --lr-scheduler wsd and "
+        "--keep-every N, and resume a copy of its checkpoint from before the decay"
+    )

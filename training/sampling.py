@@ -12,7 +12,7 @@ from torch import Tensor
 from config import Settings
 from corpus.text import USUAL_SEPARATOR
 from corpus.tokenizer import Tokenizer
-from dataset import TokenDataset
+from corpus.windows import TokenDataset
 from model import GPTModel
 from runtime.device import Device
 

@@ -1,0 +1,191 @@
+"""Opens checkpoints: checks the description in a file, finds the newest whole file of a run, and
+says how a checkpoint differs from a run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from checkpointing.file_format import (
+    CheckpointReader,
+    Unreadable,
+    as_unreadable,
+    open_verified,
+    printable,
+)
+from checkpointing.safe_pickle import TensorRef, size_of
+from config import from_dict
+from model import GPTModel
+from runtime.fields import NothingSaved, UserError
+from settings.paths import variant_path
+from training.optimizers import state_shapes
+
+FORMAT = 2
+ENTRIES: dict[str, type] = {
+    **dict.fromkeys(("model", "optimizer", "scaler", "settings", "data", "environment"), dict),
+    **dict.fromkeys(("format", "step", "tokens", "best_step", "bad_in_row"), int),
+    **dict.fromkeys(("run_id", "wandb_run_id"), str),
+    "best_val_loss": float,
+}
+
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+_ID = r"(?!\.)[\w.-]{0,128}"  # folders get their names from them
+_SMALL = (
+    "format",
+    "settings",
+    "environment",
+    "scaler",
+    "step",
+    "tokens",
+    "best_step",
+    "bad_in_row",
+)
+
+_LARGEST_SMALL = 50_000  # of these together, as size_of counts
+
+
+@contextmanager
+def open_checkpoint(path: str | Path) -> Iterator[CheckpointReader]:
+    """A checkpoint whose bytes and description are checked, with its tensors still in the file.
+    Raises Unreadable.
+    """
+    with open_verified(path) as contents:
+        with as_unreadable(path):
+            _check_description(contents.tree)
+        yield contents
+
+
+def _check_description(tree: Any) -> None:
+    """Raises UserError unless it is what `build_checkpoint` makes. Takes memory for nothing."""
+    if type(tree) is not dict or size_of({k: tree.get(k) for k in _SMALL}) > _LARGEST_SMALL:
+        raise UserError("not a checkpoint: a description of another kind, or of absurd size")
+    if tree.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint format {tree.get('format')!r:.40}, this version reads {FORMAT}"
+        )
+    wrong = [k for k, kind in ENTRIES.items() if type(tree.get(k)) is not kind]
+    if not wrong:
+        parts = (tree["model"], *tree["optimizer"].values())
+        counts = [tree[k] for k in ("step", "tokens", "bad_in_row")]
+        scaler, data = tree["scaler"], tree["data"]
+        sound = {
+            "tensors": all(
+                type(p) is dict and all(type(v) is TensorRef for v in p.values()) for p in parts
+            ),
+            "counts": all(0 <= n < 2**62 for n in counts) and -1 <= tree["best_step"] < 2**62,
+            "run_id, wandb_run_id": all(
+                re.fullmatch(_ID, tree[k]) for k in ("run_id", "wandb_run_id")
+            ),
+            "data": all(type(data.get(k, {})) is dict for k in ("train", "val"))
+            and type(data.get("tokenizer", "")) is str,
+            "scaler": not scaler
+            or (scaler.keys() == _SCALER and all(type(v) in (int, float) for v in scaler.values())),
+        }
+        wrong = [name for name, good in sound.items() if not good]
+    if wrong:
+        raise UserError(f"missing, or not what it must be: {', '.join(wrong)}")
+    config, tensors = from_dict(tree["settings"]).model, tree["model"]
+    first = [tensors.get(f"blocks.{i}.attn.qkv.weight") for i in range(config.n_layers)]
+    if not config.vocab_size or any(
+        t is None or t.shape != (3 * config.d_model, config.d_model) for t in first
+    ):
+        raise UserError("its settings describe another model than the one in it")
+    with torch.device("meta"):  # shapes without memory
+        described = GPTModel(config)
+    problems = differences_of_model(described, tree)
+    if problems:
+        raise UserError(f"its settings describe another model: {summary(problems)}")
+
+
+def summary(problems: list[str]) -> str:
+    more = f" (+{len(problems) - 20} more)" if len(problems) > 20 else ""
+    return printable("; ".join(sorted(problems)[:20]) + more)
+
+
+def differences_of_model(model: GPTModel, tree: dict[str, Any]) -> list[str]:
+    wanted, found = model.shapes, tree["model"]
+    problems = [f"{k} is missing" for k in wanted.keys() - found.keys()]
+    problems += [f"{k} is unknown" for k in found.keys() - wanted.keys()]
+    for k in wanted.keys() & found.keys():
+        if found[k].shape != wanted[k]:
+            problems.append(f"{k} is {found[k].shape}, expected {wanted[k]}")
+        dtype = model.get_parameter(k).dtype
+        if found[k].dtype != dtype:
+            problems.append(f"{k} is {found[k].dtype}, expected {dtype}")
+    return problems
+
+
+def differences_of_optimizer(
+    model: GPTModel, optimizer: torch.optim.Optimizer, tree: dict[str, Any]
+) -> list[str]:
+    saved, shapes = tree["optimizer"], model.shapes
+    parameters = {
+        name: state_shapes(optimizer, p, shapes[name]) for name, p in model.named_parameters()
+    }
+    problems = [
+        f"optimizer state of {k}, a parameter unknown here" for k in saved.keys() - parameters
+    ]
+    if saved or (tree["step"] and any(parameters.values())):
+        problems += [f"optimizer state of {k} is missing" for k in parameters.keys() - saved]
+    for name in parameters.keys() & saved.keys():
+        moments, shape = saved[name], shapes[name]
+        if name not in tree["model"] or tree["model"][name].shape != shape:
+            continue  # said already
+        expected = parameters[name] or {k: shape if v.shape else () for k, v in moments.items()}
+        if moments.keys() != expected.keys():
+            problems.append(f"optimizer state of {name} is {sorted(moments)}")
+        problems += [
+            f"optimizer state of {name} ({k}) is {v.shape} {v.dtype}, not {expected[k]} float32"
+            for k, v in moments.items()
+            if k in expected and (v.shape, v.dtype) != (expected[k], torch.float32)
+        ]
+    return problems
+
+
+def changes_of_data(recorded: dict[str, Any], now: dict[str, Any], part: str) -> list[str]:
+    """How data differs from what a checkpoint recorded; where it lies on disk doesn't matter."""
+    return changes(recorded, {k: v for k, v in now.items() if k != "source"}, f"{part} data: ")
+
+
+def changes(recorded: dict[str, Any], now: dict[str, Any], label: str) -> list[str]:
+    passing = ("resume", "allow_change", "checkpoint_path")
+    return [
+        f"{label}{k} was {recorded[k]!r}, is {now[k]!r}"
+        for k in now
+        if k not in passing and k in recorded and recorded[k] != now[k]
+    ]
+
+
+_Result = TypeVar("_Result")
+
+
+def latest_valid(
+    path: str | Path, use: Callable[[Path], _Result]
+) -> tuple[_Result, Path, list[str]]:
+    """What use(file) returns for the newest whole checkpoint of a run, that file, and what is
+    wrong with a newer one. Raises UserError if none is whole.
+    """
+    wrong: list[str] = []
+    target = Path(os.path.realpath(path))
+    for file in (Path(path), variant_path(target, "previous")):
+        try:
+            return use(file), file, wrong
+        except Unreadable as reason:
+            wrong.append(str(reason))
+    stem = re.escape(target.stem)
+    others = [
+        p.name
+        for p in sorted(target.parent.glob("*"))
+        if re.fullmatch(rf"{stem}(\.\d+)?\.(best|step\d+|\d+)\.\w+", p.name)
+    ]
+    more = f"; there are also {', '.join(others)}" if others else ""
+    if not os.path.lexists(path) and not os.path.lexists(file):
+        raise NothingSaved(f"{wrong[0]} to resume; start without --resume{more}")
+    raise UserError(f"no whole checkpoint: {'; '.join(wrong)}{more}")
