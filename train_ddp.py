@@ -13,7 +13,7 @@ from model import GPTModel
 from parallel.parallel_model import ParallelModel
 from parallel.process_group import Ranks, identity, process_group
 from parallel.rendezvous import is_first_reporter, mark_started, rendezvous
-from reporting.run_log import RunLog
+from reporting.run_log import open_log
 from runtime.device import pick_device, tune
 from runtime.script import run_script
 from runtime.signals import StopSignals
@@ -44,7 +44,7 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
     checkpoints = CheckpointManager(args, model, optimizer, state, data, device, ranks, parallel)
     if args.resume:
         checkpoints.load()
-    log = RunLog("train_ddp", args, state, device, model, train, val, ranks.rank, ranks.world)
+    log = open_log(ranks, "train_ddp", args, state, device, model, train, val)
     batches = Prefetch(train, args, device, parallel)
     if starts_with_evaluation(state.step, model, val, args, device):
         log.eval(state, evaluate(model, val, args.batch_size, device, parallel))

@@ -30,7 +30,7 @@ from model import GPTModel
 from parallel.parallel_model import ParallelModel
 from parallel.process_group import Ranks
 from parallel.tensor_parallel import split_model
-from reporting.plots import read_records
+from reporting.metrics_file import read_records
 from runtime.device import Device
 from runtime.fields import UserError
 from settings.command_line import parse_settings

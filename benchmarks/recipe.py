@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import BenchSettings
-from reporting.plots import read_records
+from reporting.metrics_file import read_records
 from runtime.fields import UserError
 
 # The settings that nanoGPT's README gives for a CPU; the model has 0.83M parameters.

@@ -21,7 +21,7 @@ from checkpoint import read_checkpoint
 from checkpointing.inspection import differences
 from checkpointing.manager import CheckpointManager
 from checkpointing.writing import lock_path
-from reporting.plots import first_difference, read_records
+from reporting.metrics_file import first_difference, read_records
 from runtime.fields import UserError
 from settings.command_line import parse_settings
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import BenchSettings
-from reporting.plots import read_records
+from reporting.metrics_file import read_records
 from runtime.fields import UserError
 
 # The environment of each side. An empty OMP_WAIT_POLICY counts as set by the user, see

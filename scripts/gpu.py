@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.speed import SMALL, gpt2_small  # noqa: E402
-from reporting.plots import first_difference, read_records  # noqa: E402
+from reporting.metrics_file import first_difference, read_records  # noqa: E402
 
 LESS = [
     "--val-max-tokens",

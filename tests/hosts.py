@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint import saved_settings  # noqa: E402
 from checkpointing.inspection import differences  # noqa: E402
-from reporting.plots import first_difference, read_records  # noqa: E402
+from reporting.metrics_file import first_difference, read_records  # noqa: E402
 
 TINY = """
     --use-toy-data --vocab-size 97 --seq-len 16 --n-layers 2 --n-heads 2 --d-model 16 --dropout 0.1

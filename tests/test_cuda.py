@@ -9,7 +9,7 @@ from test_distributed import TINY
 
 import loss
 from parallel.process_group import queue_of
-from reporting.plots import first_difference, read_records
+from reporting.metrics_file import first_difference, read_records
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ON_GPU = TINY.replace("--device cpu", "--device cuda") + " --num-steps 20 --global-batch-size 4"

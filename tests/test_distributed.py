@@ -12,7 +12,7 @@ from checkpointing.inspection import differences
 from parallel.context import ParallelContext
 from parallel.parallel_model import ParallelModel, replicate
 from parallel.process_group import Ranks
-from reporting.plots import first_difference, read_records
+from reporting.metrics_file import first_difference, read_records
 from training.step import train_step
 
 TINY = (

@@ -3,7 +3,7 @@
 import pytest
 from hosts import ended, hosts, why_not
 
-from reporting.plots import read_records
+from reporting.metrics_file import read_records
 
 pytestmark = pytest.mark.long
 

@@ -12,9 +12,9 @@ from conftest import CPU, toy_settings
 
 from dataset import open_data
 from model import GPTModel
-from reporting.metrics_file import to_json
-from reporting.plots import draw_losses, first_difference, read_records
-from reporting.run_log import RunLog
+from reporting.metrics_file import first_difference, read_records, to_json
+from reporting.plots import draw_losses
+from reporting.run_log import RunLog, SilentLog
 from runtime.fields import UserError
 from training.evaluation import EvalResult
 from training.step import RunState, StepStats
@@ -31,7 +31,9 @@ def folder(tmp_path, monkeypatch):
 def start(state=None, rank=0, world=1, **changes):
     train, val, args = open_data(toy_settings(**changes))
     model = GPTModel(args.model, seed=0)
-    return RunLog("train_minimal", args, state or RunState(), CPU, model, train, val, rank, world)
+    if rank:
+        return SilentLog()
+    return RunLog("train_minimal", args, state or RunState(), CPU, model, train, val, world)
 
 
 def update(log, state, loss=2.0, norm=0.5):
@@ -112,8 +114,8 @@ def test_a_full_disk_or_a_closed_terminal_does_not_stop_the_run(folder, capsys):
 
         flush = close = write
 
-    log.jsonl.close()
-    log.jsonl = Full()
+    log.metrics.file.close()
+    log.metrics.file = Full()
     for _ in range(3):
         update(log, state)
     log.eval(state, RESULT)
@@ -130,10 +132,10 @@ def test_metrics_of_another_run_are_set_aside_on_resume(folder):
         log = start(other)
         update(log, other)
         log.finish(other)
-    before = log.jsonl_path.read_text()
+    before = log.metrics.path.read_text()
     log = start(state, resume=True)
     log.finish(state)
-    records = read_records(log.jsonl_path)
+    records = read_records(log.metrics.path)
     assert [r["event"] for r in records] == ["run"] and records[0]["run_id"] == state.run_id
     assert (folder / "logs/train_minimal.2.jsonl").read_text() == before
 
@@ -170,7 +172,7 @@ def test_two_runs_at_once_never_share_logs(folder):
     for log, state in ((first, one), (second, other)):
         update(log, state)
         log.finish(state)
-        records = read_records(log.jsonl_path)
+        records = read_records(log.metrics.path)
         assert [r["event"] for r in records] == ["run", "train"]
         assert records[0]["run_id"] == state.run_id
     start(RunState(), checkpoint_path="b/c.pt").finish(one)  # after it
@@ -194,7 +196,7 @@ def test_timings_cover_training_and_nothing_else(folder, monkeypatch):
         clock[0] += 30.0
         log.saved(30.0)
     log.finish(state)
-    timings = [r["time"] for r in read_records(log.jsonl_path) if r["event"] == "train"]
+    timings = [r["time"] for r in read_records(log.metrics.path) if r["event"] == "train"]
     assert timings == [{"step_seconds": 2.0, "tokens_per_sec": 30.0}] * 2
 
 
@@ -264,12 +266,12 @@ def test_a_resumed_run_continues_its_files(folder):
     for _ in range(6):
         update(log, state)
     log.finish(state)
-    before = read_records(log.jsonl_path)
+    before = read_records(log.metrics.path)
     resumed = RunState(step=4, tokens=240, run_id=state.run_id)
     log = start(resumed, resume=True)
     update(log, resumed, loss=9.0)
     log.finish(resumed)
-    after = read_records(log.jsonl_path)
+    after = read_records(log.metrics.path)
     assert after[:5] == before[:5] and [r["step"] for r in after[1:]] == [1, 2, 3, 4, 5]
     assert after[5]["train_loss"] == 9.0
     assert read_records(folder / "logs/train_minimal.cut.jsonl") == before[5:]
@@ -284,7 +286,7 @@ def test_metrics_that_another_run_set_aside_are_found_again(folder, path):
     for _ in range(3):
         update(log, first)
     log.finish(first)
-    before, other = read_records(log.jsonl_path), RunState()
+    before, other = read_records(log.metrics.path), RunState()
     log = start(other, checkpoint_path="c.pt")
     update(log, other)
     log.finish(other)
@@ -303,7 +305,7 @@ def test_metrics_from_when_all_runs_shared_a_name_are_found(folder):
     log = start(state)
     update(log, state)
     log.finish(state)
-    before = log.jsonl_path.read_text()
+    before = log.metrics.path.read_text()
     log = start(state, resume=True, checkpoint_path="runs/a.pt")
     log.finish(state)
     assert (folder / "logs/a.jsonl").read_text() == before
@@ -316,12 +318,14 @@ def test_lines_that_are_no_records_are_kept_aside(folder):
     for _ in range(3):
         update(log, state)
     log.finish(state)
-    lines = log.jsonl_path.read_bytes().splitlines(True)
-    log.jsonl_path.write_bytes(lines[0] + b"\xff{\n[1]\n" + b"".join(lines[1:]) + b'{"event": "tr')
+    lines = log.metrics.path.read_bytes().splitlines(True)
+    log.metrics.path.write_bytes(
+        lines[0] + b"\xff{\n[1]\n" + b"".join(lines[1:]) + b'{"event": "tr'
+    )
     resumed = RunState(step=2, run_id=state.run_id)
     log = start(resumed, resume=True)
     log.finish(resumed)
-    assert log.jsonl_path.read_bytes() == b"".join(lines[:3])
+    assert log.metrics.path.read_bytes() == b"".join(lines[:3])
     aside = (folder / "logs/train_minimal.cut.jsonl").read_bytes()
     assert aside == b"\xff{\n[1]\n" + lines[3] + b'{"event": "tr\n'
 
@@ -341,7 +345,7 @@ def test_two_runs_are_compared_without_what_may_differ(folder):
         log = start(state, log_dir=name, checkpoint_path=f"{name}.pt")
         for step in range(3):
             update(log, state, loss=loss if step == 2 else 2.0)
-        paths.append(log.jsonl_path)
+        paths.append(log.metrics.path)
     assert first_difference(paths[0], paths[1]) == ""
     assert first_difference(paths[0], paths[2]) == "step 3: train_loss 2.0 | 2.5"
     update(log, state)

@@ -1,0 +1,59 @@
+"""Lines for people: on the terminal, beside its progress bar, and in the text log of a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from runtime.console import visible
+
+
+class Output:
+    """Writes lines to the terminal and to a text log. What can't be written any more, as on a full
+    disk or a closed terminal, is left out from then on, and the run goes on.
+    """
+
+    def __init__(self, text_path: Path, step: int, num_steps: int) -> None:
+        """Raises OSError where the text log can't be opened. step: at which the bar starts."""
+        self.broken = set[str]()
+        self.text = open(text_path, "a", encoding="utf-8")  # noqa: SIM115
+        self.bar = tqdm(
+            total=num_steps, initial=step, unit="step", disable=None, dynamic_ncols=True
+        )
+
+    def line(self, text: str) -> None:
+        """One line, with the time before it."""
+        stamped = time.strftime("[%Y-%m-%d %H:%M:%S] ") + visible(text)
+        self.safely("the terminal", lambda: tqdm.write(stamped) or sys.stdout.flush())
+        self.safely("the text log", lambda: print(stamped, file=self.text, flush=True))
+
+    def progress(self, step: int, text: str) -> None:
+        """Moves the bar to a step and shows a text beside it."""
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(text)
+
+    def short_line(self, text: str) -> None:
+        """A line for a terminal that shows no bar, such as a file that output goes to."""
+        if self.bar.disable:
+            self.safely("the terminal", lambda: print(text, flush=True))
+
+    def safely(self, what: str, write: Callable[[], object]) -> None:
+        """Calls write(). Where that fails, it says so, and writes nothing more to what it was."""
+        if what in self.broken:
+            return
+        try:
+            write()
+        except (OSError, ValueError) as reason:
+            self.broken.add(what)
+            if what == "the terminal":  # or the interpreter would try again at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.line(f"{what} can't be written any more ({reason}); the run goes on without it")
+
+    def close(self) -> None:
+        """Closes the text log."""
+        self.safely("a log file", self.text.close)

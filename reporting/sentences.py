@@ -1,0 +1,159 @@
+"""The sentences of the log: what a run is, how it stands, and what can be done with it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+
+from config import Settings
+from corpus.windows import TokenDataset
+from model import GPTModel
+from runtime.console import command
+from runtime.device import Device
+from settings.paths import default_checkpoint
+from settings.presets import notes_on_preset
+from training.evaluation import EvalResult, starts_with_evaluation
+from training.memory import estimate, free_memory_of
+from training.optimizers import lr_at
+from training.step import RunState
+
+
+def header(
+    args: Settings,
+    device: Device,
+    model: GPTModel,
+    train: TokenDataset,
+    val: TokenDataset,
+    world: int,
+) -> list[str]:
+    """What runs, on what, and what it needs."""
+    config = args.model
+    ranks = f", {world} processes" if world > 1 else ""
+    tokenizer = train.tokenizer.name if train.tokenizer else "none"
+    epochs = args.num_steps * args.global_batch_size / len(train)
+    return [
+        f"device: {device.why}{ranks}",
+        f"data: {train.source.name}; tokenizer: {tokenizer}; {train.num_tokens:,} tokens to train "
+        f"on, {val.num_tokens:,} held out for validation",
+        *(f"data: {note}" for note in train.notes),
+        f"model: {config.arch}, {config.n_layers} layers, {config.n_heads} heads, "
+        f"{config.d_model} channels, vocabulary {config.vocab_size:,}: "
+        f"{model.num_parameters():,} parameters",
+        _memory(args, device),
+        f"run: preset {args.preset}, {args.num_steps} steps of {args.global_batch_size} x "
+        f"{args.seq_len} tokens (global batch {args.global_batch_size}, micro-batch "
+        f"{args.batch_size}; {epochs:.2g} epochs), {args.optimizer}, lr {args.lr:g}, seed "
+        f"{args.seed}",
+    ]
+
+
+def _memory(args: Settings, device: Device) -> str:
+    free, need = free_memory_of(device), estimate(args, device)
+    there = "" if free == math.inf else f"; {free / 1e9:.2f} GB are still free"
+    if need.total > free:
+        there += ": too few, it seems; a lower --batch-size needs less"
+    return f"memory: training takes about {need}{there}"
+
+
+def notes_at_start(
+    args: Settings, step: int, model: GPTModel, val: TokenDataset, device: Device
+) -> list[str]:
+    """What may surprise in the run that starts, or goes on, at a step."""
+    notes = [] if args.resume else notes_on_preset(args)
+    if not step and not starts_with_evaluation(0, model, val, args, device):
+        notes.append("no evaluation before the first step (--eval-at-start on does one)")
+    if args.resume and step == args.num_steps:
+        notes.append(
+            f"nothing left to do: all {args.num_steps} steps are done; --num-steps with more of "
+            "them goes on"
+        )
+    return notes
+
+
+def evaluation_line(
+    args: Settings,
+    state: RunState,
+    result: EvalResult,
+    update: Mapping[str, float],
+    epoch: int,
+    seconds: float,
+    world: int,
+    amp: bool,
+) -> str:
+    """The one line that says how a run stands. update: the record of the last update that was
+    logged, empty before the first one; seconds: since the last such line.
+    """
+
+    def last(name: str, digits: int, scale: float = 1.0, unit: str = "") -> str:
+        return f"{update[name] * scale:.{digits}f}{unit}" if name in update else "n/a"
+
+    fields = {
+        "lr": last("lr", 6),
+        "step time": last("step_seconds", 2),
+        "toks/s (per rank)": last("tokens_per_sec", 2, 1 / world),
+        "grad norm": last("grad_norm", 4),
+        "train loss": last("train_loss", 4),
+        "val loss": f"{result.loss:.4f}",
+        "val ppl": f"{result.ppl:.2f}",
+        "val bpb": "n/a" if result.bpb is None else f"{result.bpb:.4f}",
+        "tokens": f"{state.tokens}",
+        "dt": f"{seconds:.2f}s",
+        "eta": last("step_seconds", 2, (args.num_steps - state.step) / 3600, "h"),
+        "amp": amp,
+    }
+    text = " | ".join(f"{name}: {value}" for name, value in fields.items())
+    return f"epoch {epoch} step {state.step} / {args.num_steps} | {text}"
+
+
+def next_commands(
+    script: str, args: Settings, state: RunState, world: int, prompt: str
+) -> list[str]:
+    """The commands that evaluate, continue and sample. prompt: for the sample, quoted for a shell;
+    "" where only the user knows the tokenizer.
+    """
+    path = shlex.quote(args.checkpoint_path)
+    usual = args.checkpoint_path == default_checkpoint(script)
+    where = "" if usual else f" --checkpoint-path {path}"
+    start = command(f"{script}.py", world if script == "train_ddp" else 0)
+    guessing = math.log(args.model.vocab_size)
+    failed = math.inf > state.best_val_loss > 1.02 * guessing
+    lines, flags = [], ""
+    if failed:
+        lines.append(
+            f"the best validation loss, {state.best_val_loss:.4f}, is above that of guessing, "
+            f"ln {args.model.vocab_size} = {guessing:.4f}: this model has learned nothing; try "
+            f"a lower --lr than {args.lr:g}"
+        )
+    if not state.stopped_by(args):
+        flags, note = _more_steps(args, state.step)
+        lines += [note] if note else []
+    lines.append(f"evaluate: {command('eval.py')} --checkpoint-path {path}")
+    if not failed:
+        lines.append(f"continue: {start} --resume{flags}{where}")
+    sample = f"{command('generate.py')} --checkpoint-path {path}"
+    if prompt:
+        lines.append(f"sample:   {sample} --prompt {prompt}")
+    elif args.data_mode != "toy":
+        lines.append(
+            "sample:   these token ids name no tokenizer; if they are GPT-2's, "
+            f"{sample} --tokenizer-name gpt2"
+        )
+    return lines
+
+
+def _more_steps(args: Settings, step: int) -> tuple[str, str]:
+    """Flags that continue a run that is done, and a note on them. Where its learning rate has
+    decayed they have it decay anew, from about a tenth of the peak.
+    """
+    last, more = lr_at(args.num_steps - 1, args), f" --num-steps {2 * step}"
+    if last > args.lr / 2:
+        return more, ""
+    share = 0.1 if args.lr_scheduler == "wsd" else 0.2  # the others are half way down by then
+    lr = max(share * args.lr, args.min_lr)
+    note = (
+        f"the learning rate has decayed to {last:.3g}; the command below that continues this "
+        f"run has --lr {lr:.3g}, since with {args.lr:g} it would jump up to "
+        f"{args.lr if args.lr_scheduler == 'wsd' else args.lr / 2:.3g}"
+    )
+    return f"{more} --lr {lr:.3g}", note
