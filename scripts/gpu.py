@@ -170,9 +170,10 @@ class Check:
 
     def tests(self) -> None:
         """The tests of devices, and all of the suite that computes something."""
-        names = ["cuda", "device", "compiling", "loss", "memory", "model", "muon", "optim", "step"]
-        names = names[:2] if self.small else names
-        files = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
+        names = ["test_cuda.py", "runtime/test_device.py"]
+        if not self.small:
+            names += ["test_model.py", "test_loss.py", "training"]
+        files = [str(ROOT / "tests" / name) for name in names]
         workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not self.small else []
         words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "--durations=5"]
         self.stage("tests", 200, [Command("tests", [*words, *workers, *files])])

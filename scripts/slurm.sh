@@ -1,7 +1,7 @@
 #!/bin/bash
 # Two machines with eight GPUs each: `sbatch scripts/slurm.sh --preset gpt2-small --train-npy ...`.
 # Started from the repository's folder, which all machines must see, like the data. Not tried on a
-# cluster by us; the same torchrun line is what tests/hosts.py runs on two hosts.
+# cluster by us; the same torchrun line is what tests/rigs/hosts.py runs on two hosts.
 #SBATCH --job-name=rosetrainer
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -9,12 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import toy_settings
-from test_checkpoint_file import equal
-from test_step import FP16, Run
+from helpers import DATA, FP16, Run, content, equal
 
 import checkpoint
 from checkpoint import (
-    build_checkpoint,
     load_checkpoint,
     load_model,
     read_checkpoint,
@@ -34,8 +32,6 @@ from runtime.flags import parse_flags
 from settings.paths import variant_path
 from training.optimizers import note_on_rising_rate
 from training.step import RunState
-
-DATA = {"train": {"fingerprint": "a", "tokens": 9}, "val": {"fingerprint": "b"}, "tokenizer": ""}
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +55,6 @@ def save(run, path, data=None, **changes):
     args = dataclasses.replace(run.args, **changes)
     save_checkpoint(path, run.model, run.optimizer, run.state, args, data)
     return path
-
-
-def content(run, **changes):
-    args = dataclasses.replace(run.args, **changes)
-    return build_checkpoint(
-        run.model, run.optimizer, run.state, args, DATA, {"python": "3", "cpus": 2}
-    )
 
 
 def refused(call, *parts, kind=UserError):

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from test_distributed import TINY
+from helpers import TINY
 
 import loss
 from parallel.process_group import queue_of

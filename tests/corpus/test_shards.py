@@ -5,22 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import llmc, npy
 
 from corpus.hashing import hash_of, mix
 from corpus.shards import JoinedTokens, TokenShards, ToyTokens
 from runtime.fields import UserError
-
-
-def npy(path, ids, dtype="<u2"):
-    np.save(path, np.asarray(ids, dtype))
-    return path
-
-
-def llmc(path, ids, magic=20240520, version=1, dtype="<u2", count=None):
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, len(ids) if count is None else count
-    path.write_bytes(header.tobytes() + np.asarray(ids, dtype).tobytes())
-    return path
 
 
 def refused(path, *parts, vocab_size=100):

@@ -1,4 +1,4 @@
-"""Injects faults into real runs and counts how they end: `python -m tests.faults [--short] [GROUP...]`.
+"""Injects faults into real runs and counts how they end: `python -m tests.rigs.faults [--short] [GROUP...]`.
 
 A fault must end in one of four ways: the run finishes as if nothing had been, it resumes exactly, it
 stops with one line and a good checkpoint, or it refuses to start with one line. Counted are
@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import read_checkpoint, save_checkpoint, saved_settings  # noqa: E402

@@ -1,4 +1,4 @@
-"""Two hosts with two processes each, as network namespaces of this machine: `python -m tests.hosts`.
+"""Two hosts with two processes each, as network namespaces of this machine: `python -m tests.rigs.hosts`.
 
 What a user sees and how long it takes when a worker is killed, when a host is cut off for a while or
 for good, when the second host never starts, and when only one host has the data. Needs root, and the
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import saved_settings  # noqa: E402

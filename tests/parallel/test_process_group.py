@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, toy_settings
-from test_distributed import TINY
+from helpers import TINY
 
 from benchmarks.common import on_ranks
 from model import GPTModel

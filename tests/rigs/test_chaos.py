@@ -1,11 +1,10 @@
 import sys
 
 import torch
-from test_step import Run
+from helpers import Run, content
 
 from checkpointing.writing import write_checkpoint
-from tests import chaos
-from tests.test_checkpoint import content
+from tests.rigs import chaos
 
 
 def test_without_its_package_the_command_says_what_to_install(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The same training in every layout: `python -m tests.layouts` compares each with one process.
+"""The same training in every layout: `python -m tests.rigs.layouts` compares each with one process.
 
 Runs in processes of its own, which share one group for all layouts of a size.
 """
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import on_ranks  # noqa: E402

@@ -1,10 +1,10 @@
-"""A short version of the fault rig; `python -m tests.faults` is the whole of it."""
+"""A short version of the fault rig; `python -m tests.rigs.faults` is the whole of it."""
 
 import os
 
 import pytest
 
-from tests.faults import GROUPS, Rig
+from tests.rigs.faults import GROUPS, Rig
 
 pytestmark = pytest.mark.long
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import equal
 
 from checkpointing import file_format, safe_pickle
 from checkpointing.file_format import Unreadable, open_verified, tensor_bytes, write_with_checksum
@@ -103,14 +104,6 @@ def refused(path, *parts):
     said = str(caught.value)
     assert len(said.splitlines()) == 1 and len(said) < 400 + len(str(path))
     assert said.startswith(f"{path}: ") and all(part in said for part in parts), said
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    return type(a) is type(b) and a == b
 
 
 @pytest.fixture

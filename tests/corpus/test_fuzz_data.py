@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from test_shards import llmc, npy
+from helpers import llmc, npy
 
 from corpus.shards import TokenShards
 from corpus.text import read_texts

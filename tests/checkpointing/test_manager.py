@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CPU
-from test_checkpoint_file import equal
-from test_step import Run
+from helpers import Run, equal
 
 from checkpoint import read_checkpoint
 from checkpointing import manager as saver_module

@@ -5,42 +5,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import CPU, toy_settings
+from helpers import FP16, Run
 
-from dataset import open_data
-from model import GPTModel
 from parallel.context import ParallelContext
 from runtime.device import Device
 from runtime.fields import UserError
 from training import step as step_module
-from training.optimizers import make_optimizer
-from training.recompute import recompute_activations
 from training.step import RunState, check_finite, due, train_step
-
-FP16 = Device(torch.device("cpu"), "fp16", "test")
-
-
-class Run:
-    """A training run without files."""
-
-    def __init__(self, *flags, device=CPU, **changes):
-        args = toy_settings(*flags, **changes)
-        self.train, _, self.args = open_data(args)
-        self.model = GPTModel(self.args.model, seed=args.seed)
-        recompute_activations(self.model)
-        self.optimizer = make_optimizer(self.model, self.args)
-        self.device, self.state = device, RunState.fresh(device)
-
-    def step(self, model=None):
-        batch = self.train.global_batch(self.state.step, self.args)
-        return train_step(
-            model or self.model, self.optimizer, batch, self.args, self.state, self.device
-        )
-
-    def steps(self, n):
-        return [float((s := self.step()).nll_sum) / s.n_tokens for _ in range(n)]
-
-    def weights(self):
-        return {k: v.clone() for k, v in self.model.state_dict().items()}
 
 
 def test_logged_loss_is_that_of_the_whole_global_batch():

@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from layouts import (
+
+from checkpoint import build_checkpoint
+from tests.rigs.layouts import (
     ADAMW,
     BREAKAGES,
     LAYOUTS,
@@ -21,8 +23,6 @@ from layouts import (
     train_all,
     write_all,
 )
-
-from checkpoint import build_checkpoint
 
 # The first test waits for the runs of all layouts: two minutes alone, more beside other work.
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]

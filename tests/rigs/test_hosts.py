@@ -1,9 +1,9 @@
-"""Two hosts on one machine; `python -m tests.hosts` does things to them."""
+"""Two hosts on one machine; `python -m tests.rigs.hosts` does things to them."""
 
 import pytest
-from hosts import ended, hosts, why_not
 
 from reporting.metrics_file import read_records
+from tests.rigs.hosts import ended, hosts, why_not
 
 pytestmark = pytest.mark.long
 

@@ -1,4 +1,4 @@
-"""Kills a run at each file event of a save, resumes it, and judges: `python -m tests.chaos`.
+"""Kills a run at each file event of a save, resumes it, and judges: `python -m tests.rigs.chaos`.
 
 The killing and judging is ckpt-chaos's (pip install ckpt-chaos; not among the requirements). The
 command is the same each time, with --resume auto, and must end with the checkpoints of the run that
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import read_checkpoint  # noqa: E402

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import CPU
-from test_step import Run
+from helpers import TINY, Run
 
 from checkpointing.inspection import differences
 from parallel.context import ParallelContext
@@ -15,9 +15,6 @@ from parallel.process_group import Ranks
 from reporting.metrics_file import first_difference, read_records
 from training.step import train_step
 
-TINY = (
-    "--use-toy-data --vocab-size 97 --seq-len 16 --n-layers 2 --n-heads 2 --d-model 16 --device cpu"
-)
 TINY += " --eval-steps 10 --log-steps 1 --val-max-tokens 2000 --lr 0.01"
 
 
