@@ -216,15 +216,12 @@ class Settings:
         sizes = {"n_heads": model.n_heads, "d_ff": model.d_ff}
         bad = next((name for name, size in sizes.items() if size % parts), None)
         if bad:
-            raise UserError(
-                f"tensor_parallel_size={parts} does not divide {bad}={sizes[bad]}; "
-                f"try {_divisors_near(parts, math.gcd(*sizes.values()))}"
-            )
+            raise UserError(f"tensor_parallel_size={parts} does not divide {bad}={sizes[bad]}; "
+                            f"try {_divisors_near(parts, math.gcd(*sizes.values()))}")
         vocab = model.vocab_size
         if vocab and (parts - 1) * -(-vocab // parts) >= vocab:  # the last part would be empty
-            raise UserError(
-                f"tensor_parallel_size={parts} is too much for vocab_size={vocab}; lower it"
-            )
+            raise UserError(f"tensor_parallel_size={parts} is too much for vocab_size={vocab}; "
+                            "lower it")
 
     def _check_data(self) -> None:
         kinds = {"text": self.train_data, "fineweb_npy": self.train_npy, "toy": self.use_toy_data}
@@ -232,23 +229,18 @@ class Settings:
         if self.data_mode == "auto":
             object.__setattr__(self, "data_mode", given[0] if given else "text")
         if given and given != [self.data_mode]:
-            raise UserError(
-                f"data_mode={self.data_mode} with data for {' and '.join(given)}; "
-                "give one of --train-data, --train-npy, --use-toy-data"
-            )
+            raise UserError(f"data_mode={self.data_mode} with data for {' and '.join(given)}; "
+                            "give one of --train-data, --train-npy, --use-toy-data")
         if self.data_mode == "fineweb_npy" and not self.train_npy:
             raise UserError("data_mode=fineweb_npy needs --train-npy FILE...")
         for name, mode in (("val_data", "text"), ("val_npy", "fineweb_npy")):
             if getattr(self, name) and self.data_mode != mode:
-                raise UserError(
-                    f"--{name.replace('_', '-')} does not fit data_mode={self.data_mode}; "
-                    "text goes with text, shards with shards"
-                )
+                raise UserError(f"--{name.replace('_', '-')} does not fit "
+                                f"data_mode={self.data_mode}; text goes with text, shards with "
+                                "shards")
         if not self.has_val_files and not 0 < self.val_ratio < 1:
-            raise UserError(
-                f"val_ratio={self.val_ratio} must lie between 0 and 1 where no validation files "
-                "are given; try 0.1"
-            )
+            raise UserError(f"val_ratio={self.val_ratio} must lie between 0 and 1 where no "
+                            "validation files are given; try 0.1")
 
     def _check_schedule(self) -> None:
         if self.min_lr > self.lr:

@@ -28,14 +28,37 @@ from training.evaluation import evaluate
 def validation_of(
     args: EvalSettings, settings: Settings, data: dict[str, Any], where: str
 ) -> TokenDataset:
-    """What to evaluate a checkpoint on: the data it recorded, or the files that the flags name.
-    Raises UserError.
+    """What to evaluate the checkpoint `where` on: the data it recorded, or the files that the flags
+    name. Raises UserError.
     """
     tokenizer = stored_tokenizer(
         data.get("tokenizer", ""), args.tokenizer_name, where, settings.model.vocab_size
     )
     if args.val_data and not tokenizer:
         raise UserError(f"{where} names no tokenizer for --val-data; say which: --tokenizer-name")
+    now = _changed(args, settings, where)
+    other_files = bool(args.val_data or args.val_npy)
+    if not other_files:
+        other = "--val-npy" if settings.data_mode == "fineweb_npy" else "--val-data"
+        refuse_missing(
+            now.val_data or now.val_npy or now.train_data or now.train_npy,
+            f"this name is from {where}: start eval.py in the folder where that was trained, or "
+            f"give other data to evaluate on with {other}",
+        )
+    val = open_validation(now, tokenizer)
+    if not other_files:
+        problems = changes_of_data(data.get("val", {}), val.describe(), "validation")
+        if problems:
+            raise UserError(f"{where} recorded other data: {'; '.join(problems)}")
+    val = val.limited(args.max_tokens)
+    if val.num_tokens < 2:
+        raise UserError(f"{val.num_tokens} tokens leave none to score; raise --max-tokens")
+    val.notes += _note_on_trained(val, data.get("train", {}), where)
+    return val
+
+
+def _changed(args: EvalSettings, settings: Settings, where: str) -> Settings:
+    """The settings of the run with what the flags say of its data. Raises UserError."""
     longest = settings.model.max_position_embeddings
     if args.seq_len > longest:
         raise UserError(
@@ -48,9 +71,8 @@ def validation_of(
     if args.bin_dtype != "auto":
         changes["bin_dtype"] = args.bin_dtype
     if args.val_data or args.val_npy:
-        mode = "text" if args.val_data else "fineweb_npy"
         changes |= {
-            "data_mode": mode,
+            "data_mode": "text" if args.val_data else "fineweb_npy",
             "val_data": args.val_data,
             "val_npy": args.val_npy,
             "val_max_tokens": 0,
@@ -63,31 +85,22 @@ def validation_of(
             f"data_mode={args.data_mode}, but the checkpoint recorded {settings.data_mode} data; "
             "name the files with --val-data or --val-npy"
         )
-    now = dataclasses.replace(settings, **changes)
-    if not (args.val_data or args.val_npy):
-        other = "--val-npy" if settings.data_mode == "fineweb_npy" else "--val-data"
-        refuse_missing(
-            now.val_data or now.val_npy or now.train_data or now.train_npy,
-            f"this name is from {where}: start eval.py in the folder where that was trained, or "
-            f"give other data to evaluate on with {other}",
-        )
-    val = open_validation(now, tokenizer)
-    if not (args.val_data or args.val_npy):
-        problems = changes_of_data(data.get("val", {}), val.describe(), "validation")
-        if problems:
-            raise UserError(f"{where} recorded other data: {'; '.join(problems)}")
-    val = val.limited(args.max_tokens)
-    if val.num_tokens < 2:
-        raise UserError(f"{val.num_tokens} tokens leave none to score; raise --max-tokens")
-    trained, now_scored = data.get("train", {}), val.describe()
-    if trained.get("fingerprint") == now_scored["fingerprint"]:
-        both = min(trained["stop"], val.stop) - max(trained["start"], val.start)
-        if both > 0:
-            val.notes.append(
-                f"{both:,} of {val.num_tokens:,} tokens are from what {where} was trained on; "
-                "without --val-data and --val-npy it is evaluated on what was held out"
-            )
-    return val
+    return dataclasses.replace(settings, **changes)
+
+
+def _note_on_trained(val: TokenDataset, trained: dict[str, Any], where: str) -> list[str]:
+    """A line that says so where what is evaluated on was trained on. trained: the record of that in
+    the checkpoint.
+    """
+    if trained.get("fingerprint") != val.describe()["fingerprint"]:
+        return []
+    both = min(trained["stop"], val.stop) - max(trained["start"], val.start)
+    if both <= 0:
+        return []
+    return [
+        f"{both:,} of {val.num_tokens:,} tokens are from what {where} was trained on; without "
+        "--val-data and --val-npy it is evaluated on what was held out"
+    ]
 
 
 def main(args: EvalSettings) -> None:
