@@ -32,7 +32,7 @@ from checkpointing.reading import (
 )
 from checkpointing.writing import write_checkpoint
 from config import Settings, from_dict, to_dict
-from corpus.tokenizer import build_tokenizer, write_tokenizer_file
+from corpus.tokenizer import Tokenizer, build_tokenizer, stored_tokenizer, write_tokenizer_file
 from model import GPTModel
 from runtime.fields import UserError, choose
 from runtime.files import expanded
@@ -209,16 +209,47 @@ def _restore_state(state: RunState, tree: dict[str, Any], device: torch.device) 
         state.scaler.load_state_dict(tree["scaler"])
 
 
-def load_model(path: str | Path) -> tuple[GPTModel, Settings, dict[str, Any]]:
-    """(model on the CPU, settings of its run, record of its data) of a checkpoint. Raises
-    UserError.
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model out of a checkpoint, with what is needed to use it. The model is in evaluation mode
+    and on the CPU. tokenizer: None where the run was given token ids that name none. data: the
+    record of what it was trained and validated on.
+    """
+
+    model: GPTModel
+    tokenizer: Tokenizer | None
+    settings: Settings
+    data: dict[str, Any]
+
+    def encode(self, text: str) -> Tensor:
+        """The token ids of a text, as the model takes them: (1, T) int64. Raises UserError without
+        a tokenizer.
+        """
+        return torch.from_numpy(self._tokenizer.encode(text).astype("int64"))[None]
+
+    def decode(self, ids: Tensor) -> str:
+        """The text of token ids, of any shape. Raises UserError without a tokenizer."""
+        return self._tokenizer.decode(ids.flatten().tolist())
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError("this checkpoint holds no tokenizer: its run was given token ids")
+        return self.tokenizer
+
+
+def load_model(path: str | Path, tokenizer_name: str = "") -> TrainedModel:
+    """The model in a checkpoint, ready to use. Raises UserError. tokenizer_name: for a checkpoint
+    that holds none, as of --tokenizer-name.
     """
     with open_checkpoint(path) as contents:
-        settings = from_dict(contents.tree["settings"])
+        settings, data = from_dict(contents.tree["settings"]), contents.tree["data"]
         tensors = contents.read(contents.tree["model"])
     model = GPTModel(settings.model)
     model.load_state_dict(tensors)
-    return model, settings, contents.tree["data"]
+    stored, vocab_size = data.get("tokenizer", ""), model.config.vocab_size
+    tokenizer = stored_tokenizer(stored, tokenizer_name, str(path), vocab_size)
+    return TrainedModel(model.eval(), tokenizer, settings, data)
 
 
 def main(args: CheckpointSettings) -> None:

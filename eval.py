@@ -7,10 +7,9 @@ import settings.startup  # noqa: F401  # before torch loads
 import dataclasses
 from typing import Any
 
-from checkpoint import load_model, saved_settings
+from checkpoint import TrainedModel, load_model, saved_settings
 from checkpointing.reading import changes_of_data
 from config import BEFORE, Settings, from_dict
-from corpus.tokenizer import stored_tokenizer
 from corpus.windows import TokenDataset
 from dataset import open_validation, refuse_missing
 from parallel.process_group import DataParallel, process_group
@@ -26,15 +25,12 @@ from training.evaluation import evaluate
 
 
 def validation_of(
-    args: EvalSettings, settings: Settings, data: dict[str, Any], where: str
+    args: EvalSettings, settings: Settings, run: TrainedModel, where: str
 ) -> TokenDataset:
     """What to evaluate the checkpoint `where` on: the data it recorded, or the files that the flags
     name. Raises UserError.
     """
-    tokenizer = stored_tokenizer(
-        data.get("tokenizer", ""), args.tokenizer_name, where, settings.model.vocab_size
-    )
-    if args.val_data and not tokenizer:
+    if args.val_data and not run.tokenizer:
         raise UserError(f"{where} names no tokenizer for --val-data; say which: --tokenizer-name")
     now = _changed(args, settings, where)
     other_files = bool(args.val_data or args.val_npy)
@@ -45,15 +41,15 @@ def validation_of(
             f"this name is from {where}: start eval.py in the folder where that was trained, or "
             f"give other data to evaluate on with {other}",
         )
-    val = open_validation(now, tokenizer)
+    val = open_validation(now, run.tokenizer)
     if not other_files:
-        problems = changes_of_data(data.get("val", {}), val.describe(), "validation")
+        problems = changes_of_data(run.data.get("val", {}), val.describe(), "validation")
         if problems:
             raise UserError(f"{where} recorded other data: {'; '.join(problems)}")
     val = val.limited(args.max_tokens)
     if val.num_tokens < 2:
         raise UserError(f"{val.num_tokens} tokens leave none to score; raise --max-tokens")
-    val.notes += _note_on_trained(val, data.get("train", {}), where)
+    val.notes += _note_on_trained(val, run.data.get("train", {}), where)
     return val
 
 
@@ -114,12 +110,12 @@ def main(args: EvalSettings) -> None:
             precision = "fp32" if args.no_amp else settings.precision
             device = pick_device(args.device, precision, ranks.local_rank)
             tune(device)
-            model, _, data = ranks.each(load_model, path)
-            val = ranks.each(validation_of, args, settings, data, path)
+            run = ranks.each(load_model, path, args.tokenizer_name)
+            model = run.model.to(device.torch)
+            val = ranks.each(validation_of, args, settings, run, path)
             for note in val.notes if ranks.rank == 0 else ():
                 say(note)
             size = args.batch_size or settings.batch_size
-            model.to(device.torch)
             results.append(evaluate(model, val, size, device, parallel))
             data_of.append(val.describe())
             parts = [p for p in val.parts if args.by_source and p.num_tokens > 1]

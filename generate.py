@@ -7,7 +7,6 @@ import settings.startup  # noqa: F401  # before torch loads
 from typing import Any
 
 from checkpoint import load_model
-from corpus.tokenizer import stored_tokenizer
 from runtime.console import say
 from runtime.device import pick_device, tune, use_threads
 from runtime.fields import UserError
@@ -24,10 +23,8 @@ def main(args: SampleSettings) -> None:
     device = pick_device(args.device)
     tune(device)
     path = checkpoint_in(args.checkpoint_path)
-    model, _, data = load_model(path)
-    model.to(device.torch)
-    stored = data.get("tokenizer", "")
-    tokenizer = stored_tokenizer(stored, args.tokenizer_name, path, model.config.vocab_size)
+    run = load_model(path, args.tokenizer_name)
+    model, tokenizer = run.model.to(device.torch), run.tokenizer
     if tokenizer is None:
         raise UserError(
             f"{path} was trained on token ids that name no tokenizer; "

@@ -26,11 +26,12 @@ from checkpointing.inspection import CheckpointSettings, differences
 from checkpointing.reading import latest_valid
 from checkpointing.writing import write_checkpoint
 from config import to_dict
+from corpus.tokenizer import build_tokenizer
 from model import GPTModel
 from runtime.fields import UserError
 from runtime.flags import parse_flags
 from settings.paths import variant_path
-from training.optimizers import note_on_rising_rate
+from training.optimizers import make_optimizer, note_on_rising_rate
 from training.step import RunState
 
 
@@ -135,15 +136,29 @@ def test_a_run_that_has_not_begun_is_saved_and_loaded(tmp_path):
 
 
 def test_load_model_needs_only_the_file(path, run):
-    model, settings, data = load_model(path)
-    assert isinstance(model, GPTModel) and settings.model == run.args.model and data == {}
-    assert equal(dict(model.state_dict()), dict(run.model.state_dict()))
+    trained = load_model(path)
+    assert trained.settings.model == run.args.model and trained.data == {}
+    assert equal(dict(trained.model.state_dict()), dict(run.model.state_dict()))
+    assert not trained.model.training
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        trained.encode("a")
+
+
+def test_a_loaded_model_has_its_tokenizer_ready(tmp_path, run):
+    data = {**DATA, "tokenizer": build_tokenizer("bytes").to_json()}
+    model = GPTModel(dataclasses.replace(run.args.model, vocab_size=257))
+    args = dataclasses.replace(run.args, model=model.config)
+    save_checkpoint(tmp_path / "b.pt", model, make_optimizer(model, args), RunState(), args, data)
+    trained = load_model(tmp_path / "b.pt")
+    ids = trained.encode("def é")
+    assert ids.dtype == torch.int64 and ids.tolist() == [list("def é".encode())]
+    assert trained.decode(ids) == "def é" and trained.model(ids)[0].shape == (1, 6, 257)
 
 
 def test_settings_come_back_without_those_of_a_resume(tmp_path, run):
     changes = {"resume": True, "allow_change": ("seed", "lr"), "train_data": ()}
     path = save(run, tmp_path / "c.pt", **changes)
-    assert load_model(path)[1] == run.args
+    assert load_model(path).settings == run.args
     assert saved_settings(path) == to_dict(run.args)
 
 
