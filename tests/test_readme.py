@@ -1,7 +1,11 @@
-"""The commands of the README exist and take the flags that it gives them."""
+"""What the README says to type works: its commands, its changes of the code, its use as a library."""
 
+import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -51,3 +55,81 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make (\w+)", TEXT, re.M):
         assert f"\n{target}:" in makefile
+
+
+TOY = "--preset toy --use-toy-data --num-steps 3 --device cpu --sample-tokens 1".split()
+
+
+def run_python(folder, *words):
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def changed(tmp_path, request):
+    """A copy of the project with one of the changes that the README shows."""
+    ignored = shutil.ignore_patterns(".*", "tests", "docs", "logs", "checkpoints", "runs")
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored)
+    (diff,) = [x for x in re.findall(r"```diff\n(.*?)```", TEXT, re.S) if request.param in x]
+    subprocess.run(
+        ["git", "apply", "-"], cwd=tmp_path / "copy", input=diff, text=True, check=True, timeout=60
+    )
+    return tmp_path / "copy"
+
+
+def run_of_toy(folder, *flags):
+    run_python(folder, "train_minimal.py", *TOY, *flags)
+    return folder
+
+
+def records(folder):
+    lines = (folder / "logs/train_minimal.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("changed", ["adam_eps"], indirect=True)
+def test_the_new_setting_of_the_readme_works(changed):
+    plain = records(run_of_toy(changed))
+    assert plain[0]["settings"]["adam_eps"] == 1e-8
+    other = records(run_of_toy(changed, "--adam-eps", "0.1"))
+    assert other[0]["settings"]["adam_eps"] == 0.1
+    assert other[-1]["val_loss"] != plain[-1]["val_loss"]  # so small an update hardly moves it
+    shown = run_python(changed, "checkpoint.py", "show", "checkpoints/minigpt_single.pt")
+    assert "adam_eps=0.1" in shown
+
+
+@pytest.mark.parametrize("changed", ["rsqrt"], indirect=True)
+def test_the_new_schedule_of_the_readme_works(changed):
+    flags = ["--lr-scheduler", "rsqrt", "--lr", "1e-3", "--min-lr", "0", "--warmup-steps", "0"]
+    rates = [r["lr"] for r in records(run_of_toy(changed, *flags)) if r["event"] == "train"]
+    assert rates == pytest.approx([1e-3, 1e-3 / 2**0.5, 1e-3 / 3**0.5])
+
+
+@pytest.mark.parametrize("changed", ["self.gate"], indirect=True)
+def test_the_other_mlp_of_the_readme_works(changed):
+    numbers = records(run_of_toy(changed))[0]["parameters"]
+    run_python(changed, "train_minimal.py", *TOY, "--resume", "--num-steps", "4")
+    code = "from model import GPTModel; from settings.command_line import parse_settings\n"
+    code += f"print(GPTModel(parse_settings('train_minimal', {TOY!r}).model).num_parameters())"
+    plain = int(run_python(ROOT, "-c", code))
+    assert numbers - plain == 2 * (128 * 512 + 512)  # two layers have one matrix more each
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder with a checkpoint of a run on text."""
+    (tmp_path / "text.txt").write_text("def main():\n    pass\n" * 3000)
+    flags = [x for x in TOY if x != "--use-toy-data"]
+    flags += ["--train-data", "text.txt", "--allow-leak"]
+    run_python(tmp_path, str(ROOT / "train_minimal.py"), *flags)
+    return tmp_path
+
+
+def test_the_lines_for_a_library_work(trained):
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    assert len([line for line in code.splitlines() if line]) <= 6
+    out = run_python(trained, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    assert out.endswith("\n")
