@@ -111,7 +111,7 @@ def test_the_new_schedule_of_the_readme_works(changed):
 @pytest.mark.parametrize("changed", ["self.gate"], indirect=True)
 def test_the_other_mlp_of_the_readme_works(changed):
     numbers = records(run_of_toy(changed))[0]["parameters"]
-    run_python(changed, "train_minimal.py", *TOY, "--resume", "--num-steps", "4")
+    run_python(changed, "train_minimal.py", *TOY[-4:], "--resume", "--num-steps", "4")
     code = "from model import GPTModel; from settings.command_line import parse_settings\n"
     code += f"print(GPTModel(parse_settings('train_minimal', {TOY!r}).model).num_parameters())"
     plain = int(run_python(ROOT, "-c", code))
