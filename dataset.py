@@ -271,7 +271,10 @@ class Prefetch:
         parallel: ParallelContext = SINGLE_PROCESS,
     ) -> None:
         self._read = lambda step: train.global_batch(step, args, parallel.dp_rank, parallel.dp_size)
-        self._pin, self._pool = device.torch.type == "cuda", ThreadPoolExecutor(1, "prefetch")
+        self._pin, self._pool = (
+            device.torch_device.type == "cuda",
+            ThreadPoolExecutor(1, "prefetch"),
+        )
         self._next: tuple[int, Future[Tensor]] | None = None
 
     def __call__(self, step: int) -> Tensor:

@@ -111,7 +111,7 @@ def main(args: EvalSettings) -> None:
             device = pick_device(args.device, precision, ranks.local_rank)
             tune(device)
             run = ranks.each(load_model, path, args.tokenizer_name)
-            model = run.model.to(device.torch)
+            model = run.model.to(device.torch_device)
             val = ranks.each(validation_of, args, settings, run, path)
             for note in val.notes if ranks.rank == 0 else ():
                 say(note)

@@ -24,7 +24,7 @@ def main(args: SampleSettings) -> None:
     tune(device)
     path = checkpoint_in(args.checkpoint_path)
     run = load_model(path, args.tokenizer_name)
-    model, tokenizer = run.model.to(device.torch), run.tokenizer
+    model, tokenizer = run.model.to(device.torch_device), run.tokenizer
     if tokenizer is None:
         raise UserError(
             f"{path} was trained on token ids that name no tokenizer; "

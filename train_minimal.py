@@ -29,7 +29,7 @@ def main(args: Settings, signals: StopSignals) -> int:
     args = fit_micro_batch(args, device)  # and with --micro-batch auto the batch_size
     data = data_record(train, val)
     state = RunState.fresh(device)
-    model = GPTModel(args.model, seed=args.seed).to(device.torch)
+    model = GPTModel(args.model, seed=args.seed).to(device.torch_device)
     state.pending_messages += compile_model(model, args, device)
     recompute_activations(model)  # keeps less for the backward pass
     optimizer = make_optimizer(model, args)

@@ -170,7 +170,7 @@ def build_optimizer_step(flags: list[str], kind: str) -> Callable[[], float]:
     _, _, args = open_data(args)
     device = pick_device(args.device)
     tune(device)
-    model = GPTModel(args.model, seed=0).to(device.torch)
+    model = GPTModel(args.model, seed=0).to(device.torch_device)
     if kind == "adamw":
         args = dataclasses.replace(args, optimizer="adamw")
     optimizer = make_optimizer(model, args)
@@ -182,11 +182,11 @@ def build_optimizer_step(flags: list[str], kind: str) -> Callable[[], float]:
         p.grad = torch.randn_like(p)
 
     def run() -> float:
-        synchronize(device.torch.type)
+        synchronize(device.torch_device.type)
         start = time.perf_counter()
         for each in optimizers:
             each.step()
-        synchronize(device.torch.type)
+        synchronize(device.torch_device.type)
         return time.perf_counter() - start
 
     return run
@@ -221,7 +221,7 @@ def build_evaluation(batch: int, flags: list[str]) -> Callable[[], float]:
     args = parse_settings("train_minimal", flags)
     device = pick_device(args.device, args.precision)
     tune(device)
-    model = GPTModel(args.model, seed=0).to(device.torch)
+    model = GPTModel(args.model, seed=0).to(device.torch_device)
     val = ToyRandomDataset(50257, 1024, num_tokens=2 * batch * 1023 + 1)
 
     def run() -> float:
@@ -262,7 +262,7 @@ def build_generation(flags: list[str], tokens: int) -> Callable[[], float]:
     _, _, args = open_data(args)
     device = pick_device(args.device, args.precision)
     tune(device)
-    model = GPTModel(args.model, seed=0).to(device.torch)
+    model = GPTModel(args.model, seed=0).to(device.torch_device)
 
     def run() -> float:
         start = time.perf_counter()

@@ -96,13 +96,13 @@ def make_trainer(flags: list[str]) -> tuple[Callable[[], None], Parts, dict[str,
     device = pick_device(args.device, args.precision)
     args = fit_micro_batch(args, device)
     tune(device, sparing=args.model.use_activation_checkpoint)
-    model, start = GPTModel(args.model, seed=0).to(device.torch), time.perf_counter()
+    model, start = GPTModel(args.model, seed=0).to(device.torch_device), time.perf_counter()
     compile_model(model, args, device)
     recompute_activations(model)
     known = {"compile_s": time.perf_counter() - start, "micro_batch": float(args.batch_size)}
     optimizer, state = make_optimizer(model, args), RunState.fresh(device)
     batches = Prefetch(train, args, device)
-    parts = Parts(model, optimizer, device.torch.type)
+    parts = Parts(model, optimizer, device.torch_device.type)
 
     def step() -> None:
         train_step(model, optimizer, batches(state.step), args, state, device)
@@ -129,18 +129,18 @@ def build_hugging_face(flags: list[str], compiled: bool = False) -> Callable[[],
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model: Any = GPT2LMHeadModel(shape)
-    model.to(device.torch)
-    if device.torch.type == "cuda":
+    model.to(device.torch_device)
+    if device.torch_device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as tune does for ours
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     ids = torch.randint(c.vocab_size, (args.global_batch_size, args.seq_len))
-    parts = Parts(None if compiled else model, optimizer, device.torch.type)
+    parts = Parts(None if compiled else model, optimizer, device.torch_device.type)
     if compiled:
         model.compile(dynamic=False)
 
     def step() -> None:
         for batch in ids.split(args.batch_size):
-            batch = batch.to(device.torch)
+            batch = batch.to(device.torch_device)
             with device.autocast():
                 loss = model(batch, labels=batch).loss
             (loss / args.grad_accum_steps).backward()

@@ -191,7 +191,7 @@ class CheckpointManager:
 
     def _copied(self, step: _Step, copies: dict[str, Any]) -> _Step | None:
         """The step in memory of its own, `copies`, or None where it is not to have that."""
-        cuda = self.device.torch.type == "cuda"
+        cuda = self.device.torch_device.type == "cuda"
         if self.args.checkpoint_async == "off":
             return None
         needed = 2 * copy_bytes(step.content, pinned=cuda)
@@ -206,7 +206,7 @@ class CheckpointManager:
             self.state.pending_messages.append(f"no memory to save in the background ({reason})")
             return None
         if cuda:
-            torch.cuda.synchronize(self.device.torch)
+            torch.cuda.synchronize(self.device.torch_device)
         return dataclasses.replace(step, content=content)
 
     def _labels(self) -> list[str]:

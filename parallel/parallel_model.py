@@ -53,13 +53,13 @@ class ParallelModel(ParallelContext):
         wait = datetime.timedelta(seconds=args.timeout_seconds)
         self.dp_group, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), wait)
         self.tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), wait)
-        self.mesh = DeviceMesh.from_group(self.dp_group, device.torch.type)
+        self.mesh = DeviceMesh.from_group(self.dp_group, device.torch_device.type)
         if self.tp_size > 1:
             split_model(model, self.tp_group)
         if self.sharded:
             shard(model, self.mesh, device)
         else:
-            model.to(device.torch)
+            model.to(device.torch_device)
 
     @functools.cached_property
     def net(self) -> nn.Module:
@@ -117,7 +117,7 @@ class ParallelModel(ParallelContext):
     def part(self, name: str, whole: Tensor) -> Tensor:
         """The inverse of `gather`: the part of this rank, where and as the parameter is."""
         own = self._own(name, whole, 0) if whole.ndim else whole
-        own = own.to(self.device.torch, copy=True)
+        own = own.to(self.device.torch_device, copy=True)
         if not (self.sharded and whole.ndim):
             return own
         p = self.model.get_parameter(name)
@@ -165,7 +165,7 @@ def replicate(
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {name: False}  # renamed in torch 2.13
-    ids = [device.torch.index] if device.torch.type == "cuda" else None
+    ids = [device.torch_device.index] if device.torch_device.type == "cuda" else None
     options |= {"device_ids": ids, "process_group": group}
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
     # After its first backward pass DDP sorts gradients into other buckets, in which three or more
@@ -177,7 +177,9 @@ def replicate(
 
 def warmup_pass(model: nn.Module, args: Settings, device: Device) -> None:
     """A forward and a backward pass on zeros that belongs to no step and leaves nothing behind."""
-    zeros = torch.zeros(args.batch_size, args.seq_len, dtype=torch.int64, device=device.torch)
+    zeros = torch.zeros(
+        args.batch_size, args.seq_len, dtype=torch.int64, device=device.torch_device
+    )
     try:
         with device.autocast():
             loss = model(zeros, labels=zeros, reduction="sum", return_logits=False)[1]
@@ -201,7 +203,7 @@ def shard(model: GPTModel, mesh: DeviceMesh, device: Device) -> None:
         together: Any = [block.attn, block.mlp]
         groups += fully_shard(together, mesh=mesh, mp_policy=policy)
     for group in (*groups, fully_shard(model, mesh=mesh)):
-        if device.torch.type == "cpu":  # Gloo has no average
+        if device.torch_device.type == "cpu":  # Gloo has no average
             group.set_force_sum_reduction_for_comms(True)
 
 
@@ -216,5 +218,5 @@ def _unsynced(net: FSDPModule) -> Iterator[None]:
 
 def _sum_of_squares(tensors: list[Tensor], device: Device) -> Tensor:
     if not tensors:
-        return torch.zeros((), device=device.torch)
+        return torch.zeros((), device=device.torch_device)
     return torch.stack(torch._foreach_norm(tensors)).square().sum()

@@ -281,7 +281,7 @@ def _record_of_run(
 def _start_profiler(base: Path, device: Device) -> Any:
     """Records updates 6 to 8 into a trace for chrome://tracing or Perfetto."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device.torch.type == "cuda":
+    if device.torch_device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(
         activities=kinds,

@@ -33,7 +33,7 @@ def header(
     tokenizer = train.tokenizer.name if train.tokenizer else "none"
     epochs = args.num_steps * args.global_batch_size / len(train)
     return [
-        f"device: {device.why}{ranks}",
+        f"device: {device.description}{ranks}",
         f"data: {train.source.name}; tokenizer: {tokenizer}; {train.num_tokens:,} tokens to train "
         f"on, {val.num_tokens:,} held out for validation",
         *(f"data: {note}" for note in train.notes),

@@ -19,7 +19,6 @@ import torch
 from runtime.fields import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
-_Dtype = torch.dtype  # `torch` is a field below
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,18 +28,18 @@ class Device:
     people to read.
     """
 
-    torch: torch.device
+    torch_device: torch.device
     precision: str  # fp32, bf16 or fp16
-    why: str
+    description: str
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of every forward pass: parameters stay float32, matrix products run in
         `precision`.
         """
-        return torch.autocast(self.torch.type, self.dtype, enabled=self.amp)
+        return torch.autocast(self.torch_device.type, self.dtype, enabled=self.amp)
 
     @property
-    def dtype(self) -> _Dtype:
+    def dtype(self) -> torch.dtype:
         """The type that matrix products run in."""
         return _DTYPES[self.precision]
 
@@ -125,9 +124,9 @@ def tune(device: Device, sparing: bool = False, deterministic: bool = False) -> 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
-    if device.torch.type == "cuda":  # what stays in float32 under autocast may use TF32
+    if device.torch_device.type == "cuda":  # what stays in float32 under autocast may use TF32
         torch.set_float32_matmul_precision("high" if device.amp else "highest")
-    elif device.torch.type == "cpu":
+    elif device.torch_device.type == "cpu":
         _tune_malloc(sparing)
 
 
@@ -159,7 +158,7 @@ def seed_dropout(device: Device, seed: int) -> None:
     """Starts the random numbers of dropout anew; 2 us where torch.manual_seed, which seeds every
     device, takes 200.
     """
-    generator_of(device.torch).manual_seed(seed)
+    generator_of(device.torch_device).manual_seed(seed)
 
 
 def generator_of(device: torch.device) -> torch.Generator:
@@ -180,7 +179,7 @@ def environment(device: Device, world: int) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "device": device.why,
+        "device": device.description,
         "processes": world,
     }
 

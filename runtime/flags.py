@@ -1,4 +1,9 @@
-"""Command-line flags, one for each field of a dataclass made of `runtime.fields.flag`."""
+"""Command-line flags, one for each field of a dataclass made of `runtime.fields.flag`.
+
+These are lines around argparse, since presets and --resume must know what was typed: tyro and
+simple-parsing give a complete object and don't say. jsonargparse can, and would need as many lines
+for flat names, bounds and hints.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def why_not_compiled(args: Settings, device: Device) -> str:
     """Why the model is not compiled with these settings; "" where it is. Raises UserError where
     --compile on can't be done.
     """
-    if args.compile == "off" or (args.compile == "auto" and device.torch.type != "cuda"):
+    if args.compile == "off" or (args.compile == "auto" and device.torch_device.type != "cuda"):
         return "--compile on compiles on this device too" if args.compile == "auto" else "as asked"
     reason = ""
     if not any(shutil.which(c) for c in ("c++", "g++", "clang++", "cl")):
@@ -50,7 +50,7 @@ def compile_model(
     """
     reason = why_not_compiled(args, device)
     if reason:
-        silent = args.compile == "off" or device.torch.type != "cuda"
+        silent = args.compile == "off" or device.torch_device.type != "cuda"
         return [] if silent else [f"not compiled: {reason}"]
     start, failure = time.perf_counter(), None
     blocks = cast(list[Block], list(model.blocks))
@@ -87,19 +87,19 @@ def warm_up(args: Settings, device: Device) -> None:
     """A training step and an evaluation of one block and of the loss on zeros, in which their
     compiling happens. The block is one of its own, as FSDP may have left only a part of each here.
     """
-    config, there = args.model, device.torch
+    config, on = args.model, device.torch_device
     rotary = None
     if config.arch == "modern":
         cos, sin = rotary_table(args.seq_len, config.d_model // config.n_heads)
-        rotary = (cos.to(there), sin.to(there))
-    block = Block(config).to(there)
+        rotary = (cos.to(on), sin.to(on))
+    block = Block(config).to(on)
     for unit in _units(block, args):
         _compile(unit)
         if args.parallel == "fsdp":  # which gathers matrices in the type they are multiplied in
             unit.to(device.dtype)
-    x = torch.zeros(args.batch_size, args.seq_len, config.d_model, device=there, requires_grad=True)
-    labels = torch.zeros(args.batch_size, args.seq_len, dtype=torch.int64, device=there)
-    weight = torch.zeros(config.vocab_size, config.d_model, device=there, requires_grad=True)
+    x = torch.zeros(args.batch_size, args.seq_len, config.d_model, device=on, requires_grad=True)
+    labels = torch.zeros(args.batch_size, args.seq_len, dtype=torch.int64, device=on)
+    weight = torch.zeros(config.vocab_size, config.d_model, device=on, requires_grad=True)
     with device.autocast():
         out = block(x, None, rotary)
         next_token_loss(out, weight, labels, fused=True)[0].backward()

@@ -52,13 +52,13 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    there, sums = device.torch, torch.zeros(7, dtype=torch.float64)
+    on, sums = device.torch_device, torch.zeros(7, dtype=torch.float64)
     windows = math.ceil((val.num_tokens - 1) / (val.seq_len - 1))
     batches = val.batches(batch_size, parallel.dp_rank, parallel.dp_size)
     total = math.ceil(windows / (parallel.dp_size * batch_size))
     for ids, labels in progress(batches, "evaluating", total, quiet=parallel.dp_rank > 0):
         with device.autocast():
-            nll = model(ids.to(there), None, labels.to(there), "none", return_logits=False)[1]
+            nll = model(ids.to(on), None, labels.to(on), "none", return_logits=False)[1]
         scored = labels[:, 1:] != IGNORE
         s, n = nll.cpu().double().sum(1), scored.sum(1).double()  # (B,) nats, tokens of each window
         sums[:6] += torch.stack((s, n, s * s, s * n, n * n, (n > 0).double())).sum(1)
@@ -85,7 +85,7 @@ def starts_with_evaluation(
     if step or args.eval_at_start != "auto":
         return step == 0 and args.eval_at_start == "on"
     work = val.num_tokens * model.num_parameters()
-    return device.torch.type != "cpu" or work <= _LONG_ON_CPU
+    return device.torch_device.type != "cpu" or work <= _LONG_ON_CPU
 
 
 def _bytes_of(ids: Tensor, tokenizer: Tokenizer | None) -> int:

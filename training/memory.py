@@ -85,7 +85,9 @@ def fit_micro_batch(
             "give --batch-size instead"
         )
     rows = args.global_batch_size // _data_world(args)
-    limit = _USABLE * free_memory_of(device) / (local_world if device.torch.type == "cpu" else 1)
+    limit = (
+        _USABLE * free_memory_of(device) / (local_world if device.torch_device.type == "cpu" else 1)
+    )
     sizes = [n for n in range(1, rows + 1) if rows % n == 0]
     fitting = [n for n in sizes if estimate(args, device, n).total <= limit]
     size = -agree(-max(fitting, default=0))[0]
@@ -110,7 +112,7 @@ def refuse_what_cannot_fit(
     alone need more memory than is free, or the whole step twice as much; --allow-memory starts it
     all the same. Arguments as of `fit_micro_batch`.
     """
-    free = free_memory_of(device) / (local_world if device.torch.type == "cpu" else 1)
+    free = free_memory_of(device) / (local_world if device.torch_device.type == "cpu" else 1)
     need = estimate(args, device)
     state = need.total - need.activations
     (too_much,) = agree(int(state > free or need.total > _SURE * free))
@@ -120,7 +122,7 @@ def refuse_what_cannot_fit(
             lower = "weights, gradients and optimizer alone are too much, for any batch; lower "
             lower += "--n-layers or --d-model"
             if args.parallel != "fsdp":
-                where = "GPUs" if device.torch.type == "cuda" else "machines"
+                where = "GPUs" if device.torch_device.type == "cuda" else "machines"
                 lower += f", or spread it over several {where} with --parallel fsdp"
         each = "in each process " if local_world > 1 else ""
         raise UserError(
@@ -131,8 +133,8 @@ def refuse_what_cannot_fit(
 
 def free_memory_of(device: Device) -> float:
     """Bytes that this process can still take where it computes."""
-    if device.torch.type == "cuda":
-        return float(torch.cuda.mem_get_info(device.torch)[0])
+    if device.torch_device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device.torch_device)[0])
     return free_memory()
 
 
@@ -193,5 +195,5 @@ def _activations(args: Settings, device: Device, batch_size: int) -> float:
     head = 4.0 * c.vocab_size * c.d_model / split
     if device.amp:  # autocast's copies of the weights
         head += 2.0 * _numbers(c)[1] / split
-    workspace = workspace_bytes(c.vocab_size, device.amp, device.torch)
+    workspace = workspace_bytes(c.vocab_size, device.amp, device.torch_device)
     return batch_size * args.seq_len * (layers + ends) + head + workspace

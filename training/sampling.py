@@ -49,7 +49,7 @@ def generate(
     # A compiled model would be compiled again for each length.
     eager = torch.compiler.set_stance("force_eager") if model.compiled else nullcontext()
     for _ in range(max_new_tokens):
-        seen = ids[:, -model.config.max_position_embeddings :].to(device.torch)
+        seen = ids[:, -model.config.max_position_embeddings :].to(device.torch_device)
         with device.autocast(), eager:
             logits, _ = model(seen, logits_to_keep=1)
         logits = logits[:, -1].float().cpu()[:, :vocab_size]  # (B, V)

@@ -209,7 +209,7 @@ def _backward(
     of fp16; returns that sum.
     """
     micro_batches = batch.split(args.batch_size)
-    nll_sum = torch.zeros((), device=device.torch)
+    nll_sum = torch.zeros((), device=device.torch_device)
     told = parallel.dp_rank > 0 or state.skipped is not None  # only of the first step there
     steps = progress(micro_batches, f"step {state.step + 1}", len(micro_batches), quiet=told)
     for i, ids in enumerate(steps):
@@ -219,7 +219,7 @@ def _backward(
             seed_dropout(
                 device, hash_of(args.seed, state.step, parallel.dp_rank * len(micro_batches) + i)
             )
-        ids = ids.to(device.torch, non_blocking=True)  # (B, T)
+        ids = ids.to(device.torch_device, non_blocking=True)  # (B, T)
         with nullcontext() if i == len(micro_batches) - 1 else parallel.no_sync():
             with device.autocast():
                 nll = model(ids, labels=ids, reduction="sum", return_logits=False)[1]

@@ -21,8 +21,8 @@ def test_without_gpu_auto_is_the_cpu_in_float32_and_says_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     device = pick_device()
-    assert (device.torch.type, device.precision, device.amp) == ("cpu", "fp32", False)
-    assert "no CUDA or MPS device found" in device.why
+    assert (device.torch_device.type, device.precision, device.amp) == ("cpu", "fp32", False)
+    assert "no CUDA or MPS device found" in device.description
 
 
 @pytest.mark.parametrize("bf16, wanted", [(True, "bf16"), (False, "fp16")])
@@ -33,7 +33,7 @@ def test_a_gpu_gets_bf16_where_it_has_it_and_each_rank_its_own(monkeypatch, bf16
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     device = pick_device(local_rank=3)
-    assert device.torch == torch.device("cuda", 3) and device.precision == wanted
+    assert device.torch_device == torch.device("cuda", 3) and device.precision == wanted
     assert pick_device("cuda:1", local_rank=3).torch.index == 1
     with pytest.raises(UserError, match="GPU 4 wanted, but this machine has 4"):
         pick_device(local_rank=4)

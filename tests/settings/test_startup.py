@@ -23,7 +23,7 @@ def test_threads_sleep_while_they_wait_before_torch_reads_how():
 
 @pytest.mark.parametrize("name, value", [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "9")])
 def test_what_the_user_set_stays_and_is_said(name, value):
-    code = "import runtime.device as d, os; print(d.pick_device('cpu').why, os.environ['OMP_WAIT_POLICY'])"
+    code = "import runtime.device as d, os; print(d.pick_device('cpu').description, os.environ['OMP_WAIT_POLICY'])"
     code = code.replace("os.environ['OMP_WAIT_POLICY']", "os.environ.get('OMP_WAIT_POLICY')")
     out = run(code, **{name: value})
     assert f"{name}={value} of the environment decides how they wait" in out

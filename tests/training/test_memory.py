@@ -36,7 +36,9 @@ def kept(args, device, monkeypatch):
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
 def test_activations_are_those_that_the_model_keeps(arch, device, monkeypatch):
     args = toy_settings(*SHAPE, "--arch", arch, "--global-batch-size", "8")
-    found = estimate(args, device).activations - workspace_bytes(1000, device.amp, device.torch)
+    found = estimate(args, device).activations - workspace_bytes(
+        1000, device.amp, device.torch_device
+    )
     assert found == pytest.approx(kept(args, device, monkeypatch), rel=0.05)
 
 
@@ -76,7 +78,7 @@ def test_a_changed_model_is_counted_as_it_is(monkeypatch):
     args = toy_settings(*SHAPE, "--d-ff", "776")
     need = estimate(args, CPU)
     assert need.weights == 4 * GPTModel(args.model).num_parameters() > plain.weights
-    found = need.activations - workspace_bytes(1000, False, CPU.torch)
+    found = need.activations - workspace_bytes(1000, False, CPU.torch_device)
     assert found == pytest.approx(kept(args, CPU, monkeypatch), rel=0.05)
 
 
