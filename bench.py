@@ -22,9 +22,9 @@ from benchmarks.recipe import bench_recipe
 from benchmarks.runs import bench_resume, bench_save
 from benchmarks.speed import bench_profile, bench_train
 from benchmarks.threads import bench_threads
-from runtime.fields import UserError, choose
 from runtime.flags import parse_flags
-from runtime.script import run_script
+from runtime.run_script import run_script
+from runtime.setting_fields import UserError, choose
 
 Rows = list[dict[str, Any]]
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpointing.commands import VERBS, CheckpointSettings
 from checkpointing.file_format import CheckpointReader
-from checkpointing.inspection import VERBS, CheckpointSettings
 from checkpointing.reading import (
     FORMAT,
     changes,
@@ -34,10 +34,10 @@ from checkpointing.writing import write_checkpoint
 from config import Settings, from_dict, to_dict
 from corpus.tokenizer import Tokenizer, build_tokenizer, stored_tokenizer, write_tokenizer_file
 from model import GPTModel
-from runtime.fields import UserError, choose
 from runtime.files import expanded
 from runtime.flags import parse_flags
-from runtime.script import run_script
+from runtime.run_script import run_script
+from runtime.setting_fields import UserError, choose
 from training.optimizers import note_on_rising_rate
 from training.step import RunState
 
@@ -106,7 +106,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def saved_settings(path: str | Path) -> dict[str, Any]:
-    """The flat settings stored in a checkpoint. Raises UserError."""
+    """The settings in a checkpoint, as a flat dict (see `config.from_dict`). Raises UserError if
+    the file is missing, damaged or no checkpoint.
+    """
     with open_checkpoint(path) as contents:
         return contents.tree["settings"]
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.fields import UserError, check_fields, flag
+from runtime.setting_fields import UserError, check_fields, flag
 
 
 def _divisors_near(wanted: int, size: int) -> str:

@@ -1,9 +1,9 @@
 """The data of a run: text, token shards or random tokens, what of it is held out, and which
 sequences a step sees.
 
-Each is a `TokenDataset` (corpus/windows.py), a range of tokens cut into windows of seq_len. The
-windows of step k follow from (seed, k) and from nothing else, so a resumed run sees what the other
-would have seen.
+Each is a `TokenDataset` (corpus/token_dataset.py), a range of tokens cut into windows of seq_len.
+The windows of step k follow from (seed, k) and from nothing else, so a resumed run sees what the
+other would have seen.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from config import Settings
 from corpus.contamination import REFUSED_SHARE, refuse_copies, refuse_leak, repeated_files, some
+from corpus.find_text import find_texts, stdlib_files
 from corpus.hashing import permute
 from corpus.mixtures import Joined, Mixture, weighted
 from corpus.shards import (
@@ -28,14 +29,13 @@ from corpus.shards import (
     ToyTokens,
     find_shards,
 )
-from corpus.text_files import find_texts, stdlib_files
-from corpus.token_files import TOKENIZER_FILE, note_on_documents, tokenize_files
+from corpus.token_dataset import TokenDataset
 from corpus.tokenizer import Tokenizer, build_tokenizer
-from corpus.windows import TokenDataset
+from corpus.tokenizing import TOKENIZER_FILE, note_on_documents, tokenize_files
 from parallel.context import SINGLE_PROCESS, ParallelContext
 from runtime.device import Device
-from runtime.fields import UserError
 from runtime.files import expanded
+from runtime.setting_fields import UserError
 
 __all__ = [
     "FineWebNPYDataset",
@@ -49,9 +49,10 @@ __all__ = [
 
 
 class TextDatasetForCausalLM(TokenDataset):
-    """Text, tokenized once into a cache. paths: files, folders, globs (see
-    `corpus.text.find_sources`); none = the Python standard library's source. document_separator:
-    what parts the documents of a plain text; "" = each file is one.
+    """Text, tokenized once into a cache.
+
+    paths: files, folders and globs (see corpus/find_text.py); none = the Python standard library's
+    source. document_separator: what parts the documents of a plain text; "" = each file is one.
     """
 
     def __init__(

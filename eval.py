@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import settings.startup  # noqa: F401  # before torch loads
+import settings.before_torch  # noqa: F401  # before torch loads
 
 import dataclasses
 from typing import Any
@@ -10,17 +10,17 @@ from typing import Any
 from checkpoint import TrainedModel, load_model, saved_settings
 from checkpointing.reading import changes_of_data
 from config import BEFORE, Settings, from_dict
-from corpus.windows import TokenDataset
+from corpus.token_dataset import TokenDataset
 from dataset import open_validation, refuse_missing
 from parallel.process_group import DataParallel, process_group
 from reporting.evaluations import report_evaluations
 from runtime.console import say
 from runtime.device import pick_device, tune
-from runtime.fields import UserError
 from runtime.flags import parse_flags
-from runtime.script import run_script
+from runtime.run_script import run_script
+from runtime.setting_fields import UserError
+from settings.eval_and_generate import EvalSettings
 from settings.paths import checkpoint_in
-from settings.scripts import EvalSettings
 from training.evaluation import evaluate
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import settings.startup  # noqa: F401  # before torch loads
+import settings.before_torch  # noqa: F401  # before torch loads
 
 from typing import Any
 
 from checkpoint import load_model
 from runtime.console import say
 from runtime.device import pick_device, tune, use_threads
-from runtime.fields import UserError
 from runtime.flags import parse_flags
-from runtime.script import run_script
+from runtime.run_script import run_script
+from runtime.setting_fields import UserError
+from settings.eval_and_generate import SampleSettings
 from settings.paths import checkpoint_in
-from settings.scripts import SampleSettings
 from training.sampling import continue_text
 
 

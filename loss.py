@@ -49,13 +49,13 @@ def next_token_loss(
     part: VocabShard = WHOLE_VOCAB,
     fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Next-token cross-entropy in nats, summed, and the number of scored tokens (Radford et al.
-    2019, sec. 2).
+    """The summed next-token cross-entropy in nats and the number of scored tokens, two float32
+    scalars (Radford et al. 2019, sec. 2). The first has gradients for hidden and weight.
 
-    hidden (B, T, C) float; weight (V, C) float, or the rows that part says; labels (B, T) int64,
-    -100 not scored. Position t predicts label t + 1. fused: what is done with the logits of a chunk
-    is compiled, which reads them twice and writes them once. Returns two float32 scalars; the first
-    has gradients for hidden and weight. Raises ValueError if the (B, T) parts differ.
+    hidden (B, T, C) float; weight (V, C) float, or the rows of it that this process has, as part
+    says; labels (B, T) int64, -100 is not scored. Position t predicts label t + 1. fused: the
+    elementwise work on each chunk of logits is compiled, which reads and writes them fewer times.
+    Raises ValueError if hidden and labels differ in (B, T).
     """
     hidden, labels = _shifted(hidden, labels)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -225,8 +225,8 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 
 def adds_wide(out: Tensor) -> bool:
-    """Whether torch multiplies matrices of 16 bits into this float32 one there (CUDA, since torch
-    2.8).
+    """Whether torch.addmm can multiply fp16 or bf16 matrices and add to the float32 tensor `out`.
+    CUDA can, since torch 2.8.
     """
     return out.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out")
 

@@ -37,15 +37,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_table(positions: int, width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (positions, width / 2) float32; base 10000 as in the paper."""
+    """The cosines and sines of rotary position embedding, each (positions, width / 2) float32; base
+    10000 (Su et al. 2021).
+    """
     frequency = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
 
 
 class Attention(nn.Module):
-    """Causal self-attention. The rows of `qkv` are ordered head by head (H, 3, D): a slice of it
-    is whole heads.
+    """Causal multi-head self-attention. The rows of `qkv` are grouped by head, (H, 3, D), so that a
+    slice of them holds whole heads: tensor parallelism splits it there.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -262,8 +264,8 @@ class GPTModel(nn.Module):
 
 
 def causal_and_padding(attention_mask: Tensor | None) -> Tensor | None:
-    """Which key each query may see: (B, 1, T, T) bool, or None where plain causal attention says it
-    all.
+    """Which keys each query sees: (B, 1, T, T) bool, or None where plain causal attention is all.
+    attention_mask (B, T): 0 = padding.
 
     A position always sees itself, so that a row of padding has something to attend to and never
     becomes NaN.

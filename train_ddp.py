@@ -3,7 +3,7 @@
 The page of train_minimal.py and what makes it distributed: see the `diff` of the two.
 """
 
-import settings.startup  # noqa: F401  # before torch loads
+import settings.before_torch  # noqa: F401  # before torch loads
 
 from checkpoint import resumable_settings
 from checkpointing.manager import CheckpointManager
@@ -15,14 +15,14 @@ from parallel.process_group import Ranks, identity, process_group
 from parallel.rendezvous import is_first_reporter, mark_started, rendezvous
 from reporting.run_log import open_log
 from runtime.device import pick_device, tune
-from runtime.script import run_script
+from runtime.run_script import run_script
 from runtime.signals import StopSignals
 from settings.command_line import parse_settings
+from training.activation_recompute import recompute_activations
 from training.compilation import compile_model
 from training.evaluation import evaluate, starts_with_evaluation
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer
-from training.recompute import recompute_activations
 from training.sampling import sample
 from training.step import RunState, check_finite, due, train_step
 

@@ -1,6 +1,6 @@
 """Trains a GPT on one device: `python train_minimal.py` (`--help` shows all flags)."""
 
-import settings.startup  # noqa: F401  # before torch loads
+import settings.before_torch  # noqa: F401  # before torch loads
 
 from checkpoint import resumable_settings
 from checkpointing.manager import CheckpointManager
@@ -10,14 +10,14 @@ from model import GPTModel
 from parallel.rendezvous import is_first_reporter, must_be_alone
 from reporting.run_log import RunLog
 from runtime.device import pick_device, tune, use_threads
-from runtime.script import run_script
+from runtime.run_script import run_script
 from runtime.signals import StopSignals
 from settings.command_line import parse_settings
+from training.activation_recompute import recompute_activations
 from training.compilation import compile_model
 from training.evaluation import evaluate, starts_with_evaluation
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer
-from training.recompute import recompute_activations
 from training.sampling import sample
 from training.step import RunState, check_finite, due, train_step
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from config import GPTConfig
 from parallel.process_group import Ranks
-from runtime.fields import check_fields, flag
+from runtime.setting_fields import check_fields, flag
 
 
 # fmt: off

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from benchmarks.common import BenchSettings, in_new_process, memory
-from corpus.text import read_texts
-from corpus.text_files import find_sources, stdlib_files
-from corpus.token_files import prepare
+from corpus.find_text import find_sources, stdlib_files
+from corpus.read_text import read_texts
 from corpus.tokenizer import build_tokenizer
+from corpus.tokenizing import prepare
 from settings.command_line import parse_settings
 
 

@@ -32,10 +32,10 @@ from parallel.process_group import Ranks
 from parallel.tensor_parallel import split_model
 from reporting.metrics_file import read_records
 from runtime.device import Device
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from settings.command_line import parse_settings
+from training.activation_recompute import recompute_activations, storage_of
 from training.optimizers import make_optimizer
-from training.recompute import recompute_activations, storage_of
 from training.step import RunState, train_step
 
 _LAYOUTS = {

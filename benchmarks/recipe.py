@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.common import BenchSettings
 from reporting.metrics_file import read_records
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 # The settings that nanoGPT's README gives for a CPU; the model has 0.83M parameters.
 PLAIN = [

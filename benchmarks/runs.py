@@ -18,11 +18,11 @@ import torch
 
 from benchmarks.common import BenchSettings
 from checkpoint import read_checkpoint
-from checkpointing.inspection import differences
+from checkpointing.commands import differences
 from checkpointing.manager import CheckpointManager
 from checkpointing.writing import lock_path
 from reporting.metrics_file import first_difference, read_records
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from settings.command_line import parse_settings
 
 

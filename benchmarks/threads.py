@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.common import BenchSettings
 from reporting.metrics_file import read_records
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 # The environment of each side. An empty OMP_WAIT_POLICY counts as set by the user, see
 # runtime/threads.py; OpenMP then spins, as it does without the variable.

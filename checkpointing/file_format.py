@@ -28,7 +28,7 @@ from checkpointing.safe_pickle import (
     TensorRef,
     size_of,
 )
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 _CHECKSUM_MARK = b"sha256:"
 _CHECKSUM_BYTES = len(_CHECKSUM_MARK) + 64

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from checkpoint import build_checkpoint, load_checkpoint
 from checkpointing.file_format import Unreadable
+from checkpointing.memory_copy import copied, copy_bytes
 from checkpointing.reading import latest_valid, open_checkpoint
-from checkpointing.snapshot import copied, copy_bytes
 from checkpointing.writing import add_names, check_space, lock_path, write_checkpoint
 from config import Settings
 from model import GPTModel
@@ -31,8 +31,8 @@ from parallel.context import SINGLE_PROCESS, ParallelContext
 from parallel.hang_guard import may_take_long
 from parallel.process_group import Ranks
 from runtime.device import Device, environment, free_memory
-from runtime.fields import UserError
 from runtime.files import target_of
+from runtime.setting_fields import UserError
 from settings.paths import archive_existing, free_number, log_base, run_files, variant_path
 from training.step import RunState
 

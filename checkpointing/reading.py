@@ -23,7 +23,7 @@ from checkpointing.file_format import (
 from checkpointing.safe_pickle import TensorRef, size_of
 from config import from_dict
 from model import GPTModel
-from runtime.fields import NothingSaved, UserError
+from runtime.setting_fields import NothingSaved, UserError
 from settings.paths import variant_path
 from training.optimizers import state_shapes
 
@@ -53,8 +53,9 @@ _LARGEST_SMALL = 50_000  # of these together, as size_of counts
 
 @contextmanager
 def open_checkpoint(path: str | Path) -> Iterator[CheckpointReader]:
-    """A checkpoint whose bytes and description are checked, with its tensors still in the file.
-    Raises Unreadable.
+    """A context manager that opens a checkpoint, verifies all its bytes and its description, and
+    gives a CheckpointReader. In its `tree` each tensor is a TensorRef, which is read from the file
+    on demand. Raises Unreadable if the file is missing, damaged or no checkpoint.
     """
     with open_verified(path) as contents:
         with as_unreadable(path):
@@ -169,8 +170,11 @@ _Result = TypeVar("_Result")
 def latest_valid(
     path: str | Path, use: Callable[[Path], _Result]
 ) -> tuple[_Result, Path, list[str]]:
-    """What use(file) returns for the newest whole checkpoint of a run, that file, and what is
-    wrong with a newer one. Raises UserError if none is whole.
+    """Calls use(file) with the checkpoint at path, and if that raises Unreadable, with the previous
+    one beside it. Returns the result, the file, and messages about a newer file that could not be
+    read.
+
+    Raises UserError if neither can be read, and NothingSaved if neither exists.
     """
     wrong: list[str] = []
     target = Path(os.path.realpath(path))

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 LARGEST_PICKLE = 1 << 24  # names, settings and a tokenizer; those of GPT-2 XL take 0.2 MB
 _MOST_INSTRUCTIONS = 1_000_000  # in it
@@ -44,7 +44,7 @@ class TensorRef:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes when it is read."""
+        """The size of the tensor in bytes, once it is read."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

@@ -20,9 +20,9 @@ from checkpointing.file_format import (
 )
 from checkpointing.reading import open_checkpoint
 from checkpointing.safe_pickle import TensorRef
-from runtime.fields import UserError
 from runtime.files import target_of
 from runtime.locks import hold
+from runtime.setting_fields import UserError
 from settings.paths import LABELS, variant_path
 
 _SPACE = 1_000_000  # bytes of a checkpoint beside its tensors

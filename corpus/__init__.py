@@ -1,3 +1,3 @@
 """From text to token ids: reading files, tokenizers, token shards, and the search for validation
-text in the training data. Start reading in token_files.py; dataset.py cuts ids into windows.
+text in the training data. Start reading in tokenizing.py.
 """

@@ -12,8 +12,8 @@ import numpy as np
 
 from corpus.hashing import mix
 from corpus.shards import Source, SourceFile
-from runtime.fields import UserError
 from runtime.locks import lock
+from runtime.setting_fields import UserError
 
 PROBES = 256  # pieces of the validation data that are searched for
 _DOUBLINGS = 5  # a piece has 2**5 tokens,
@@ -117,7 +117,9 @@ def refuse_copies(train: TokenRange, val: TokenRange, allow: bool = False) -> li
 
 
 def repeated_files(data: TokenRange) -> list[str]:
-    """Which files of some size the data holds more than once, in words."""
+    """One sentence for each file of the data that is a copy of another one. Files below 1000 tokens
+    are left out.
+    """
     first: dict[str, SourceFile] = {}
     names = []
     for file, _, _ in data.files():
@@ -143,8 +145,10 @@ def some(names: list[str]) -> str:
 
 
 def leaked_share(train: TokenRange, val: TokenRange) -> float:
-    """Of the different pieces of `val`, the share that stands in `train`, 0 to 1; estimated where
-    only a part of `train` was read.
+    """An estimate of the share (0 to 1) of the distinct pieces of the validation text that also
+    stand in the training text. It searches for at most 256 pieces of 32 tokens each (128 of byte
+    tokens, fewer where the text is short). Of more than 1e9 training tokens it reads evenly spread
+    blocks and scales the share up.
     """
     doublings = _doublings(val)
     runs = _distinct_runs(val)

@@ -17,8 +17,8 @@ from corpus.hashing import hash_of
 from corpus.shards import (
     JoinedTokens,
 )
-from corpus.windows import TokenDataset
-from runtime.fields import UserError
+from corpus.token_dataset import TokenDataset
+from runtime.setting_fields import UserError
 
 _LONGEST_PATTERN = 1_000_000  # samples after which a mixture repeats its pattern of sources
 
@@ -100,7 +100,9 @@ class Mixture(TokenDataset):
         return sum(len(p) for p in self.parts)
 
     def samples(self, first: int, count: int, seed: int) -> Tensor:
-        """As in TokenDataset; each sample from the part that the pattern names."""
+        """The sequences of samples first .. first + count - 1: (count, T) int64. Sample i is from
+        the data set that pattern[i % len(pattern)] names, in that set's own shuffled order.
+        """
         cycle, place = np.divmod(np.arange(first, first + count), len(self.pattern))
         rows = torch.empty(count, self.seq_len, dtype=torch.int64)
         for i, part in enumerate(self.parts):

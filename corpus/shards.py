@@ -16,8 +16,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from corpus.hashing import hash_of, mix
-from corpus.shard_file import _Shard
-from runtime.fields import UserError
+from corpus.shard_formats import _Shard
+from runtime.setting_fields import UserError
 
 
 class SourceFile(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import regex
 
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 _FILE_FORMAT = "rosetrainer tokenizer 1"
 
@@ -176,9 +176,10 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
 
 
 def stored_tokenizer(stored: str, name: str, where: str, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer called name, or if none is named the one that a checkpoint stores, if it does.
+    """The tokenizer that a checkpoint stores, else the one called `name`, else None.
 
-    Raises UserError where the two differ, or its ids do not fit the model's vocab_size.
+    stored: its JSON, "" if there is none. where: the checkpoint, for messages. Raises UserError if
+    both are given and differ, or if the tokenizer has more than vocab_size ids.
     """
     kept = tokenizer_from_json(stored, where) if stored else None
     named = build_tokenizer(name) if name else None

@@ -9,15 +9,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from corpus.find_text import find_sources, kind_of
+from corpus.read_text import read_texts
 from corpus.shards import TokenShards
-from corpus.text import read_texts
-from corpus.text_files import find_sources, kind_of
-from corpus.token_files import MANIFEST, TOKENIZER_FILE
 from corpus.tokenizer import Tokenizer, build_tokenizer
+from corpus.tokenizing import MANIFEST, TOKENIZER_FILE
 from runtime.console import say
-from runtime.fields import UserError, check_fields, flag
 from runtime.flags import parse_flags
-from runtime.script import run_script
+from runtime.run_script import run_script
+from runtime.setting_fields import UserError, check_fields, flag
 
 _BLOCK = 1 << 20
 _ANY_ID = 1 << 32

@@ -10,13 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from corpus.text_files import find_texts
-from corpus.token_files import SHARD_TOKENS, note_on_documents, prepare
+from corpus.find_text import find_texts
 from corpus.tokenizer import build_tokenizer
+from corpus.tokenizing import SHARD_TOKENS, note_on_documents, prepare
 from runtime.console import command, say
-from runtime.fields import UserError, check_fields, flag
 from runtime.flags import parse_flags
-from runtime.script import run_script
+from runtime.run_script import run_script
+from runtime.setting_fields import UserError, check_fields, flag
 
 
 @dataclass(frozen=True)

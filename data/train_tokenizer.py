@@ -13,13 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from corpus.text import read_texts
-from corpus.text_files import find_sources, stdlib_files
+from corpus.find_text import find_sources, stdlib_files
+from corpus.read_text import read_texts
 from corpus.tokenizer import BPETokenizer
 from runtime.console import say
-from runtime.fields import UserError, check_fields, flag
 from runtime.flags import parse_flags
-from runtime.script import run_script
+from runtime.run_script import run_script
+from runtime.setting_fields import UserError, check_fields, flag
 from settings.paths import in_folder
 
 

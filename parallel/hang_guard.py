@@ -65,7 +65,7 @@ def may_take_long() -> Iterator[None]:
 
 
 class Store(Protocol):
-    """What is needed of a torch.distributed store."""
+    """The methods of torch.distributed.Store that the hang guard calls."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...

@@ -63,9 +63,12 @@ class ParallelModel(ParallelContext):
 
     @functools.cached_property
     def net(self) -> nn.Module:
-        """The model, but its backward pass averages gradients over the ranks that work on different
-        data. DDP wraps it when it is first asked for, and runs one pass then: what the model keeps
-        for its backward pass is settled before.
+        """The module to call in training; its backward pass averages gradients over the
+        data-parallel ranks. Under FSDP, or with one data-parallel rank, it is the model itself,
+        else a DDP wrapper.
+
+        The wrapper is made at the first access, which runs a forward and a backward pass:
+        activation recomputation is set up before that.
         """
         if self.sharded or self.dp_size == 1:
             return self.model

@@ -28,8 +28,8 @@ from parallel.rendezvous import (
     store_of_launcher,
 )
 from runtime.device import pick_device, use_threads
-from runtime.fields import UserError
-from settings.scripts import EvalSettings
+from runtime.setting_fields import UserError
+from settings.eval_and_generate import EvalSettings
 
 _Result = TypeVar("_Result")
 
@@ -150,7 +150,7 @@ def process_group(
         use_threads(args.threads, ranks.local_world)
         yield ranks
         return
-    device = pick_device(args.device, local_rank=ranks.local_rank).torch
+    device = pick_device(args.device, local_rank=ranks.local_rank).torch_device
     cuda = device.type == "cuda"
     use_threads(args.threads, ranks.local_world)
     if cuda:
@@ -175,13 +175,13 @@ def process_group(
 
 
 def gpu_name(device: torch.device) -> str:
-    """What no other GPU of any machine is called."""
+    """A name that no other GPU of any machine has: the host and the UUID of the GPU."""
     return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
 
 
 def refuse_shared_gpus(start: Rendezvous, mine: str) -> None:
-    """Raises UserError on all ranks where two of them would compute on the same GPU, which NCCL
-    can't. mine: the name of this rank's.
+    """Raises UserError on all ranks if two of them use the same GPU, which NCCL can't do. All ranks
+    call it together. mine: the `gpu_name` of this rank's GPU.
     """
     gpus = everyone(start.store, "gpu", mine, start.rank, start.world)
     for gpu in gpus:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from runtime.signals import end_with_parent
 
 # What torchrun, SLURM, Open MPI and MPICH call a rank's number on its machine, and how many it has.
@@ -91,7 +91,9 @@ def everyone(store: dist.Store, what: str, mine: str, rank: int, world: int) -> 
 
 
 def must_be_alone() -> None:
-    """Raises UserError where several processes were started of a script that trains in one."""
+    """Raises UserError if a launcher has started several processes of train_minimal.py, which
+    trains in one (RANK is set, and WORLD_SIZE is not 1).
+    """
     world = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and world != "1":
         raise UserError(
@@ -237,9 +239,12 @@ def lost_ranks_are_one_line(gone: Callable[[], list[int]] = list) -> Iterator[No
 
 
 def is_first_reporter(text: str) -> bool:
-    """Whether no other rank has said this before: what is wrong for all of them is said once, or
-    without torchrun once on each machine. Also leaves it where torchrun looks for what to name at
-    its end as the root cause.
+    """Whether this rank is the first one to report an error, so that ranks with the same error
+    print it once (without torchrun, once on each machine). A lost connection is reported by every
+    rank.
+
+    The text is also written to the file of TORCHELASTIC_ERROR_FILE, from which torchrun prints the
+    root cause at its end.
     """
     world = int(os.environ.get("WORLD_SIZE") or 1)
     if "RANK" not in os.environ or world == 1 or text.startswith(_LOST):

@@ -34,7 +34,10 @@ def split_dim(name: str) -> int | None:
 
 
 def part_of(whole: Tensor, dim: int, index: int, parts: int) -> Tensor:
-    """Part `index` of a tensor, a view: as torch.chunk divides, but the last ones may be empty."""
+    """Shard `index` of `parts` along a dimension, as a view. A shard has ceil(size / parts) entries
+    as with torch.chunk, but there are always `parts` of them: the last ones may be shorter, or
+    empty.
+    """
     share = -(-whole.shape[dim] // parts)
     start = min(share * index, whole.shape[dim])
     return whole.narrow(dim, start, min(share, whole.shape[dim] - start))

@@ -11,7 +11,7 @@ from typing import Any
 
 from reporting.metrics_file import to_json
 from runtime.console import say
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from training.evaluation import EvalResult
 
 

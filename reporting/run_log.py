@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from config import Settings, to_dict
-from corpus.windows import TokenDataset
+from corpus.token_dataset import TokenDataset
 from model import GPTModel
 from parallel.process_group import Ranks
+from reporting.log_lines import evaluation_line, header, next_commands, notes_at_start
+from reporting.log_output import Output
+from reporting.loss_spikes import SpikeDetector
 from reporting.metrics_file import MetricsFile
-from reporting.output import Output
 from reporting.plots import draw_losses
-from reporting.sentences import evaluation_line, header, next_commands, notes_at_start
-from reporting.spikes import SpikeDetector
 from reporting.wandb_log import WandB
 from runtime.device import Device, environment
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from settings.paths import log_base
 from training.evaluation import EvalResult
 from training.sampling import fitting_prompt

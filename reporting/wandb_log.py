@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from config import Settings
-from settings.environment import wandb_mode
+from settings.wandb_mode import wandb_mode
 from training.step import RunState
 
 _START_SECONDS = 8  # that it may take to start; with its own overhead, 10

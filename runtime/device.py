@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 
 def expanded(path: str | Path, flag: str) -> Path:
-    """A path in which ~ may stand for the home directory. Raises UserError where the user has none:
-    HOME is not set, and the number of the user stands for no account, as in some containers.
+    """The path with a leading ~ replaced by the home directory. Raises UserError if the user has
+    none: HOME is not set, and the user id has no account, as in some containers. flag: the
+    command-line flag that the message names.
     """
     try:
         return Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""Command-line flags, one for each field of a dataclass made of `runtime.fields.flag`.
+"""Command-line flags, one for each field of a dataclass made of `runtime.setting_fields.flag`.
 
 These are lines around argparse, since presets and --resume must know what was typed: tyro and
 simple-parsing give a complete object and don't say. jsonargparse can, and would need as many lines
@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.fields import UserError
 from runtime.files import expanded
-from runtime.foreign_flags import FOREIGN
+from runtime.flags_elsewhere import FOREIGN
+from runtime.setting_fields import UserError
 
 
 def flag_name(name: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 fcntl: ModuleType | None
 try:

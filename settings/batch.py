@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from config import Settings
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 
 def data_parallel_size(script: str, args: Settings, typed: Mapping[str, Any], world: int) -> int:
@@ -32,8 +32,12 @@ def data_parallel_size(script: str, args: Settings, typed: Mapping[str, Any], wo
 
 
 def resolve_batch(args: Settings, typed: Mapping[str, Any], world: int, known: int) -> Settings:
-    """The settings with their global batch, and with micro-batches that divide it. world: ranks
-    that see data of their own. known: the global batch of the preset or of the run to resume.
+    """The settings with global batch, micro-batch (batch_size) and grad_accum_steps that fit each
+    other.
+
+    typed: what the user typed. world: the number of data-parallel ranks. known: the global batch of
+    the preset or of the run to resume, 0 if there is none. Raises UserError if the sizes don't
+    divide each other, or if a resumed run would get another global batch.
     """
     total = _global_batch(args, typed, world, known)
     if args.resume and known and total != known and "global_batch_size" not in args.allow_change:

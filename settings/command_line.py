@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from config import BEFORE, GPTConfig, Settings, from_dict, to_dict
-from runtime.fields import NothingSaved, UserError, choose
 from runtime.flags import Help, flag_name, parse_flags
+from runtime.setting_fields import NothingSaved, UserError, choose
 from settings.batch import data_parallel_size, resolve_batch
-from settings.environment import wandb_mode
 from settings.paths import default_checkpoint, in_folder
 from settings.presets import PRESETS, WITH_ADAMW, preset_values
+from settings.wandb_mode import wandb_mode
 
 _SPREAD = ("parallel", "tensor_parallel_size", "use_tensor_parallel", "threads")
 

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 from config import Settings
-from runtime.fields import UserError
 from runtime.files import target_of
+from runtime.setting_fields import UserError
 
 
 def default_checkpoint(script: str) -> str:

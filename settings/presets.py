@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from config import Settings
-from runtime.fields import choose
+from runtime.setting_fields import choose
 
 # fmt: off
 _GPT2 = dict(

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from config import GPTConfig, Settings  # noqa: E402
 from runtime.device import Device  # noqa: E402
 from settings.command_line import parse_settings  # noqa: E402
-from training.recompute import storage_of  # noqa: E402
+from training.activation_recompute import storage_of  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell script

@@ -10,8 +10,8 @@ from checkpoint import build_checkpoint
 from dataset import open_data
 from model import GPTModel
 from runtime.device import Device
+from training.activation_recompute import recompute_activations
 from training.optimizers import make_optimizer
-from training.recompute import recompute_activations
 from training.step import RunState, train_step
 
 DATA = {"train": {"fingerprint": "a", "tokens": 9}, "val": {"fingerprint": "b"}, "tokenizer": ""}

@@ -13,7 +13,7 @@ from benchmarks.growth import growth_shapes
 from benchmarks.speed import Parts, gpt2_small
 from config import GPTConfig, to_dict
 from model import GPTModel
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from settings.command_line import parse_settings
 
 

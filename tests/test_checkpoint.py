@@ -20,16 +20,17 @@ from checkpoint import (
     save_checkpoint,
     saved_settings,
 )
-from checkpointing import inspection, writing
+from checkpointing import commands as inspection
+from checkpointing import writing
+from checkpointing.commands import CheckpointSettings, differences
 from checkpointing.file_format import Unreadable, write_with_checksum
-from checkpointing.inspection import CheckpointSettings, differences
 from checkpointing.reading import latest_valid
 from checkpointing.writing import write_checkpoint
 from config import to_dict
 from corpus.tokenizer import build_tokenizer
 from model import GPTModel
-from runtime.fields import UserError
 from runtime.flags import parse_flags
+from runtime.setting_fields import UserError
 from settings.paths import variant_path
 from training.optimizers import make_optimizer, note_on_rising_rate
 from training.step import RunState

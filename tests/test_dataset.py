@@ -8,7 +8,7 @@ from conftest import CPU, toy_settings
 
 from config import to_dict
 from corpus.mixtures import Mixture, share_out, weighted
-from corpus.windows import TokenDataset
+from corpus.token_dataset import TokenDataset
 from dataset import (
     FineWebNPYDataset,
     Prefetch,
@@ -19,7 +19,7 @@ from dataset import (
     open_validation,
     permute,
 )
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from settings.command_line import parse_settings
 
 

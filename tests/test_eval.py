@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CPU, tiny, toy_settings
 
-from corpus.windows import TokenDataset
+from corpus.token_dataset import TokenDataset
 from dataset import TextDatasetForCausalLM, build_tokenizer, open_data
 from model import GPTModel
 from parallel.context import ParallelContext

@@ -1,6 +1,7 @@
 """The structure of the project: which files may import which."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 
 import pytest
@@ -100,3 +101,16 @@ def test_the_readme_names_every_file_and_folder_at_the_top():
     readme = (ROOT / "README.md").read_text()
     tops = [p.name for p in ROOT.glob("*.py")] + [f"{folder}/" for folder in FOLDERS]
     assert [name for name in tops if f"`{name}`" not in readme] == []
+
+
+def test_the_map_names_every_file():
+    named = (ROOT / "docs/map.md").read_text()
+    missing = [
+        path
+        for module in modules()
+        if not (path := module.replace(".", "/") + ".py").endswith("__init__.py")
+        and f"`{path}`" not in named
+    ]
+    assert missing == []
+    files = re.findall(r"`([\w/]+\.py)`", named)
+    assert [f for f in files if not (ROOT / f).exists()] == []

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpointing.inspection import differences
+from checkpointing.commands import differences
 from reporting.metrics_file import read_records
 
 SMALL = "--n-layers 1 --n-heads 2 --d-model 16 --seq-len 16 --global-batch-size 4 --num-steps 6 --eval-steps 3 --device cpu"

@@ -12,10 +12,10 @@ from conftest import ROOT
 
 from bench import VERBS as BENCHMARKS
 from bench import BenchSettings
-from checkpointing.inspection import VERBS, CheckpointSettings
+from checkpointing.commands import VERBS, CheckpointSettings
 from runtime.flags import parse_flags
 from settings.command_line import parse_settings
-from settings.scripts import EvalSettings, SampleSettings
+from settings.eval_and_generate import EvalSettings, SampleSettings
 
 TEXT = (ROOT / "README.md").read_text()
 COMMANDS = [

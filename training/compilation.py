@@ -14,7 +14,7 @@ from config import Settings
 from loss import next_token_loss, token_losses
 from model import Block, GPTModel, rotary_table
 from runtime.device import Device
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 
 def why_not_compiled(args: Settings, device: Device) -> str:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from config import Settings
+from corpus.token_dataset import TokenDataset
 from corpus.tokenizer import Tokenizer
-from corpus.windows import TokenDataset
 from loss import IGNORE
 from model import GPTModel
 from parallel.context import SINGLE_PROCESS, ParallelContext
@@ -79,8 +79,9 @@ def evaluate(
 def starts_with_evaluation(
     step: int, model: GPTModel, val: TokenDataset, args: Settings, device: Device
 ) -> bool:
-    """Whether a run that is at this step evaluates before it trains: a new one, as eval_at_start
-    says, and with auto unless that takes long, which is told by sizes and so the same in each run.
+    """Whether a run evaluates before its next update. A resumed run (step > 0) does not; a new one
+    follows eval_at_start. With "auto" it does, except on a CPU where validation tokens x parameters
+    exceed 1e12. No time is measured, so all ranks, and the same run tomorrow, decide alike.
     """
     if step or args.eval_at_start != "auto":
         return step == 0 and args.eval_at_start == "on"

@@ -15,9 +15,9 @@ from config import GPTConfig, Settings
 from loss import workspace_bytes
 from model import Block, GPTModel, rotary_table
 from runtime.device import Device, free_memory
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
+from training.activation_recompute import recompute_inputs, storage_of
 from training.compilation import why_not_compiled
-from training.recompute import recompute_inputs, storage_of
 
 _SURE = 2.0  # times what is free: no estimate is that far off
 _USABLE = 0.9  # of the free memory: allocators lose some between their blocks
@@ -85,9 +85,7 @@ def fit_micro_batch(
             "give --batch-size instead"
         )
     rows = args.global_batch_size // _data_world(args)
-    limit = (
-        _USABLE * free_memory_of(device) / (local_world if device.torch_device.type == "cpu" else 1)
-    )
+    limit = _USABLE * _free_memory_each(device, local_world)
     sizes = [n for n in range(1, rows + 1) if rows % n == 0]
     fitting = [n for n in sizes if estimate(args, device, n).total <= limit]
     size = -agree(-max(fitting, default=0))[0]
@@ -112,7 +110,7 @@ def refuse_what_cannot_fit(
     alone need more memory than is free, or the whole step twice as much; --allow-memory starts it
     all the same. Arguments as of `fit_micro_batch`.
     """
-    free = free_memory_of(device) / (local_world if device.torch_device.type == "cpu" else 1)
+    free = _free_memory_each(device, local_world)
     need = estimate(args, device)
     state = need.total - need.activations
     (too_much,) = agree(int(state > free or need.total > _SURE * free))
@@ -129,6 +127,11 @@ def refuse_what_cannot_fit(
             f"training takes {each}about {need}, and {free / 1e9:.2f} GB are free for it; {lower}, "
             "or start it all the same with --allow-memory"
         )
+
+
+def _free_memory_each(device: Device, local_world: int) -> float:
+    """Bytes for each of the processes of this machine, which share its main memory."""
+    return free_memory_of(device) / (local_world if device.torch_device.type == "cpu" else 1)
 
 
 def free_memory_of(device: Device) -> float:

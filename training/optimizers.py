@@ -149,8 +149,11 @@ def orthogonalize(stack: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def state_shapes(
     optimizer: torch.optim.Optimizer, p: nn.Parameter, shape: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
-    """The tensors that the optimizer keeps for this parameter, of this shape when it is whole, all
-    of them float32; nothing for an optimizer that is not known here.
+    """The optimizer state of a parameter, as names and shapes of its float32 tensors; empty for an
+    optimizer other than AdamW and Muon.
+
+    shape: that of the parameter when it is not split over ranks. The count of updates, "step", is a
+    scalar.
     """
     if isinstance(optimizer, Muon) and any(p is own for own in optimizer.matrices):
         return {"momentum_buffer": shape}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from config import Settings
-from corpus.text import USUAL_SEPARATOR
+from corpus.read_text import USUAL_SEPARATOR
+from corpus.token_dataset import TokenDataset
 from corpus.tokenizer import Tokenizer
-from corpus.windows import TokenDataset
 from model import GPTModel
 from runtime.device import Device
 

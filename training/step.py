@@ -19,7 +19,7 @@ from corpus.hashing import hash_of
 from parallel.context import SINGLE_PROCESS, ParallelContext
 from runtime.console import progress
 from runtime.device import Device, seed_dropout
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from training.optimizers import lr_at
 
 _FP16_RETRIES = 30  # 2**16, the first scale, is then below 2**-14: the gradients are broken
@@ -41,7 +41,9 @@ class GradScaler:
     good: int = 0  # updates since the last that overflowed
 
     def update(self, found_inf: bool) -> None:
-        """After an update, or one that failed: found_inf."""
+        """Adjusts the scale after an update. found_inf: a gradient overflowed, so the update was
+        skipped. Then the scale is halved; after 2000 updates in a row without that it is doubled.
+        """
         self.good = 0 if found_inf else self.good + 1
         self.scale *= _BACKOFF if found_inf else _GROWTH if self.good == _GROWTH_INTERVAL else 1.0
         self.good %= _GROWTH_INTERVAL

@@ -14,11 +14,11 @@ from helpers import Run, equal
 from checkpoint import read_checkpoint
 from checkpointing import manager as saver_module
 from checkpointing.manager import CheckpointManager
-from checkpointing.snapshot import copied, copy_bytes
+from checkpointing.memory_copy import copied, copy_bytes
 from checkpointing.writing import lock_path
 from parallel import hang_guard as hang
 from parallel.process_group import Ranks
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from settings.paths import archive_existing, free_number, run_files
 
 DATA = {"train": {"fingerprint": "a"}, "val": {"fingerprint": "b"}, "tokenizer": ""}

@@ -3,9 +3,9 @@ import pytest
 
 from corpus import contamination as leak
 from corpus.contamination import leaked_share, refuse_leak, run_hashes
-from corpus.windows import TokenDataset
+from corpus.token_dataset import TokenDataset
 from dataset import open_data
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from settings.command_line import parse_settings
 
 
@@ -39,7 +39,7 @@ def test_other_text_of_the_same_words_is_not(train):
 
 def test_phrases_that_source_code_repeats_are_no_leak(tmp_path):
     import dataset
-    from corpus.text_files import stdlib_files
+    from corpus.find_text import stdlib_files
 
     tokenizer = dataset.build_tokenizer("bytes")
     files = [p for p in stdlib_files() if "encodings" not in p.parts][:200]  # they do repeat

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from helpers import llmc, npy
 
+from corpus.read_text import read_texts
 from corpus.shards import TokenShards
-from corpus.text import read_texts
 from corpus.tokenizer import build_tokenizer
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 IDS = np.random.default_rng(0).integers(0, 50257, 400)
 CASES = 2000

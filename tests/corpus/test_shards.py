@@ -9,7 +9,7 @@ from helpers import llmc, npy
 
 from corpus.hashing import hash_of, mix
 from corpus.shards import JoinedTokens, TokenShards, ToyTokens
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 
 def refused(path, *parts, vocab_size=100):

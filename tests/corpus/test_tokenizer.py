@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from corpus.tokenizer import BPETokenizer, build_tokenizer, stored_tokenizer
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 TEXTS = ["", "plain", "Grüße, 世界 🌹\n\ttabs", "<|endoftext|> is text here", "a" * 1000]
 

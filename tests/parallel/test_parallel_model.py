@@ -8,7 +8,7 @@ import torch.distributed as dist
 from conftest import CPU
 from helpers import TINY, Run
 
-from checkpointing.inspection import differences
+from checkpointing.commands import differences
 from parallel.context import ParallelContext
 from parallel.parallel_model import ParallelModel, replicate
 from parallel.process_group import Ranks

@@ -22,7 +22,7 @@ from parallel import hang_guard as hang
 from parallel import rendezvous as start_module
 from parallel.process_group import Ranks, identity, refuse_shared_gpus, sum_ranks
 from parallel.rendezvous import Rendezvous, agree_on_name
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 
 def test_sums_stay_float64_and_leave_their_input_alone(group):

@@ -10,7 +10,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from benchmarks.common import on_ranks
 from model import GPTModel
 from parallel.tensor_parallel import joined, part_of, split_dim, split_model
-from training.recompute import recompute_activations
+from training.activation_recompute import recompute_activations
 
 
 def two_ways(ranks, arch):

@@ -15,7 +15,7 @@ from model import GPTModel
 from reporting.metrics_file import first_difference, read_records, to_json
 from reporting.plots import draw_losses
 from reporting.run_log import RunLog, SilentLog
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from training.evaluation import EvalResult
 from training.step import RunState, StepStats
 

@@ -4,7 +4,7 @@ import pytest
 from conftest import toy_settings
 
 from reporting.wandb_log import WandB
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from training.step import RunState
 
 wandb = pytest.importorskip("wandb")

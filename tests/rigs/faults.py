@@ -36,10 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import read_checkpoint, save_checkpoint, saved_settings  # noqa: E402
-from checkpointing.inspection import differences  # noqa: E402
+from checkpointing.commands import differences  # noqa: E402
 from checkpointing.reading import latest_valid  # noqa: E402
 from reporting.metrics_file import comparable, first_difference, read_records  # noqa: E402
-from runtime.fields import UserError  # noqa: E402
+from runtime.setting_fields import UserError  # noqa: E402
 
 OUTCOMES = ("survived", "refused", "hung", "silent", "lost", "orphans")
 TOY = """

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import saved_settings  # noqa: E402
-from checkpointing.inspection import differences  # noqa: E402
+from checkpointing.commands import differences  # noqa: E402
 from reporting.metrics_file import first_difference, read_records  # noqa: E402
 
 TINY = """

@@ -33,9 +33,9 @@ from parallel.parallel_model import ParallelModel  # noqa: E402
 from parallel.process_group import Ranks  # noqa: E402
 from runtime.device import Device  # noqa: E402
 from settings.command_line import parse_settings  # noqa: E402
+from training.activation_recompute import recompute_activations  # noqa: E402
 from training.evaluation import evaluate  # noqa: E402
 from training.optimizers import make_optimizer  # noqa: E402
-from training.recompute import recompute_activations  # noqa: E402
 from training.step import RunState, train_step  # noqa: E402
 
 # name: (processes, flags). Sizes are such that nothing divides evenly but what has to.

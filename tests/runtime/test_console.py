@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from runtime.console import command, progress
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from settings.paths import checkpoint_in
 
 

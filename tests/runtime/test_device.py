@@ -14,7 +14,7 @@ from runtime.device import (
     seed_dropout,
     tune,
 )
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 
 def test_without_gpu_auto_is_the_cpu_in_float32_and_says_why(monkeypatch):
@@ -34,7 +34,7 @@ def test_a_gpu_gets_bf16_where_it_has_it_and_each_rank_its_own(monkeypatch, bf16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     device = pick_device(local_rank=3)
     assert device.torch_device == torch.device("cuda", 3) and device.precision == wanted
-    assert pick_device("cuda:1", local_rank=3).torch.index == 1
+    assert pick_device("cuda:1", local_rank=3).torch_device.index == 1
     with pytest.raises(UserError, match="GPU 4 wanted, but this machine has 4"):
         pick_device(local_rank=4)
 

@@ -8,13 +8,13 @@ import pytest
 from conftest import ROOT
 
 from config import GPTConfig, Settings, from_dict, to_dict
-from runtime.fields import NothingSaved, UserError
 from runtime.files import expanded
 from runtime.flags import parse_flags
-from runtime.script import run_script
+from runtime.run_script import run_script
+from runtime.setting_fields import NothingSaved, UserError
 from settings.command_line import parse_settings, trainer_flags
+from settings.eval_and_generate import EvalSettings, SampleSettings
 from settings.presets import PRESETS, notes_on_preset
-from settings.scripts import EvalSettings, SampleSettings
 
 DESIGN_FLAGS = [
     "--vocab-size",
@@ -324,9 +324,7 @@ def test_help_has_a_sound_word_for_each_value_and_no_empty_default(capsys, kind,
 
 
 def test_help_needs_no_torch():
-    code = (
-        "import config, settings.command_line, settings.startup, sys; print('torch' in sys.modules)"
-    )
+    code = "import config, settings.command_line, settings.before_torch, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

@@ -8,7 +8,7 @@ from conftest import CPU, ROOT, toy_settings
 
 from model import GPTModel
 from runtime.device import Device
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from training import compilation as compiling
 from training.compilation import compile_model, why_not_compiled
 
@@ -62,7 +62,7 @@ from training.compilation import compile_model
 from dataset import open_data
 from runtime.device import pick_device
 from training.evaluation import evaluate
-from training.recompute import recompute_activations
+from training.activation_recompute import recompute_activations
 from training.sampling import generate
 from model import GPTModel
 from training.optimizers import make_optimizer

@@ -10,10 +10,10 @@ import model
 from loss import workspace_bytes
 from model import GPTModel
 from runtime.device import Device
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from training import memory
+from training.activation_recompute import recompute_activations, storage_of
 from training.memory import estimate, fit_micro_batch
-from training.recompute import recompute_activations, storage_of
 
 BF16 = Device(torch.device("cpu"), "bf16", "test")
 SHAPE = "--n-layers 6 --n-heads 4 --d-model 256 --vocab-size 1000 --seq-len 512 --lr 1e-3".split()

@@ -9,7 +9,7 @@ from helpers import FP16, Run
 
 from parallel.context import ParallelContext
 from runtime.device import Device
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 from training import step as step_module
 from training.step import RunState, check_finite, due, train_step
 

@@ -7,11 +7,14 @@ import subprocess
 import numpy as np
 import pytest
 
-from corpus import text, text_files, token_files, workers
-from corpus.text_files import stdlib_files
-from corpus.token_files import tokenize_files
+from corpus import find_text as text_files
+from corpus import read_text as text
+from corpus import tokenizing as token_files
+from corpus import tokenizing_workers as workers
+from corpus.find_text import stdlib_files
 from corpus.tokenizer import build_tokenizer
-from runtime.fields import UserError
+from corpus.tokenizing import tokenize_files
+from runtime.setting_fields import UserError
 
 BYTES = build_tokenizer("bytes")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from runtime.flags import parse_flags
 from settings.command_line import trainer_flags
-from settings.scripts import EvalSettings, SampleSettings
+from settings.eval_and_generate import EvalSettings, SampleSettings
 
 _FLAGS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "train_minimal.py": partial(trainer_flags, "train_minimal"),

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 
 from config import Settings
-from corpus.windows import TokenDataset
+from corpus.token_dataset import TokenDataset
 from model import GPTModel
 from runtime.console import command
 from runtime.device import Device
@@ -27,7 +27,9 @@ def header(
     val: TokenDataset,
     world: int,
 ) -> list[str]:
-    """What runs, on what, and what it needs."""
+    """The lines that are logged when a run starts: device, data, model, memory and schedule. world:
+    the number of processes.
+    """
     config = args.model
     ranks = f", {world} processes" if world > 1 else ""
     tokenizer = train.tokenizer.name if train.tokenizer else "none"

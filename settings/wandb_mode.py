@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from config import Settings
-from runtime.fields import choose
+from runtime.setting_fields import choose
 
 
 def wandb_mode(args: Settings) -> str:

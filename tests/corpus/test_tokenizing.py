@@ -11,12 +11,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-from corpus import text, token_files, workers
-from corpus.text import Text
-from corpus.text_files import find_sources
-from corpus.token_files import prepare
+from corpus import read_text as text
+from corpus import tokenizing as token_files
+from corpus import tokenizing_workers as workers
+from corpus.find_text import find_sources
+from corpus.read_text import Text
 from corpus.tokenizer import build_tokenizer
-from runtime.fields import UserError
+from corpus.tokenizing import prepare
+from runtime.setting_fields import UserError
 
 BYTES = build_tokenizer("bytes")
 
@@ -111,7 +113,7 @@ def test_a_stopped_run_keeps_its_shards_and_ends_with_the_same_bytes(corpus, tmp
 KILL = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from corpus import token_files, workers
+from corpus import tokenizing as token_files, tokenizing_workers as workers
 from pathlib import Path
 from corpus.tokenizer import build_tokenizer
 

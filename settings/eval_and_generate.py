@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.fields import UserError, check_fields, flag
+from runtime.setting_fields import UserError, check_fields, flag
 
 
 @dataclass(frozen=True)

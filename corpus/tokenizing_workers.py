@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from corpus.text import Text
+from corpus.read_text import Text
 from corpus.tokenizer import Tokenizer
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 _encoder: tuple[Tokenizer, np.dtype[Any]]  # of a worker, set when it starts
 

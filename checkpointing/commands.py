@@ -15,7 +15,7 @@ from checkpointing.file_format import (
 from checkpointing.reading import ENTRIES, open_checkpoint
 from checkpointing.writing import named_tensors
 from corpus.tokenizer import write_tokenizer_file
-from runtime.fields import UserError, check_fields, flag
+from runtime.setting_fields import UserError, check_fields, flag
 
 
 @dataclass(frozen=True)

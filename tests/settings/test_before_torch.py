@@ -17,7 +17,7 @@ def run(code, *argv, **env):
 
 
 def test_threads_sleep_while_they_wait_before_torch_reads_how():
-    code = "import settings.startup, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    code = "import settings.before_torch, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     assert run(code) == "passive False\n"
 
 

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from corpus.id_width import sample_bytes, width_of_ids
-from runtime.fields import UserError
+from corpus.bin_dtype import sample_bytes, width_of_ids
+from runtime.setting_fields import UserError
 
 OTHER_FORMATS = {  # long enough not to be the first ids of a file without header
     b"\x1f\x8b\x08": "gzip data",

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from corpus.text import BLOCK_BYTES, USUAL_SEPARATOR, Text, read_pieces
-from corpus.text_files import kind_of
+from corpus.find_text import kind_of
+from corpus.read_text import BLOCK_BYTES, USUAL_SEPARATOR, Text, read_pieces
 from corpus.tokenizer import Tokenizer
-from corpus.workers import encode_in_order
-from runtime.fields import UserError
+from corpus.tokenizing_workers import encode_in_order
 from runtime.locks import lock
+from runtime.setting_fields import UserError
 
 MANIFEST, TOKENIZER_FILE, _PROGRESS = "tokens.json", "tokenizer.json", "progress.json"
 _FORMAT = "rosetrainer tokens 1"

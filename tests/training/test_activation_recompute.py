@@ -6,8 +6,8 @@ from conftest import record_kept, tiny
 from torch import nn
 
 from model import GPTModel
-from training import recompute as recompute_module
-from training.recompute import recompute_activations, recompute_inputs, storage_of
+from training import activation_recompute as recompute_module
+from training.activation_recompute import recompute_activations, recompute_inputs, storage_of
 
 ARCHS = ("gpt2", "modern")
 IDS = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from corpus.text_files import converting_command, kind_of
-from runtime.fields import UserError
+from corpus.find_text import converting_command, kind_of
+from runtime.setting_fields import UserError
 
 USUAL_SEPARATOR = "<|endoftext|>"  # between documents in one file, as GPT-2's end token is written
 BLOCK_BYTES = 1 << 20  # text is read, and handed to a worker, in pieces of about this size

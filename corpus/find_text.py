@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from corpus.shard_file import OTHER_FORMATS
-from runtime.fields import UserError
+from corpus.shard_formats import OTHER_FORMATS
+from runtime.setting_fields import UserError
 
 _KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 _PACKED = (".gz", ".zst")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from runtime.console import accept_any_text, visible
-from runtime.fields import UserError
+from runtime.setting_fields import UserError
 
 _NO_MEMORY = ("out of memory", "can't allocate memory")  # in what torch says
 

@@ -84,9 +84,11 @@ class TokenDataset(torch.utils.data.Dataset):
         return self.rows(self.sample_windows(first, count, seed))
 
     def global_batch(self, step: int, args: Settings, rank: int = 0, world: int = 1) -> Tensor:
-        """This rank's rows of the sequences of optimizer step `step`: (rows, T) int64.
+        """This rank's rows of the global batch of optimizer step `step`: (global_batch_size /
+        world, T) int64.
 
-        Together the ranks get samples step x global_batch_size and on: (seed, step) decides.
+        The global batch holds the samples from step x global_batch_size on, of which the ranks have
+        consecutive blocks. The step and the data seed determine it, and nothing else does.
         """
         share = args.global_batch_size // world
         return self.samples(step * args.global_batch_size + rank * share, share, args.data_seed)
