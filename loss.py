@@ -274,7 +274,9 @@ class _ChunkedSum(torch.autograd.Function):
                 del logits, d_logits  # before the next chunk takes as much
             if d_hidden is not None:
                 d_hidden = part.add(d_hidden)
-        ctx.save_for_backward(d_hidden, None if d_w is None else d_w[:size])
+        if d_w is not None:  # without its unused rows; of a view, autograd would add to a copy
+            d_w.resize_(size, d_w.shape[1])
+        ctx.save_for_backward(d_hidden, d_w)
         return total
 
     @staticmethod

@@ -167,3 +167,15 @@ def test_parts_of_the_head_have_the_loss_of_the_whole(monkeypatch, unused):
         torch.testing.assert_close(d_hidden, wanted[0], rtol=1e-4, atol=1e-5)
     d_weight = torch.cat([grads[1] for _, _, grads in found])
     torch.testing.assert_close(d_weight, wanted[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("unused", [0, 5])
+def test_the_gradient_of_the_head_is_no_view_which_autograd_would_copy_to_add_to_it(
+    monkeypatch, unused
+):
+    monkeypatch.setattr("loss._unused_columns", lambda weight, dtype: unused)
+    hidden, weight = torch.randn(2, 5, 8), torch.randn(13, 8, requires_grad=True)
+    labels, seen = torch.randint(0, 13, (2, 5)), []
+    weight.register_hook(lambda g: seen.append((g._is_view(), g.shape)))
+    next_token_loss(hidden, weight, labels)[0].backward()
+    assert seen == [(False, (13, 8))]
