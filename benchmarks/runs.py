@@ -106,7 +106,6 @@ def bench_save(args: BenchSettings) -> list[dict[str, Any]]:
     size = str(args.batch_size)
     flags = ["--preset", "gpt2-small", "--use-toy-data", "--tokenizer-name", "", "--device", "cpu"]
     flags += ["--batch-size", size, "--global-batch-size", size, "--vocab-size", "50257"]
-    rows: list[dict[str, Any]] = []
     Path(args.log_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.log_dir) as folder:
         path = Path(folder) / "c.pt"
@@ -123,46 +122,46 @@ def bench_save(args: BenchSettings) -> list[dict[str, Any]]:
 
         step()
         plain = statistics.median(step() for _ in range(3))
-        rows.append({"what": f"step of {size} x 1024 tokens", "seconds": plain, "of_a_step": 1.0})
+        seconds = {f"step of {size} x 1024 tokens": plain}
         for way in ("off", "on"):
             saver = CheckpointManager(
                 dataclasses.replace(settings, checkpoint_async=way), model, optimizer, state,
                 data_record(train, val), device,
             )  # fmt: skip
-            stalls, wholes = [], []
-            for _ in range(args.repeats + 1):
-                start = time.perf_counter()
-                stalls.append(saver.save())
-                saver.finish()
-                wholes.append(time.perf_counter() - start)
-            names = {"off": "at once", "on": "in the background"}
-            times = {"first save": stalls[0], "each later save": statistics.median(stalls[1:])}
-            times["each later save, until it is safe"] = statistics.median(wholes[1:])
-            rows += [
-                {"what": f"{names[way]}, {what}", "seconds": s, "of_a_step": s / plain}
-                for what, s in times.items()
-            ]
-            if way == "on":
-                saver.save()
-                while_saving = step()
-                saver.finish()
-                rows.append(
-                    {
-                        "what": "step during a background save",
-                        "seconds": while_saving,
-                        "of_a_step": while_saving / plain,
-                    }
-                )
+            seconds |= _seconds_of_saves(saver, way, args.repeats, step)
             saver.lock.close()
         readers: dict[str, Callable[[], Any]] = {
             "read, every byte checked": lambda: read_checkpoint(path),
             "torch.load, nothing checked": lambda: torch.load(path, weights_only=True),
         }
         for name, read in readers.items():
-            times_read = [timeit.timeit(read, number=1) for _ in range(args.repeats)]
-            s = statistics.median(times_read)
-            rows.append({"what": name, "seconds": s, "of_a_step": s / plain})
-        rows.append(
-            {"what": f"file of {path.stat().st_size / 1e6:.0f} MB", "seconds": "", "of_a_step": ""}
-        )
-    return rows
+            found = [timeit.timeit(read, number=1) for _ in range(args.repeats)]
+            seconds[name] = statistics.median(found)
+        rows = [{"what": k, "seconds": s, "of_a_step": s / plain} for k, s in seconds.items()]
+        megabytes = path.stat().st_size / 1e6
+    return [*rows, {"what": f"file of {megabytes:.0f} MB", "seconds": "", "of_a_step": ""}]
+
+
+def _seconds_of_saves(
+    saver: CheckpointManager, way: str, repeats: int, step: Callable[[], float]
+) -> dict[str, float]:
+    """Seconds of the first and of later saves, written at once ("off") or in the background ("on"),
+    and of a step during a background save.
+    """
+    stalls, wholes = [], []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        stalls.append(saver.save())
+        saver.finish()
+        wholes.append(time.perf_counter() - start)
+    name = {"off": "at once", "on": "in the background"}[way]
+    seconds = {
+        f"{name}, first save": stalls[0],
+        f"{name}, each later save": statistics.median(stalls[1:]),
+        f"{name}, each later save, until it is safe": statistics.median(wholes[1:]),
+    }
+    if way == "on":
+        saver.save()
+        seconds["step during a background save"] = step()
+        saver.finish()
+    return seconds
