@@ -1,8 +1,9 @@
-"""What a checkpoint holds: a whole run, by names, the same for every parallel layout.
+"""Saves and loads checkpoints. A checkpoint holds the state of a whole run, with unsharded tensors
+by the names of their parameters, so it is the same for every parallel layout.
 
-`python checkpoint.py verify|show|compare FILE...` looks at checkpoints from the command line, and
-`checkpoint.py tokenizer FILE OUT.json` takes the tokenizer out of one. Which files a run keeps, and
-when it writes them, is in checkpointing/manager.py.
+`python checkpoint.py verify|show|compare FILE...` inspects checkpoints from the command line, and
+`checkpoint.py tokenizer FILE OUT.json` extracts the tokenizer. Which files a run keeps, and when it
+writes them, is in checkpointing/manager.py.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from training.optimizers import note_on_rising_rate
 from training.step import RunState
 
 _PLAIN_STATE = ("step", "tokens", "best_val_loss", "best_step", "run_id", "wandb_run_id")
-_DATA_SETTINGS: dict[str, tuple[str, ...]] = {  # which part of the data they decide
+_DATA_SETTINGS: dict[str, tuple[str, ...]] = {  # part of the data -> the settings that determine it
     "train": ("train_data", "train_npy", "max_tokens", "val_ratio", "tokenizer_name"),
     "val": ("val_data", "val_npy", "val_max_tokens", "val_ratio", "tokenizer_name"),
 }
@@ -56,11 +57,11 @@ def save_checkpoint(
     args: Settings,
     data: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the whole run to `path`: at any moment the file there is the whole old one or the
-    whole new one. The old one stays as `name.previous.pt`.
+    """Writes the state of the whole run to `path` atomically: at any moment the file there is the
+    complete old one or the complete new one. The old one is kept as `name.previous.pt`.
 
-    model: the bare module, not a DDP wrapper. data: what the run trains and validates on. Raises
-    UserError where the file can't be written; what was at `path` before is then untouched.
+    model: the bare module, not a DDP wrapper. data: the `data_record` of the run. Raises UserError
+    if the file can't be written or a tensor is not finite; the file at `path` is then as before.
     """
     write_checkpoint(path, build_checkpoint(model, optimizer, state, args, data))
 
@@ -74,9 +75,11 @@ def build_checkpoint(
     environment: dict[str, Any] | None = None,
     gather: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> dict[str, Any]:
-    """What is written: nested dicts of plain values and of the tensors themselves, not copies.
+    """The content of a checkpoint: nested dicts of plain values and of tensors, not of copies of
+    them.
 
-    gather(name, tensor): all of what belongs to the parameter of this name, where ranks have parts.
+    gather(name, tensor): returns the unsharded tensor, if ranks hold parts of the parameter of that
+    name or of its optimizer state. environment: the record of `runtime.device.environment`.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     moments = {names[id(p)]: kept for p, kept in optimizer.state.items()}
@@ -98,8 +101,8 @@ def build_checkpoint(
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The whole content of a checkpoint, on the CPU, every byte checked. Never runs code from the
-    file. Raises UserError.
+    """Reads the whole content of a checkpoint, with the tensors on the CPU, and verifies every
+    byte. Never runs code from the file. Raises UserError.
     """
     with open_checkpoint(path) as contents:
         return contents.read(contents.tree)
@@ -123,13 +126,14 @@ def load_checkpoint(
     environment: dict[str, Any] | None = None,
     own_part: Callable[[str, Tensor], Tensor] | None = None,
 ) -> RunState:
-    """Fills model and optimizer from a checkpoint and returns how far its run had come. Raises
+    """Loads a checkpoint into model and optimizer and returns the state of its run. Raises
     UserError.
 
-    Parameters and their moments are matched by name; names, shapes, types and data are compared
-    before a tensor is read, and all differences named at once. What may differ between args or
-    environment and those of the file is noted in `state.pending_messages`. own_part(name, whole):
-    what this rank has of a parameter, or of what the optimizer keeps for it.
+    Parameters and their optimizer state are matched by name. Names, shapes, dtypes and data are
+    compared before any tensor is loaded, and one error names the differences (20 at most).
+    Differences in args and environment that do not matter are noted in `state.pending_messages`.
+    own_part(name, whole): returns this rank's part of a parameter, or of what the optimizer keeps
+    for it, from the unsharded tensor.
     """
     with open_checkpoint(path) as contents:
         tree = contents.tree
@@ -139,7 +143,7 @@ def load_checkpoint(
         _restore_tensors(contents, model, optimizer, own_part)
     state = state or RunState()
     _restore_state(state, tree, next(model.parameters()).device)
-    if compared.other_val:  # its losses are on another scale
+    if compared.other_val:  # losses on other data can't be compared with the best one
         state.best_val_loss, state.best_step = math.inf, -1
     if compared.notes:
         state.pending_messages.append(f"changed since it was saved: {summary(compared.notes)}")
@@ -152,8 +156,8 @@ def load_checkpoint(
 class _Comparison:
     """How a checkpoint differs from the run that loads it."""
 
-    problems: list[str]  # which forbid it
-    notes: list[str]  # which the log says
+    problems: list[str]  # differences that forbid loading it
+    notes: list[str]  # differences that the log mentions
     other_val: bool  # the run validates on other data
 
 
@@ -165,7 +169,9 @@ def _compare(
     args: Settings | None,
     environment: dict[str, Any] | None,
 ) -> _Comparison:
-    """Compares the description of a checkpoint with what is not None of the run."""
+    """Compares a checkpoint's settings, shapes and records with what is given of the run (not
+    None).
+    """
     problems, other_val = differences_of_model(model, tree), False
     if optimizer is not None:
         problems += differences_of_optimizer(model, optimizer, tree)
@@ -174,7 +180,7 @@ def _compare(
         notes += changes(tree["environment"], environment, "")
     for part, names in _DATA_SETTINGS.items() if data else ():
         changed = changes_of_data(tree["data"].get(part, {}), (data or {})[part], part)
-        if part == "val" and args and not args.has_val_files:  # it is part of the other data
+        if part == "val" and args and not args.has_val_files:  # it is split off the training data
             names = _DATA_SETTINGS["train"] + names
         if args and set(names) & set(args.allow_change):
             notes += changed
@@ -190,7 +196,7 @@ def _restore_tensors(
     optimizer: torch.optim.Optimizer | None,
     own_part: Callable[[str, Tensor], Tensor] | None,
 ) -> None:
-    """Fills the model, and the optimizer if there is one."""
+    """Copies the tensors of a checkpoint into the model, and into the optimizer if there is one."""
     own_part = own_part or (lambda name, whole: whole.to(model.get_parameter(name).device))
     tree = contents.tree
     for name, p in model.named_parameters():  # one at a time: a rank may hold a part of each
@@ -202,7 +208,7 @@ def _restore_tensors(
 
 
 def _restore_state(state: RunState, tree: dict[str, Any], device: torch.device) -> None:
-    """Sets how far the run had come."""
+    """Sets the fields of `state` that a checkpoint stores, and its original path as `home`."""
     for key in _PLAIN_STATE:
         setattr(state, key, tree[key])
     state.home = tree["settings"]["checkpoint_path"]
@@ -213,9 +219,11 @@ def _restore_state(state: RunState, tree: dict[str, Any], device: torch.device) 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model out of a checkpoint, with what is needed to use it. The model is in evaluation mode
-    and on the CPU. tokenizer: None where the run was given token ids that name none. data: the
-    record of what it was trained and validated on.
+    """A model loaded from a checkpoint, in evaluation mode and on the CPU, with what is needed to
+    use it.
+
+    tokenizer: None where the run was given token ids that name none. data: the `data_record` of
+    what the model was trained and validated on.
     """
 
     model: GPTModel
@@ -224,8 +232,8 @@ class TrainedModel:
     data: dict[str, Any]
 
     def encode(self, text: str) -> Tensor:
-        """The token ids of a text, as the model takes them: (1, T) int64. Raises UserError without
-        a tokenizer.
+        """The token ids of a text, in the shape of the model's input: (1, T) int64. Raises
+        UserError without a tokenizer.
         """
         return torch.from_numpy(self._tokenizer.encode(text).astype("int64"))[None]
 
@@ -241,8 +249,8 @@ class TrainedModel:
 
 
 def load_model(path: str | Path, tokenizer_name: str = "") -> TrainedModel:
-    """The model in a checkpoint, ready to use. Raises UserError. tokenizer_name: for a checkpoint
-    that holds none, as of --tokenizer-name.
+    """Loads the model in a checkpoint, ready to use. tokenizer_name: a name or file (see
+    `build_tokenizer`) for a checkpoint that holds no tokenizer. Raises UserError.
     """
     with open_checkpoint(path) as contents:
         settings, data = from_dict(contents.tree["settings"]), contents.tree["data"]
@@ -255,7 +263,7 @@ def load_model(path: str | Path, tokenizer_name: str = "") -> TrainedModel:
 
 
 def main(args: CheckpointSettings) -> None:
-    """Runs one verb on the files."""
+    """Runs a command of checkpoint.py: args.verb is its name, followed by the files."""
     if len(args.verb) < 2:
         raise UserError(f"say what to do with which files: checkpoint.py {'|'.join(VERBS)} FILE...")
     choose("verb", args.verb[0], VERBS)(args.verb[1:])
@@ -270,9 +278,9 @@ if __name__ == "__main__":
 
 
 def resumable_settings(path: str | Path) -> dict[str, Any]:
-    """The flat settings of the checkpoint that --resume continues. Where their tokenizer can't be
-    had any more, they name a copy of the one in the checkpoint, made now in cache_dir. Raises
-    UserError.
+    """The flat settings of the checkpoint that --resume continues. If the tokenizer that they name
+    can't be found any more, they name a copy of the one stored in the checkpoint, which is then
+    written into cache_dir. Raises UserError.
     """
     return latest_valid(path, _settings_with_tokenizer)[0]
 

@@ -1,8 +1,8 @@
-"""Every setting, once: dataclasses that check themselves. Presets, and how the command line becomes
-such settings, are in settings/.
+"""All settings, each defined once, in dataclasses that check themselves. Presets, and how the
+command line becomes such settings, are in settings/.
 
 A setting is one line, `name: type = flag(default, "help, with its unit")`: the flag `--name`, its
-help, its type check and its place in every checkpoint follow from it. What wins: what the user
+help, its type check and its place in every checkpoint follow from it. Precedence: what the user
 typed, then the checkpoint (with --resume) or the preset, then the default of the field.
 """
 
@@ -26,7 +26,7 @@ def _divisors_near(wanted: int, size: int) -> str:
 # fmt: off
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of a `GPTModel`. With no argument: GPT-2 small (Radford et al. 2019, table 2)."""
+    """The shape of a `GPTModel`; the defaults are GPT-2 small (Radford et al. 2019, table 2)."""
 
     arch: str = flag("gpt2", "architecture of the blocks", "gpt2", "modern")
     vocab_size: int = flag(50257, "token ids that exist; 0 = as the tokenizer", at_least=0)
@@ -99,7 +99,7 @@ class Settings:
                            fixed=True)
     val_max_tokens: int = flag(0, "validate on at most this many tokens; 0 = all", at_least=0,
                                fixed=True)
-    val_by_weight: bool = True  # False: of a mixture's parts joined, the first val_max_tokens
+    val_by_weight: bool = True  # False: the first val_max_tokens of a mixture's joined parts
     allow_leak: bool = flag(False, "train though validation text stands in the training data")
     data_seed: int = flag(-1, "seed of the order of the data; -1 = seed", at_least=-1, fixed=True)
     cache_dir: str = flag("~/.cache/rosetrainer", "folder of the tokenized texts", metavar="PATH")
@@ -190,12 +190,12 @@ class Settings:
 
     @property
     def final_lr(self) -> float:
-        """Where the learning rate ends."""
+        """The learning rate at the end of the schedule."""
         return self.lr / 10 if self.min_lr < 0 else self.min_lr
 
     @property
     def has_val_files(self) -> bool:
-        """Whether validation has files of its own."""
+        """Whether validation has files of its own; else part of the training data is held out."""
         return bool(self.val_data or self.val_npy)
 
     def _resolve_aliases(self) -> None:
@@ -268,13 +268,13 @@ class Settings:
 # fmt: on
 
 
-# What runs did before these settings existed: a checkpoint that lacks them means this.
+# Values of settings that are missing in old checkpoints: what runs did before they existed.
 BEFORE: dict[str, Any] = {"val_by_weight": False, "allow_leak": True}
 
 
 def from_dict(values: Mapping[str, Any]) -> Settings:
-    """Settings from a flat mapping, as a checkpoint stores it. Raises UserError for unknown
-    names and bad values.
+    """Returns the settings from a flat mapping of names to values, as a checkpoint stores it.
+    Raises UserError for unknown names and bad values.
     """
     names = {f.name for f in dataclasses.fields(GPTConfig)}
     model = {k: v for k, v in values.items() if k in names}

@@ -1,9 +1,9 @@
-"""The data of a run: text, token shards or random tokens, what of it is held out, and which
-sequences a step sees.
+"""Opens the data of a run (text, token shards or random tokens), holds out its validation part, and
+reads the batches of each step.
 
-Each is a `TokenDataset` (corpus/token_dataset.py), a range of tokens cut into windows of seq_len.
-The windows of step k follow from (seed, k) and from nothing else, so a resumed run sees what the
-other would have seen.
+All data is a `TokenDataset` (corpus/token_dataset.py): a range of tokens cut into windows of
+seq_len. The windows of step k depend on the seed and k alone, so a resumed run sees the same
+sequences as one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class TextDatasetForCausalLM(TokenDataset):
     """Text, tokenized once into a cache.
 
     paths: files, folders and globs (see corpus/find_text.py); none = the Python standard library's
-    source. document_separator: what parts the documents of a plain text; "" = each file is one.
+    source. document_separator: the text between two documents of a plain text file; "" = each file
+    is one document.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class TextDatasetForCausalLM(TokenDataset):
 
 
 class FineWebNPYDataset(TokenDataset):
-    """Shards of token ids that already exist, such as FineWeb-Edu's; needs no tokenizer."""
+    """Existing shards of token ids, such as those of FineWeb-Edu; needs no tokenizer."""
 
     def __init__(
         self,
@@ -97,7 +98,9 @@ class FineWebNPYDataset(TokenDataset):
 
 
 class ToyRandomDataset(TokenDataset):
-    """Random tokens: no model can get below ln(vocab_size), so anything else than that is a bug."""
+    """Uniformly random tokens. No model can predict unseen ones, so a validation loss clearly below
+    ln(vocab_size) means a bug.
+    """
 
     def __init__(
         self, vocab_size: int, seq_len: int, num_tokens: int = 1_000_000, seed: int = 0
@@ -106,7 +109,9 @@ class ToyRandomDataset(TokenDataset):
 
 
 def tokenizer_of(args: Settings) -> Tokenizer | None:
-    """The tokenizer that the settings name; for shards, else the one stored beside them, if any."""
+    """The tokenizer that the settings name. Without a name it is that of bytes for text; for shards
+    the one stored beside them, if there is one, else None.
+    """
     if args.tokenizer_name or args.data_mode == "text":
         return build_tokenizer(args.tokenizer_name or "bytes")
     beside = {
@@ -120,9 +125,9 @@ def tokenizer_of(args: Settings) -> Tokenizer | None:
 def open_source(
     args: Settings, held_out: bool = False, tokenizer: Tokenizer | None = None
 ) -> list[tuple[TokenDataset, Fraction | None]]:
-    """The data sets that the settings name for training, or for validation, with their weights.
-
-    One without weight stands for all files together.
+    """Opens the training data, or with held_out the validation files, that the settings name.
+    Returns (data set, weight) for each source of a mixture; without weights, all files together as
+    one data set with the weight None. Raises UserError.
     """
     if args.data_mode == "toy":
         vocab_size = args.model.vocab_size or 10_000
@@ -147,14 +152,14 @@ def open_source(
 
 
 def refuse_missing(paths: Sequence[str], hint: str) -> None:
-    """Raises UserError that names the first file of data that is not there, with a hint."""
+    """Raises UserError if a data file does not exist. hint: the end of the error message."""
     for path, _ in weighted(paths):
         if not os.path.lexists(path) and not glob.glob(path, recursive=True):
             raise UserError(f"{path}: no such file in {os.getcwd()}; {hint}")
 
 
 def open_validation(args: Settings, tokenizer: Tokenizer | None = None) -> TokenDataset:
-    """What the settings hold out: their validation files, or the last part of the training data.
+    """The validation data that the settings name, or else the last part of their training data.
 
     tokenizer: None = the one that the settings name. Raises UserError.
     """
@@ -182,9 +187,10 @@ def _held_out(args: Settings, sources: list[tuple[TokenDataset, Fraction | None]
 
 
 def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
-    """(training part, validation part, settings with what the data settles filled in).
+    """Opens the data of a run. Returns (training data, validation data, the settings with the
+    vocabulary size and the tokenizer's name filled in).
 
-    Raises UserError.
+    Raises UserError, also if validation text occurs in the training data.
     """
     if args.resume:
         for name in ("train_data", "train_npy", "val_data", "val_npy"):
@@ -230,11 +236,11 @@ def open_data(args: Settings) -> tuple[TokenDataset, TokenDataset, Settings]:
 
 
 def _check_apart(args: Settings, train: TokenDataset, val: TokenDataset) -> list[str]:
-    """Looks in the training part for text of the validation part. Returns notes on what was found,
-    for the log; raises UserError where it is a copy.
+    """Searches the training data for text of the validation data. Returns notes for the log; raises
+    UserError if a large part is found.
     """
     default_corpus = args.data_mode == "text" and not args.train_data
-    allow = args.allow_leak or default_corpus  # its code pages are alike, and no one chose them
+    allow = args.allow_leak or default_corpus  # the standard library's encodings are alike
     notes, copies = [], refuse_copies(train, val, allow)
     if twice := repeated_files(train):
         notes.append(f"the training data holds some text twice: {some(twice)}")
@@ -252,16 +258,18 @@ def _check_apart(args: Settings, train: TokenDataset, val: TokenDataset) -> list
 
 
 def data_record(train: TokenDataset, val: TokenDataset) -> dict[str, Any]:
-    """What a checkpoint stores of its data: what it trains and validates on, and the tokenizer."""
+    """The record of its data that a checkpoint stores: what identifies the training and the
+    validation data, and the tokenizer as JSON.
+    """
     tokenizer = train.tokenizer.to_json() if train.tokenizer else ""
     return {"train": train.describe(), "val": val.describe(), "tokenizer": tokenizer}
 
 
 class Prefetch:
-    """Calls give the global batch of a step, read while the step before was computed.
+    """Reads the global batch of the next step in a thread while the current step is computed.
 
-    What a batch holds is decided by its step alone, so this changes when it is read and nothing
-    else. On CUDA it lies in pinned memory, from which copies overlap with computing.
+    The content of a batch depends on its step alone, so prefetching changes only when it is read.
+    On CUDA the batch is in pinned memory, from which copies overlap with computing.
     """
 
     def __init__(
@@ -279,7 +287,9 @@ class Prefetch:
         self._next: tuple[int, Future[Tensor]] | None = None
 
     def __call__(self, step: int) -> Tensor:
-        """This rank's rows of optimizer step `step`: (rows, T) int64."""
+        """This rank's rows of the global batch of optimizer step `step`: (rows, T) int64. Starts to
+        read those of the step after it.
+        """
         ahead = self._next
         batch = ahead[1].result() if ahead and ahead[0] == step else self._fetch(step)
         self._next = (step + 1, self._pool.submit(self._fetch, step + 1))
@@ -291,8 +301,8 @@ class Prefetch:
 
 
 def with_vocab_size(args: Settings, vocab_size: int, tokenizer_name: str) -> Settings:
-    """The same settings with what the data settles: the tokenizer's name, and a vocabulary size
-    that holds its ids.
+    """The settings with what the data determines: the tokenizer's name, and, where they have no
+    vocabulary size, the given one. Raises UserError if they have a smaller one than that.
     """
     if args.model.vocab_size and args.model.vocab_size < vocab_size:
         raise UserError(

@@ -1,4 +1,4 @@
-"""How wide the ids of a file without header are, told by the bytes themselves."""
+"""Guesses the width of the token ids in a file without header from the bytes of the file."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import os
 
 import numpy as np
 
-_FEW_IDS = 32  # with at least this many, chance does not make one width look like another
-_MOST_HIGH = 64  # upper halves of 32-bit ids are below it, for vocabularies of up to 4 million
+_FEW_IDS = 32  # from this many on, chance does not make one width look like another
+_MOST_HIGH = 64  # upper halves of 32-bit ids are below this, for a vocabulary up to 4 million
 _FEW_BYTES = 2048  # random 16-bit ids need this many to be told from bytes
 
 
 def sample_bytes(fd: int, size: int) -> np.ndarray:
-    """Up to 64 blocks spread over a file of `size` bytes, or all of a small file: (n,) uint8.
+    """Reads 64 blocks of 4096 bytes spread evenly over a file of `size` bytes, open as descriptor
+    fd, or all of a smaller file: (n,) uint8.
 
-    Each block starts and ends at a multiple of 8 bytes, so that it holds whole ids of any width.
+    Each block starts and ends at a multiple of 8 bytes, so that it holds complete ids of any width.
     """
     block, whole = 4096, size - size % 8
     if whole <= 64 * block:
@@ -24,13 +25,14 @@ def sample_bytes(fd: int, size: int) -> np.ndarray:
 
 
 def width_of_ids(sample: np.ndarray) -> tuple[str, str]:
-    """("uint16" or "uint32", why) for ids without header; ("", why) where a sample of their bytes,
-    (n,) uint8 with n a multiple of 8, looks like another type or fits two of them.
+    """Guesses the type of ids without header from a sample of their bytes, (n,) uint8 with n a
+    multiple of 8. Returns ("uint16" or "uint32", the reason), or ("", the reason) if the bytes look
+    like another type or fit two types.
 
-    Read as 16-bit numbers, 32-bit ids have upper halves at the odd places: these are 0, or small
-    although the lower halves take any value. The numbers of a 16-bit stream are alike at even and
-    odd places. In a stream of 8-bit ids even the single bytes are, while 16-bit ids have upper
-    bytes that differ from the lower ones.
+    Read as 16-bit numbers, 32-bit ids have their upper halves at the odd positions: these are 0, or
+    small although the lower halves take any value. In a stream of 16-bit ids, the numbers at even
+    and odd positions have the same distribution. In a stream of 8-bit ids even the single bytes do,
+    while 16-bit ids have upper bytes that differ from the lower ones.
     """
     halves = sample.view("<u2")
     low, high = halves[0::2], halves[1::2]
@@ -50,9 +52,9 @@ def width_of_ids(sample: np.ndarray) -> tuple[str, str]:
 def _alike(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two equally large samples of bytes look as if drawn from one distribution.
 
-    The G statistic of such samples is about the number of their values (at most 1.4 times that
-    where each value is rare). Random 16-bit ids have upper bytes nearly as even as their lower
-    ones, which takes a larger sample to see.
+    The G statistic of two such samples is about the number of distinct values in them (at most 1.4
+    times that where each value is rare). The upper bytes of random 16-bit ids are distributed
+    nearly as evenly as the lower ones, so it takes a large sample to tell them apart.
     """
     if len(one) < _FEW_BYTES and max(one.max(), other.max()) > 127:
         return False

@@ -1,4 +1,4 @@
-"""The check that validation data stands nowhere in the training data, however it was split off."""
+"""The check for data contamination: validation text must not occur in the training data."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from corpus.shards import Source, SourceFile
 from runtime.locks import lock
 from runtime.setting_fields import UserError
 
-PROBES = 256  # pieces of the validation data that are searched for
-_DOUBLINGS = 5  # a piece has 2**5 tokens,
-_DOUBLINGS_OF_BYTES = 7  # or 2**7 where tokens are bytes or the like: about as much text
-_SMALL_VOCABULARY = 1024
-_MOST_TOKENS = 1_000_000_000  # of the training data are read
+PROBES = 256  # number of pieces of the validation data that are searched for
+_DOUBLINGS = 5  # a piece has 2**5 tokens
+_DOUBLINGS_OF_BYTES = 7  # a piece of byte-like tokens has 2**7: about as much text
+_SMALL_VOCABULARY = 1024  # byte-like: all ids are below this
+_MOST_TOKENS = 1_000_000_000  # at most so many training tokens are read
 _BLOCK = 1 << 16  # tokens hashed at once: they stay in the cache of a core
-_VAL_BLOCK = 1 << 12  # pieces are drawn from PROBES blocks of so many tokens of the validation data
+_VAL_BLOCK = 1 << 12  # tokens of each of the PROBES blocks of validation data that pieces are from
 REFUSED_SHARE = 0.2  # boilerplate repeats here and there; a copied part repeats all over
-_LEAST_PIECES = 16  # a copy has at least the text of so many pieces; a license header has less
-_LEAST_NAMED = 1000  # bytes or tokens of a copied file that is worth a line in the log
-_VERSION = 2  # of this search, for its cache
+_LEAST_PIECES = 16  # a copy has at least the length of so many pieces; a license header has less
+_LEAST_NAMED = 1000  # tokens of a copied file that is worth a line in the log
+_VERSION = 2  # of this search; another version does not read its cached results
 
 
 class TokenRange(Protocol):
-    """Tokens start .. stop - 1 of a source, as a `TokenDataset` has them."""
+    """The part of `TokenDataset` that this check uses: tokens start .. stop - 1 of a source."""
 
     source: Source
     start: int
@@ -37,25 +37,28 @@ class TokenRange(Protocol):
     num_tokens: int
 
     def files(self) -> list[tuple[SourceFile, int, int]]:
-        """The files that the tokens are from, each with the range of its own tokens."""
+        """The files that the tokens come from, each as (file, low, high): these are tokens low ..
+        high - 1 of that file.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What tells these tokens from all others."""
+        """A record that identifies these tokens."""
         ...
 
 
 def refuse_leak(
     train: TokenRange, val: TokenRange, cache_dir: Path, allow: bool = False, hint: str = ""
 ) -> float:
-    """The share of the text of `val` that also stands in `train`; more than a fifth is refused.
+    """Returns the share (0 to 1) of the text of `val` that also occurs in `train`. Raises UserError
+    if that is more than a fifth, unless allow is true.
 
-    256 pieces of 32 tokens (128 where tokens are bytes), spread evenly over what is different text
-    in the validation data, are searched at every position of the training data; beyond a billion
-    tokens, in blocks spread evenly over it. Text that recurs within the validation data, such as a
-    license in each file, counts once, and less than the text of 16 pieces is never called a copy.
-    The result is kept in the cache. allow: don't refuse. hint: what may be the cause, for the
-    message. Raises UserError.
+    256 pieces of 32 tokens (128 where tokens are bytes), spread evenly over the distinct text of
+    the validation data, are searched for at every position of the training data, or beyond a
+    billion tokens in blocks spread evenly over it. Text that recurs within the validation data,
+    such as a license in each file, counts once, and less than the text of 16 pieces is never called
+    a copy. The result is cached in cache_dir, and UserError is raised if that cannot be written.
+    hint: what may be the cause, for the error message.
     """
     about = repr((train.describe(), val.describe(), PROBES, _MOST_TOKENS, _VERSION))
     key = hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
@@ -93,8 +96,9 @@ _WAYS_OUT = (
 
 
 def refuse_copies(train: TokenRange, val: TokenRange, allow: bool = False) -> list[str]:
-    """Which files of some size of `val` are copies of files of `train`, in words ("b.txt is a copy
-    of a.txt"); if copies are more than a fifth of `val`, they are refused. Raises UserError.
+    """Compares the files of `val` and `train` by their hashes. Returns a sentence such as "b.txt is
+    a copy of a.txt" for each copy that has at least 1000 tokens in both. Raises UserError if copies
+    are more than a fifth of `val`, unless allow is true.
     """
     trained: dict[str, list[tuple[SourceFile, int, int]]] = {}
     for entry in train.files():
@@ -102,7 +106,7 @@ def refuse_copies(train: TokenRange, val: TokenRange, allow: bool = False) -> li
     shared, names, large = 0, [], []
     for file, low, high in val.files():
         for other, first, after in trained.get(file.content, []):
-            tokens = min(high, after) - max(low, first)  # of the same place in both
+            tokens = min(high, after) - max(low, first)  # of the same part of the file in both
             if tokens > 0 and other is not file:
                 shared += tokens
                 names.append(_same(file, other))
@@ -117,8 +121,8 @@ def refuse_copies(train: TokenRange, val: TokenRange, allow: bool = False) -> li
 
 
 def repeated_files(data: TokenRange) -> list[str]:
-    """One sentence for each file of the data that is a copy of another one. Files below 1000 tokens
-    are left out.
+    """One sentence for each file of the data that is a copy of an earlier one. Files with fewer
+    than 1000 tokens are left out.
     """
     first: dict[str, SourceFile] = {}
     names = []
@@ -140,20 +144,20 @@ def _same(file: SourceFile, other: SourceFile) -> str:
 
 
 def some(names: list[str]) -> str:
-    """The first three of them, and how many more there are."""
+    """The first three names as one text, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def leaked_share(train: TokenRange, val: TokenRange) -> float:
     """An estimate of the share (0 to 1) of the distinct pieces of the validation text that also
-    stand in the training text. It searches for at most 256 pieces of 32 tokens each (128 of byte
+    occur in the training text. It searches for at most 256 pieces of 32 tokens each (128 of byte
     tokens, fewer where the text is short). Of more than 1e9 training tokens it reads evenly spread
     blocks and scales the share up.
     """
     doublings = _doublings(val)
     runs = _distinct_runs(val)
     wanted = np.unique(runs[np.unique(np.linspace(0, len(runs) - 1, PROBES).astype(np.int64))])
-    table = np.zeros(1 << 16, bool)  # a cheap first look: the top 16 bits
+    table = np.zeros(1 << 16, bool)  # a cheap first test, by the top 16 bits of a hash
     table[wanted >> np.uint64(48)] = True
     found = np.zeros(len(wanted), bool)
     starts, share_read = _blocks(train, _BLOCK, _MOST_TOKENS // _BLOCK)
@@ -166,7 +170,9 @@ def leaked_share(train: TokenRange, val: TokenRange) -> float:
 
 
 def _longest(val: TokenRange) -> int:
-    """Doublings to the length of a piece, by what the ids are, not by how many there might be."""
+    """The binary logarithm of the length of a piece in tokens, where the text is long enough. It
+    depends on the ids that occur in the text, not on the vocabulary size, which may be far larger.
+    """
     largest = val.source.read(val.start, min(_VAL_BLOCK, val.num_tokens)).max()
     return _DOUBLINGS_OF_BYTES if largest < _SMALL_VOCABULARY else _DOUBLINGS
 
@@ -176,8 +182,8 @@ def _doublings(val: TokenRange) -> int:
 
 
 def _distinct_runs(val: TokenRange) -> np.ndarray:
-    """Hashes of the different runs of 2**_doublings(val) tokens of the validation data, or of
-    blocks spread evenly over it, in the order in which they appear there.
+    """Hashes of the distinct runs of 2**_doublings(val) tokens of the validation data, or of blocks
+    spread evenly over it, in the order in which they appear there: (n,) uint64.
     """
     starts, _ = _blocks(val, _VAL_BLOCK, PROBES)
     hashes = np.concatenate([_hashes(val, s, _VAL_BLOCK, _doublings(val)) for s in starts])
@@ -186,7 +192,7 @@ def _distinct_runs(val: TokenRange) -> np.ndarray:
 
 
 def _hashes(data: TokenRange, start: int, block: int, doublings: int) -> np.ndarray:
-    """Hashes of the runs of 2**doublings tokens that start in a block of the data."""
+    """Hashes of the runs of 2**doublings tokens that start in a block: (n,) uint64, n <= block."""
     count = min(block + (1 << doublings) - 1, data.stop - start)
     if count < 1 << doublings:
         return np.empty(0, np.uint64)
@@ -194,14 +200,18 @@ def _hashes(data: TokenRange, start: int, block: int, doublings: int) -> np.ndar
 
 
 def _blocks(data: TokenRange, block: int, most: int) -> tuple[list[int], float]:
-    """Where the blocks start that are read, and the share of the data that they are."""
+    """The start positions of the blocks to read, at most `most` of `block` tokens each, spread
+    evenly over the data, and the share of the data that they cover.
+    """
     count = -(-data.num_tokens // block)
     chosen = range(count) if count <= most else (i * count // most for i in range(most))
     return [data.start + i * block for i in chosen], min(1.0, most / count)
 
 
 def run_hashes(ids: np.ndarray, doublings: int) -> np.ndarray:
-    """A hash of each run of 2**doublings ids: a polynomial modulo 2**64, made by doubling runs."""
+    """A hash of each run of 2**doublings consecutive ids, (n - 2**doublings + 1,) uint64: a
+    polynomial modulo 2**64, computed by doubling the length of the runs.
+    """
     hashes, width, factor = mix(ids.astype(np.uint64)), 1, 0x9E3779B97F4A7C15
     for _ in range(doublings):
         hashes = hashes[:-width] * np.uint64(factor) + hashes[width:]

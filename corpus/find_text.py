@@ -1,4 +1,4 @@
-"""Which files are text: what paths, folders and globs name, what is left out of them, and why."""
+"""Finds the text files that paths, folders and globs name, and says what it leaves out and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runtime.setting_fields import UserError
 
 _KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 _PACKED = (".gz", ".zst")
-_NO_TEXT = {  # endings of what would be learned as characters, or not read at all: what to do
+_NO_TEXT = {  # endings of files that are not read as text -> what to do instead
     ".json": 'write one object with a "text" on each line of a .jsonl file, as with jq -c',
     ".csv": 'write the texts into a .txt, or as {"text": ...} on each line of a .jsonl file',
     ".tsv": 'write the texts into a .txt, or as {"text": ...} on each line of a .jsonl file',
@@ -32,16 +32,18 @@ _STDLIB_LEAST_BYTES = 1_000_000
 
 
 def find_sources(paths: Iterable[str | Path]) -> list[Path]:
-    """The files that files, folders and globs stand for; those of a folder or glob in name order.
+    """The text files that the paths name. A path is a file, a folder (searched recursively) or a
+    glob; the files of a folder or glob are in the order of their names.
 
-    In folders only files with a known ending count, and empty ones don't. Raises UserError.
+    Empty files of a folder or glob are left out, and in folders also hidden files, node_modules and
+    files without a known ending. Raises UserError.
     """
     return find_texts(paths)[0]
 
 
 def find_texts(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
-    """As `find_sources`, and for each folder or glob how many files are read, how many are left
-    out, and why.
+    """Returns the files as `find_sources` does, and notes for the log: for each folder or glob how
+    many files are read, how many are left out, and why.
     """
     found: list[Path] = []
     notes = []
@@ -76,8 +78,9 @@ def find_texts(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
 
 
 def _why_left_out(path: Path, folder: Path | None) -> str | None:
-    """Why a file of a folder, or of a glob (None), is not read; None if it is, "" for a folder on
-    the way.
+    """Why a path found in a folder or by a glob is not read, in words for the log; None if it is
+    read, and "" if it is a folder, of which nothing needs to be said. folder: the one that was
+    searched; None for a glob.
     """
     if folder and any(part.startswith(".") for part in path.relative_to(folder).parts):
         return "" if path.is_dir() else "hidden"
@@ -95,7 +98,9 @@ def _why_left_out(path: Path, folder: Path | None) -> str | None:
 
 
 def _refuse_no_text(path: Path) -> None:
-    """Raises UserError for what would be trained on as characters, though it is something else."""
+    """Raises UserError for a file that is not UTF-8 text but would be read as such, by its ending
+    or its first bytes, and for a pipe or device.
+    """
     kind, packed = kind_of(path)
     ending = Path(path.stem if packed else path).suffix.lower()
     if ending in _NO_TEXT:
@@ -134,9 +139,8 @@ def converting_command(path: Path, encoding: str) -> str:
 
 
 def stdlib_files() -> list[Path]:
-    """The source of Python's standard library without its tests, its packages well mixed.
-
-    Raises UserError where it is not there.
+    """The source files of Python's standard library without its tests, ordered by a hash of their
+    paths, which mixes the packages. Raises UserError if this Python has no such source.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -157,7 +161,9 @@ def stdlib_files() -> list[Path]:
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """(".jsonl", ".gz") of a.jsonl.gz or A.JSONL.GZ; "" for what is not known."""
+    """The kind and the compression of a text file by the endings of its name: (".jsonl", ".gz") for
+    a.jsonl.gz or A.JSONL.GZ; "" for an unknown kind or no compression.
+    """
     packed = path.suffix.lower() if path.suffix.lower() in _PACKED else ""
     kind = (Path(path.stem).suffix if packed else path.suffix).lower()
     return (kind if kind in _KINDS else ""), packed

@@ -1,4 +1,4 @@
-"""Numbers that look random and follow from others: hashes, and permutations of any length."""
+"""Pseudo-random numbers that follow from their arguments: hashes, and permutations of any size."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def hash_of(*numbers: int) -> int:
-    """One 64-bit number from several, the same on every machine."""
+    """A 64-bit hash of several integers, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
 
 
 def permute(positions: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a permutation of range(n), chosen by key, sends these positions; O(1) memory, any n
-    below 2**62.
+    """Maps positions, (m,), by the pseudo-random permutation of range(n) that key selects: (m,)
+    int64. Takes O(1) memory besides, for any n below 2**62.
 
-    A six-round Feistel network on the next power of 4, walked until it lands below n (Black and
-    Rogaway 2002, sec. 3).
+    A six-round Feistel network on the next power of 4, applied until the result is below n (cycle
+    walking: Black and Rogaway 2002, sec. 3).
     """
     half = np.uint64(max(3, (n.bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)

@@ -24,7 +24,7 @@ _LONGEST_PATTERN = 1_000_000  # samples after which a mixture repeats its patter
 
 
 class Joined(TokenDataset):
-    """Data sets one after the other, as one: the validation parts of a mixture."""
+    """Several data sets concatenated to one, such as the validation parts of a mixture."""
 
     def __init__(self, parts: Sequence[TokenDataset], weights: Sequence[Fraction]) -> None:
         joined = JoinedTokens([(p.source, p.start, p.stop) for p in parts])
@@ -36,7 +36,9 @@ class Joined(TokenDataset):
         return self._parts
 
     def limited(self, max_tokens: int) -> TokenDataset:
-        """The first tokens of each part, by weight, max_tokens in all; 0 = all."""
+        """The data set of the first tokens of each part, in proportion to the weights, max_tokens
+        in all; 0 = all.
+        """
         if not max_tokens or max_tokens >= self.num_tokens:
             return self
         counts = share_out(max_tokens, [p.num_tokens for p in self.parts], self.weights)
@@ -45,8 +47,8 @@ class Joined(TokenDataset):
 
 
 def share_out(total: int, sizes: Sequence[int], weights: Sequence[Fraction]) -> list[int]:
-    """How much of `total` each one gives, by weight, where one can't give more than its size and
-    the others then give the more.
+    """Splits `total` among several parts in proportion to their weights, as integers. No part gets
+    more than its size; what it cannot take goes to the others.
     """
     counts = [0] * len(sizes)
     left, open_ones = total, set(range(len(sizes)))
@@ -66,10 +68,11 @@ def share_out(total: int, sizes: Sequence[int], weights: Sequence[Fraction]) -> 
 
 
 class Mixture(TokenDataset):
-    """Several data sets, each giving its share of the samples; each keeps its own epochs.
+    """Several data sets mixed by weight: each gives its share of the training samples and has
+    epochs of its own.
 
-    The shares are exact: of the first n samples, part i gets n x weight[i], less than one sample
-    off for any n that is a multiple of the pattern, and at most len(parts) off anywhere else.
+    The shares are exact: if n is a multiple of the pattern's length, n x weight[i] of the first n
+    samples are from part i, and for any other n at most len(parts) more or fewer.
     """
 
     def __init__(self, parts: Sequence[TokenDataset], weights: Sequence[Fraction]) -> None:
@@ -81,7 +84,7 @@ class Mixture(TokenDataset):
         if period > _LONGEST_PATTERN:
             raise UserError(f"weights {', '.join(map(str, weights))} are too fine; use 3 digits")
         self.counts = np.array([int(w * period) for w in self.weights])
-        # Smooth weighted round-robin: who is most behind its share goes next.
+        # Smooth weighted round-robin: the part that is most behind its share goes next.
         owed, pattern = np.zeros(len(parts), np.int64), []
         for _ in range(period):
             owed += self.counts
@@ -100,8 +103,9 @@ class Mixture(TokenDataset):
         return sum(len(p) for p in self.parts)
 
     def samples(self, first: int, count: int, seed: int) -> Tensor:
-        """The sequences of samples first .. first + count - 1: (count, T) int64. Sample i is from
-        the data set that pattern[i % len(pattern)] names, in that set's own shuffled order.
+        """The sequences of training samples first .. first + count - 1: (count, T) int64. Sample i
+        is from the data set with the index pattern[i % len(pattern)], in that set's own shuffled
+        order.
         """
         cycle, place = np.divmod(np.arange(first, first + count), len(self.pattern))
         rows = torch.empty(count, self.seq_len, dtype=torch.int64)
@@ -122,7 +126,10 @@ class Mixture(TokenDataset):
 
 
 def weighted(paths: Sequence[str]) -> list[tuple[str, Fraction | None]]:
-    """("a.npy", 7/10) of "a.npy:0.7"; the weight is None for a plain path. Raises UserError."""
+    """Splits paths from their weights: "a.npy:0.7" becomes ("a.npy", 7/10), and the weight of a
+    plain path is None. Raises UserError for a weight that is no number above 0, or if only some
+    have one.
+    """
     found: list[tuple[str, Fraction | None]] = []
     for path in paths:
         name, colon, number = path.rpartition(":")

@@ -1,4 +1,4 @@
-"""Text files, read as a stream of documents: plain, JSON lines or Parquet, packed or not."""
+"""Reads text files as a stream of documents: plain, JSON lines or Parquet, compressed or not."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from typing import IO, NamedTuple
 from corpus.find_text import converting_command, kind_of
 from runtime.setting_fields import UserError
 
-USUAL_SEPARATOR = "<|endoftext|>"  # between documents in one file, as GPT-2's end token is written
+USUAL_SEPARATOR = "<|endoftext|>"  # between documents in one file: GPT-2's end token as text
 BLOCK_BYTES = 1 << 20  # text is read, and handed to a worker, in pieces of about this size
-_FORCED_CUT_BLOCKS = 16  # after that many without a safe place, text is cut where it is
-# Where the patterns by which BPE tokenizers split text first (GPT-2's and its successors') always
-# end a match, so that pieces give the ids of the whole: before a space that follows something
-# visible, before a line break that follows a letter or digit, after one between two such lines.
+_FORCED_CUT_BLOCKS = 16  # after so many without a safe place to cut, text is cut anywhere
+# Places where a text can be cut so that its pieces give the same ids as the uncut text. GPT-2's
+# tokenizer and its successors first split text by a pattern, and a match of these always ends
+# before a space that follows something visible, before a line break that follows a letter or digit,
+# and after a single line break with something visible before it and a letter or digit after it.
 _SAFE_CUT = re.compile(r"(?<=\S)(?= )|(?<=[^\W_])(?=\n)|(?<=\S\n)(?=[^\W_])")
 
 
@@ -41,14 +42,16 @@ def _open(path: Path) -> IO[bytes]:
             import zstandard
         except ImportError:
             raise UserError(f"{path}: needs a package: pip install zstandard") from None
-        return io.BufferedReader(zstandard.open(path, "rb"))  # it has no lines of its own
+        return io.BufferedReader(zstandard.open(path, "rb"))  # it can't iterate over lines
     return open(path, "rb")
 
 
 def read_texts(path: Path, separator: str = "") -> Iterator[Text]:
-    """The documents of one file, in constant memory. Raises UserError with file and position.
+    """Reads the documents of one file, in memory that does not grow with it: a long document of
+    plain text comes in several parts. Raises UserError that names the file and, where known, the
+    position.
 
-    separator: what parts the documents of a plain text; "" = it is one document.
+    separator: the text between two documents of a plain text file; "" = the file is one document.
     """
     kind, packed = kind_of(path)
     try:
@@ -93,11 +96,11 @@ def _plain(path: Path, file: IO[bytes]) -> Iterator[Text]:
 
 
 def _documents(pieces: Iterator[Text], separator: str) -> Iterator[Text]:
-    """The documents of one text that a separator parts, without it, the line break after it, and
-    documents of nothing but white space.
+    """Splits one text, which comes in pieces, at a separator into its documents. Leaves out the
+    separator with the line break after it, and documents of nothing but white space.
     """
     parting = re.compile(re.escape(separator) + r"\r?\n?")
-    kept, begun = "", False  # begun: a part of the document is given already
+    kept, begun = "", False  # begun: a part of the document was yielded
     for piece in pieces:
         *whole, rest = parting.split(kept + piece.text)
         if not whole and not piece.ends_document and len(piece.text) >= len(separator):
@@ -118,7 +121,9 @@ def _documents(pieces: Iterator[Text], separator: str) -> Iterator[Text]:
 
 
 def _without_nul(path: Path, block: bytes) -> str:
-    """What to do about a file of which a block holds NUL bytes."""
+    """The advice in the error message about a text file with NUL bytes. block: a part of the file
+    that holds some.
+    """
     share = block.count(0) / len(block)
     if 0.3 < share < 0.7 and block[:1] and 0 in block[:2]:
         order = "BE" if block[0] == 0 else "LE"
@@ -135,7 +140,9 @@ def _without_nul(path: Path, block: bytes) -> str:
 
 
 def _last_cut(text: str, new: int) -> int:
-    """The last safe place to cut, or 0. Only the `new` last characters can hold one."""
+    """The last position in the text where it is safe to cut (`_SAFE_CUT`), or 0. Only the last
+    `new` characters are searched, since nothing before them holds one.
+    """
     for reach in (1 << 8, new + 4):
         if cuts := [m.start() for m in _SAFE_CUT.finditer(text, max(0, len(text) - reach))]:
             return cuts[-1]
@@ -189,7 +196,9 @@ def _parquet(path: Path) -> Iterator[Text]:
 
 
 def read_pieces(sources: Sequence[Path], separator: str = "") -> Iterator[list[Text]]:
-    """All texts in order, small ones together, so that a worker gets enough to do."""
+    """Reads all texts in order and yields lists of them: small ones are put together until they
+    have 256 KiB, so that a worker gets enough to do.
+    """
     piece: list[Text] = []
     size = 0
     for path in sources:

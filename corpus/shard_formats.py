@@ -15,7 +15,7 @@ import numpy as np
 from corpus.bin_dtype import sample_bytes, width_of_ids
 from runtime.setting_fields import UserError
 
-OTHER_FORMATS = {  # long enough not to be the first ids of a file without header
+OTHER_FORMATS = {  # first bytes, too many to be ids by chance -> what the file is
     b"\x1f\x8b\x08": "gzip data",
     b"\x28\xb5\x2f\xfd": "Zstandard data",
     b"PK\x03\x04": "a zip archive (or a PyTorch file)",
@@ -34,7 +34,9 @@ OTHER_FORMATS = {  # long enough not to be the first ids of a file without heade
 
 
 def _other_format(start: bytes) -> str:
-    """What a file that starts with these bytes is, if it is known not to be ids; else ""."""
+    """What a file is that starts with these bytes, in words for the error message, if it is known
+    not to hold ids; else "".
+    """
     for magic, name in OTHER_FORMATS.items():
         if start.startswith(magic):
             return name
@@ -42,26 +44,29 @@ def _other_format(start: bytes) -> str:
         return (
             "text; use --train-data or --val-data for it (or --bin-dtype uint8 for ids of one byte)"
         )
-    if bytes(512) in start:  # as between llm.c's three numbers and its ids
+    if bytes(512) in start:  # as llm.c has between the three numbers of its header and the ids
         return "a file with a header like llm.c's, but its first bytes differ"
     return ""
 
 
 def _is_text(start: bytes) -> bool:
-    """Whether it is UTF-8, perhaps cut off, without control characters."""
+    """Whether the bytes are UTF-8 text, perhaps cut off, without control characters."""
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
         return False
-    if len(start) < 32 and not start.isascii():  # few ids are UTF-8 by chance
+    if len(start) < 32 and not start.isascii():  # so few ids may be UTF-8 by chance
         return False
     return not any((c < " " and c not in "\t\r\n\f") or "\x7f" <= c < "\xa0" for c in text)
 
 
 class _Shard:
-    """One file of token ids, its format told by its first bytes: NumPy .npy (1-D uint16, uint32 or
-    int32), llm.c .bin (magic 20240520 or 20240801), or a .bin without header, as nanoGPT writes
-    them: uint16, or what `bin_dtype` or the ids themselves say (see `width_of_ids`).
+    """One file of token ids, whose format is recognized by its first bytes: NumPy .npy (1-D uint16,
+    uint32 or int32), llm.c .bin (magic 20240520 or 20240801), or a .bin without header, as nanoGPT
+    writes them. Raises UserError for any other file.
+
+    bin_dtype: type of the ids in a file without header; "auto" = told from the ids
+    (`width_of_ids`). note: a line for the log about a type that was told so, or "".
     """
 
     def __init__(self, path: Path, bin_dtype: str = "auto") -> None:
@@ -84,7 +89,7 @@ class _Shard:
             )
 
     def _header(self, file: BinaryIO) -> tuple[int, np.dtype[Any], int]:
-        """Offset of the first id in bytes, type of an id, number of ids."""
+        """Returns (offset of the first id in bytes, dtype of the ids, number of ids)."""
         start = file.read(1024)
         if start[:6] == b"\x93NUMPY":
             file.seek(0)
@@ -106,7 +111,9 @@ class _Shard:
         )
 
     def _headerless(self, file: BinaryIO, start: bytes) -> tuple[int, np.dtype[Any], int]:
-        """Ids and nothing else. What is known to be something else is refused by name."""
+        """As `_header`, for a .bin file that holds nothing but ids. Raises UserError for a file
+        that is known to be something else, which the message names.
+        """
         name, known = self.bin_dtype, "" if start else "an empty file"
         if name == "auto" and not known:
             known = _other_format(start)
@@ -155,7 +162,10 @@ class _Shard:
         return f"; convert it: python -c {shlex.quote(code + '.astype(np.uint32))')}"
 
     def read(self, fd: int, start: int, stop: int, vocab_size: int) -> np.ndarray:
-        """Ids of positions start .. stop - 1 of this file, open as fd."""
+        """Reads the ids of positions start .. stop - 1 from the open file descriptor fd: (stop -
+        start,) of the file's dtype. Raises UserError if the file has shrunk or an id is not below
+        vocab_size.
+        """
         size = self.dtype.itemsize
         data = os.pread(fd, (stop - start) * size, self.offset + start * size)
         if len(data) != (stop - start) * size:
@@ -173,12 +183,12 @@ class _Shard:
         return ids
 
     def open(self) -> FileIO:
-        """The file, for read."""
+        """Opens the file, unbuffered, for `read`."""
         return open(self.path, "rb", buffering=0)
 
     def digest(self) -> bytes:
-        """Of the size and of 64 blocks spread over the file: notices another file at once,
-        whatever its size.
+        """A hash of the dtype, the size and 64 blocks spread over the file: tells files apart
+        quickly, whatever their size.
         """
         about = f"{self.dtype.str} {self.count} {self.size}"
         seen = hashlib.blake2b(about.encode(), digest_size=16)

@@ -1,5 +1,5 @@
-"""Streams of token ids, read by position: files of ids (`TokenShards`) or computed ones
-(`ToyTokens`).
+"""Streams of token ids, read by position: files of ids (`TokenShards`), random ones (`ToyTokens`),
+and ranges of these put together (`JoinedTokens`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class SourceFile(NamedTuple):
     """One file behind a stream of tokens."""
 
     path: str
-    content: str  # hash of what is in it
-    start: int  # its first token in the stream, and
-    stop: int  # where the next file starts; near it where only the bytes of the text are known
+    content: str  # hash of its content
+    start: int  # its first token in the stream
+    stop: int  # the first token of the next file; for texts both are estimated from their bytes
 
 
 class Source(Protocol):
-    """A stream of `num_tokens` token ids."""
+    """The interface of a stream of `num_tokens` token ids."""
 
     name: str
     num_tokens: int
@@ -38,21 +38,19 @@ class Source(Protocol):
     fingerprint: str  # changes when the content does
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Ids of positions start .. start + count - 1: (count,) of an integer type, each one of
-        the vocabulary.
-        """
+        """The ids of positions start .. start + count - 1: (count,) integers below vocab_size."""
         ...
 
     def files_in(self, start: int, stop: int) -> list[tuple[SourceFile, int, int]]:
-        """The files that tokens start .. stop - 1 are from, each with the range of its own tokens
-        that they are.
+        """The files that tokens start .. stop - 1 come from, each as (file, low, high): these are
+        tokens low .. high - 1 of that file.
         """
         ...
 
 
 class ToyTokens:
-    """Random ids below vocab_size: a function of (seed, position), so each visit of a sample
-    finds the same ones.
+    """A stream of random ids below vocab_size. Each is a function of (seed, position), so a sample
+    has the same ids each time it is read.
     """
 
     def __init__(self, num_tokens: int, vocab_size: int, seed: int) -> None:
@@ -75,12 +73,12 @@ class ToyTokens:
 
 
 class TokenShards:
-    """Files of token ids, in the order given, as one stream. Raises UserError for files that are
-    not what they should be. notes: what was decided about them, for the run's log. texts: path,
-    hash and bytes of the texts that they were made from, which `files_in` then names.
+    """The ids of several files, in the given order, as one stream. Raises UserError for a file that
+    is no shard of token ids. notes: for the run's log, what was guessed about the files. texts:
+    (path, hash, bytes) of each text from which the files were made; `files_in` then names these.
 
-    Read with pread, not through a memory map: just as lazy, and a file that shrinks while open
-    gives an error that names it, where a map would kill the process with SIGBUS.
+    Reads with pread, not through a memory map. Both read on demand, but a file that shrinks while
+    open then gives an error that names it, where a memory map would kill the process with SIGBUS.
     """
 
     def __init__(
@@ -136,7 +134,7 @@ class TokenShards:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def largest_id_seen(self) -> int:
-        """The largest of the ids at up to 64 places spread over the stream; -1 = there are none."""
+        """The largest id in up to 64 blocks of 4096 tokens spread over the stream; -1 if empty."""
         if not self.num_tokens:
             return -1
         count = min(4096, self.num_tokens)
@@ -149,7 +147,7 @@ class TokenShards:
 
 
 class JoinedTokens:
-    """Ranges of several sources, one after the other, as one stream."""
+    """Ranges (source, start, stop) of several sources, concatenated to one stream."""
 
     def __init__(self, parts: Sequence[tuple[Source, int, int]]) -> None:
         self.parts = list(parts)
@@ -179,8 +177,9 @@ class JoinedTokens:
 
 
 def find_shards(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that files, folders and globs stand for; those of a folder or glob in name
-    order.
+    """The token shards that the paths name: files, folders (their .npy and .bin files) and globs.
+    The files of a folder or glob are in the order of their names. Raises UserError if a folder or
+    glob has none.
     """
     found: list[Path] = []
     for path in map(str, paths):

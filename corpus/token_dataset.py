@@ -1,8 +1,8 @@
-"""Windows of a token stream: which window is sample i of optimizer step k.
+"""Cuts a token stream into windows, and decides which windows an optimizer step sees.
 
 A `TokenDataset` is a range of a token source (corpus/shards.py) cut into windows of seq_len tokens
 with stride seq_len - 1: a window of T tokens scores T - 1 of them, so neighbours share one token
-and each token of the range is scored once.
+and each token of the range but the first is scored once.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from corpus.tokenizer import Tokenizer
 
 
 class TokenDataset(torch.utils.data.Dataset):
-    """The windows of tokens start .. stop - 1 of a source. len() counts the whole ones, used in
-    training.
+    """The windows of tokens start .. stop - 1 of a source; stop None = its end. len() is the number
+    of full windows, which are the ones used in training. T is seq_len.
     """
 
     def __init__(
@@ -40,14 +40,15 @@ class TokenDataset(torch.utils.data.Dataset):
         self.source, self.seq_len, self.tokenizer = source, seq_len, tokenizer
         self.start, self.stop = start, source.num_tokens if stop is None else stop
         self.num_tokens = self.stop - self.start
-        self.notes: list[str] = []  # what a reader of the run's log should know of it
+        self.notes: list[str] = []  # what the run's log should say about this data
 
     def __len__(self) -> int:
         return max(self.num_tokens - 1, 0) // (self.seq_len - 1)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Window `index` as a model takes it: input_ids, attention_mask, labels, each (T,)
-        int64.
+        """Window `index` as a dict of the model's inputs: input_ids, attention_mask (ones) and
+        labels (equal to input_ids, since the model shifts them), each (T,) int64. Raises
+        IndexError.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -55,22 +56,23 @@ class TokenDataset(torch.utils.data.Dataset):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
     def rows(self, windows: np.ndarray) -> Tensor:
-        """These windows: (len(windows), T) int64."""
+        """The windows with these indices: (len(windows), T) int64."""
         ids = np.empty((len(windows), self.seq_len), np.int64)
         for row, window in zip(ids, windows.tolist(), strict=True):
             row[:] = self.source.read(self.start + window * (self.seq_len - 1), self.seq_len)
         return torch.from_numpy(ids)
 
     def sample_windows(self, first: int, count: int, seed: int) -> np.ndarray:
-        """The windows of samples first .. first + count - 1: (count,) int64, nothing else decides.
+        """The indices of the windows that are samples first .. first + count - 1 of training:
+        (count,) int64. They depend on the arguments and len(self) alone.
 
         Each epoch visits every window once, in an order of its own.
         """
         return self.ordered(np.arange(first, first + count), seed)
 
     def ordered(self, samples: np.ndarray, seed: int) -> np.ndarray:
-        """The windows of these samples: sample i is number i % len(self) of epoch i //
-        len(self).
+        """The indices of the windows that are these samples: sample i is number i % len(self) of
+        the shuffled epoch i // len(self).
         """
         epoch, position = np.divmod(samples, len(self))
         windows = np.empty(len(samples), np.int64)
@@ -80,15 +82,16 @@ class TokenDataset(torch.utils.data.Dataset):
         return windows
 
     def samples(self, first: int, count: int, seed: int) -> Tensor:
-        """The sequences of samples first .. first + count - 1: (count, T) int64."""
+        """The sequences of training samples first .. first + count - 1: (count, T) int64."""
         return self.rows(self.sample_windows(first, count, seed))
 
     def global_batch(self, step: int, args: Settings, rank: int = 0, world: int = 1) -> Tensor:
         """This rank's rows of the global batch of optimizer step `step`: (global_batch_size /
-        world, T) int64.
+        world, T) int64. rank and world: of the data-parallel ranks.
 
-        The global batch holds the samples from step x global_batch_size on, of which the ranks have
-        consecutive blocks. The step and the data seed determine it, and nothing else does.
+        The global batch consists of the samples from step x global_batch_size on, of which each
+        rank has a consecutive block. It is determined by the step and the data seed, and by nothing
+        else.
         """
         share = args.global_batch_size // world
         return self.samples(step * args.global_batch_size + rank * share, share, args.data_seed)
@@ -96,12 +99,12 @@ class TokenDataset(torch.utils.data.Dataset):
     def batches(
         self, batch_size: int, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of (input_ids, labels), each (B, T) int64, that score every token but
-        the first once.
+        """Iterates over this rank's batches for an evaluation: (input_ids, labels), each (B, T)
+        int64. Together, the batches of all ranks score every token but the first exactly once.
 
         All batches of all ranks have the same shape, and all ranks get the same number of them: a
-        compiled model meets no other shape, and ranks may have to compute a batch together. What is
-        missing in the last ones is padding, whose labels are -100 and never scored.
+        compiled model sees no other shape, and ranks may have to compute a batch together. The last
+        batches are filled up with padding, whose labels are -100 and never scored.
         """
         stride = self.seq_len - 1
         count = math.ceil((self.num_tokens - 1) / stride)
@@ -116,13 +119,13 @@ class TokenDataset(torch.utils.data.Dataset):
             yield torch.from_numpy(ids[window]), torch.from_numpy(labels[window])
 
     def limited(self, max_tokens: int) -> TokenDataset:
-        """The first max_tokens tokens of it; 0 = all."""
+        """The data set of the first max_tokens tokens of this one; 0 = all."""
         stop = min(self.stop, self.start + max_tokens) if max_tokens else self.stop
         return TokenDataset(self.source, self.seq_len, self.start, stop, self.tokenizer)
 
     def split(self, val_ratio: float) -> tuple[TokenDataset, TokenDataset]:
-        """(training part, validation part): the last val_ratio of the tokens is held out; they
-        share no token.
+        """Returns (training part, validation part): the last val_ratio of the tokens is held out.
+        The parts share no token.
         """
         cut = self.stop - round(self.num_tokens * val_ratio)
         return (
@@ -132,15 +135,19 @@ class TokenDataset(torch.utils.data.Dataset):
 
     @property
     def parts(self) -> list[TokenDataset]:
-        """The sources that it joins; itself where it is one."""
+        """The data sets that this one joins; a list of itself if it joins none."""
         return [self]
 
     def files(self) -> list[tuple[SourceFile, int, int]]:
-        """The files that its tokens are from, each with the range of its own tokens."""
+        """The files that the tokens come from, each as (file, low, high): these are tokens low ..
+        high - 1 of that file.
+        """
         return self.source.files_in(self.start, self.stop)
 
     def describe(self) -> dict[str, Any]:
-        """What must be the same for numbers to be comparable; stored in checkpoints and logs."""
+        """A record that identifies these tokens, stored in checkpoints and logs: losses are
+        comparable if the records are equal.
+        """
         return {
             "source": self.source.name,
             "fingerprint": self.source.fingerprint,

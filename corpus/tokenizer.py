@@ -1,7 +1,7 @@
 """Tokenizers: bytes, the encodings of tiktoken (GPT-2's and its successors), and trained BPE files.
 
-`build_tokenizer(name_or_path)` makes one; `to_json` holds all of it, so a checkpoint that carries
-that text can decode its own samples anywhere.
+`build_tokenizer(name_or_path)` returns one. Its `to_json` text holds all of it, so a checkpoint
+that stores this text can decode its own samples anywhere.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ _FILE_FORMAT = "rosetrainer tokenizer 1"
 
 
 class Tokenizer(Protocol):
-    """What the rest of the program needs of a tokenizer."""
+    """The interface of a tokenizer."""
 
     name: str
     vocab_size: int
     end_token: int  # put after each document; stands for no byte of text
     token_bytes: np.ndarray  # (vocab_size,) int64: bytes of text that each id stands for
-    fingerprint: str  # differs where the ids of some text do
+    fingerprint: str  # two tokenizers that give some text different ids differ in it
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, 1-D, without any special token."""
+        """The ids of a text, without any special token: (n,) of an integer type."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         ...
 
     def to_json(self) -> str:
-        """All of it, for `tokenizer_from_json`."""
+        """The whole tokenizer as JSON, for `tokenizer_from_json`."""
         ...
 
 
@@ -66,7 +66,7 @@ class BPETokenizer:
     """Byte-pair encoding (Sennrich et al. 2016) of bytes, computed by tiktoken.
 
     pattern: the regular expression that splits text before merging. ranks: token to id, in the
-    order of the merges. end_token: an id outside of ranks; ids up to vocab_size - 1 exist.
+    order of the merges. end_token: an id that is not in ranks. All ids are below vocab_size.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class BPETokenizer:
     def encode(self, text: str) -> np.ndarray:
         try:
             return self._bpe.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # about a million white-space characters are too many for its engine
+        except ValueError:  # its regex engine fails on about a million white-space characters
             pieces = (m.group() for m in regex.finditer(self._pattern, text))
             ids = [i for piece in pieces for i in self._bpe._encode_single_piece(piece)]
             return np.array(ids, np.uint32)
@@ -111,7 +111,9 @@ class BPETokenizer:
 
 
 def tokenizer_from_json(text: str, where: str) -> Tokenizer:
-    """The inverse of `to_json`. where: the file that the text is from. Raises UserError."""
+    """Returns the tokenizer that `to_json` has written. where: the file that the text is from, for
+    error messages. Raises UserError for any other text.
+    """
     try:
         record = json.loads(text)
         if isinstance(record, dict) and isinstance(record.get("model"), dict):
@@ -137,7 +139,7 @@ def tokenizer_from_json(text: str, where: str) -> Tokenizer:
         )
     except UserError:
         raise
-    except Exception as reason:  # whatever a damaged file makes of json, base64 or tiktoken
+    except Exception as reason:  # a damaged file may fail in json, base64 or tiktoken
         raise UserError(
             f"{where}: not a tokenizer file ({type(reason).__name__}: {str(reason)[:100]}); "
             "data/train_tokenizer.py makes them"
@@ -145,9 +147,11 @@ def tokenizer_from_json(text: str, where: str) -> Tokenizer:
 
 
 def build_tokenizer(name_or_path: str) -> Tokenizer:
-    """ "bytes", the name of a tiktoken encoding ("gpt2"), or a file of data/train_tokenizer.py.
+    """Returns the tokenizer "bytes", a tiktoken encoding by its name ("gpt2"), or that of a file
+    made by data/train_tokenizer.py.
 
-    Raises UserError for others, and where the files of an encoding can't be had.
+    Raises UserError for any other name, and if the files of an encoding are not here and can't be
+    downloaded.
     """
     import tiktoken
 
@@ -178,8 +182,9 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
 def stored_tokenizer(stored: str, name: str, where: str, vocab_size: int) -> Tokenizer | None:
     """The tokenizer that a checkpoint stores, else the one called `name`, else None.
 
-    stored: its JSON, "" if there is none. where: the checkpoint, for messages. Raises UserError if
-    both are given and differ, or if the tokenizer has more than vocab_size ids.
+    stored: the JSON of the tokenizer in the checkpoint, "" if it has none. where: the checkpoint,
+    for error messages. Raises UserError if both are given and differ, or if the tokenizer has more
+    than vocab_size ids.
     """
     kept = tokenizer_from_json(stored, where) if stored else None
     named = build_tokenizer(name) if name else None
@@ -215,10 +220,10 @@ def _files_missing(name: str, reason: Exception) -> str:
 
 
 def write_tokenizer_file(stored: str, path: str | Path, to: Path) -> None:
-    """Writes the tokenizer that the checkpoint at `path` holds, in its JSON form, to a file. Raises
-    UserError.
+    """Writes a tokenizer to the file `to`. stored: its JSON from the checkpoint at `path`. Raises
+    UserError if that is no tokenizer or the file can't be written.
     """
-    tokenizer_from_json(stored, f"the tokenizer in {path}")  # or a file would be made of anything
+    tokenizer_from_json(stored, f"the tokenizer in {path}")  # raises for any other text
     temporary = to.with_name(f"{to.name}.{os.getpid()}.tmp")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Text to shards of token ids: streaming, parallel, resumable, the same bytes for any worker count.
+"""Turns text into shards of token ids, as a stream, in parallel workers, and resumable; the bytes
+are the same for any number of workers.
 
 `prepare` writes a folder of shards (data/prepare.py); `tokenize_files` keeps such a folder in a
 cache, for training on text directly.
@@ -34,7 +35,7 @@ SHARD_TOKENS = 100_000_000
 
 
 class _ShardFile:
-    """A .npy of token ids that grows; it appears under its name when it is whole."""
+    """A .npy file of token ids that grows; it gets its final name when it is complete."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self.path, self.dtype = path, dtype
@@ -90,8 +91,8 @@ def _describe_job(
     workers: int,
     separator: str,
 ) -> dict[str, Any]:
-    """What decides every byte of the output, and `key`, a hash of it. Paths are not part of
-    that.
+    """A record of all that determines the bytes of the output. Its entry `key` is a hash of that,
+    in which the paths of the sources have no part.
     """
     with ThreadPoolExecutor(workers) as pool:
         digests = list(pool.map(_digest, sources))
@@ -119,12 +120,13 @@ def prepare(
     workers: int = 0,
     separator: str = "",
 ) -> dict[str, Any]:
-    """Writes the ids of the sources, each document ended by the end token, as shards into folder.
+    """Tokenizes the sources and writes the ids as shards into folder, with the end token after each
+    document.
 
-    A shard is closed by the first piece that fills it to shard_tokens. Killed at any moment and
-    started again, it keeps the finished shards and ends with the same bytes. workers: 0 = one per
-    core. separator: what parts the documents of a plain text. Returns the manifest, also written as
-    tokens.json. Raises UserError.
+    A shard ends with the first piece of text that brings it to shard_tokens or more. A call that
+    was killed at any moment and is repeated keeps the finished shards and ends with the same bytes.
+    workers: 0 = one per core. separator: the text between two documents of a plain text file.
+    Returns the manifest, which is also written as tokens.json. Raises UserError.
     """
     workers = workers or os.cpu_count() or 1
     job = _describe_job(sources, tokenizer, shard_tokens, workers, separator)
@@ -186,8 +188,8 @@ def _write_shards(
 
 
 def _finished(folder: Path, job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The shards that an earlier start of the same job finished. Raises UserError for another
-    job's.
+    """The shards that an earlier call for the same job has finished. Raises UserError if the folder
+    has shards of another job.
     """
     for name in (MANIFEST, _PROGRESS):
         if (folder / name).exists():
@@ -211,8 +213,8 @@ def _write_whole(path: Path, content: str) -> None:
 
 
 def note_on_documents(manifest: dict[str, Any], separator: str) -> list[str]:
-    """A line where the usual separator stands in the text and is not taken as one, or one that was
-    asked for is not there.
+    """A note for the log if the usual separator occurs in the text but is not used as one, or if
+    the separator that the user gave does not occur; else an empty list.
     """
     kinds = {kind_of(Path(t["path"]))[0] for t in manifest["sources"]}
     if separator and manifest["documents"] <= len(manifest["sources"]):
@@ -229,11 +231,12 @@ def note_on_documents(manifest: dict[str, Any], separator: str) -> list[str]:
 def tokenize_files(
     files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path, separator: str = ""
 ) -> tuple[list[Path], dict[str, Any]]:
-    """(shards of the files' token ids, made now or found in the cache; their manifest, whose `key`
-    is a hash of all that decides them and whose `sources` are the files as given).
+    """Returns (the shards with the token ids of the files, made now or found in the cache; their
+    manifest). The manifest's `key` is a hash of all that determines the ids, and its `sources` are
+    the files as given.
 
-    Keyed by content and tokenizer. Processes that start together share the work: the first one does
-    it under a file lock, the others wait. Raises UserError.
+    The cache is keyed by content and tokenizer. If several processes start together, the first one
+    does the work under a file lock and the others wait for it. Raises UserError.
     """
     workers = os.cpu_count() or 1
     job = _describe_job(files, tokenizer, SHARD_TOKENS, workers, separator)

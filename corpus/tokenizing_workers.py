@@ -1,4 +1,4 @@
-"""Processes that turn text into token ids, and give them back in the order of the text."""
+"""Worker processes that turn text into token ids; the results come in the order of the text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from corpus.read_text import Text
 from corpus.tokenizer import Tokenizer
 from runtime.setting_fields import UserError
 
-_encoder: tuple[Tokenizer, np.dtype[Any]]  # of a worker, set when it starts
+_encoder: tuple[Tokenizer, np.dtype[Any]]  # in a worker, set when that starts
 
 
 def _start_worker(tokenizer: Tokenizer, dtype: np.dtype[Any], parent: int) -> None:
@@ -47,16 +47,18 @@ def _encode(piece: list[Text]) -> bytes:
 
 
 def _forking_is_safe() -> bool:
-    """Whether a forked process may go on: on Linux, unless this one has begun to use a GPU, whose
-    driver does not survive a fork. Torch is asked only if it is there: workers don't need it.
+    """Whether processes can be forked: on Linux, unless this process has initialized CUDA, which
+    does not work in a forked one. Looks at torch only if it is loaded already, since workers don't
+    need it.
     """
     torch = sys.modules.get("torch")
     return sys.platform == "linux" and not (torch and torch.cuda.is_initialized())
 
 
 def _pool(tokenizer: Tokenizer, dtype: np.dtype[Any], workers: int) -> Executor:
-    """Workers that encode: forked processes; threads, which scaled worse when measured with
-    bench.py prepare (1.5 against 1.9 times one process), where forking is not safe.
+    """The pool of workers that encode: forked processes, or threads where forking is not safe.
+    Threads scaled worse when measured with bench.py prepare (1.5 against 1.9 times the speed of one
+    process).
     """
     start = (tokenizer, dtype, os.getpid())
     if not _forking_is_safe():
@@ -68,7 +70,9 @@ def _pool(tokenizer: Tokenizer, dtype: np.dtype[Any], workers: int) -> Executor:
 def encode_in_order(
     pieces: Iterator[list[Text]], tokenizer: Tokenizer, dtype: np.dtype[Any], workers: int
 ) -> Iterator[tuple[list[Text], bytes]]:
-    """Each piece with its ids, in the order of the pieces, few of them in memory."""
+    """Encodes the pieces in parallel and yields each with the bytes of its ids, in the order of the
+    pieces. Only about 2 x workers pieces are in memory. Raises UserError if a worker was killed.
+    """
     with _pool(tokenizer, dtype, workers) as pool:
         waiting: deque[tuple[list[Text], Future[bytes]]] = deque()
         try:

@@ -1,4 +1,4 @@
-"""Writing to a terminal: whatever its encoding is, and without what would steer it."""
+"""Writes to a terminal, whatever its encoding is, and without others' control characters."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TypeVar
 
 _T = TypeVar("_T")
-_PATIENCE_SECONDS = 10.0  # after which work says how far it is, and then each time twice as late
+_PATIENCE_SECONDS = 10.0  # until the first line of progress; the time doubles with each line
 
 
 def accept_any_text() -> None:
-    """From now on a character that the terminal's encoding lacks is written as an escape such as
-    \\u4e16, where it would raise an error otherwise.
+    """Makes standard output and standard error write a character that their encoding lacks as an
+    escape such as \\u4e16, where it would raise an error otherwise.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -26,9 +26,9 @@ def accept_any_text() -> None:
 
 
 def visible(text: str) -> str:
-    """The text with its control characters written out, such as \\x1b; line breaks and tabs stay.
+    """Returns the text with control characters as escapes such as \\x1b; line breaks and tabs stay.
 
-    A model of bytes draws any of them, and a terminal would obey.
+    A model of bytes can generate any control character, and a terminal would obey it.
     """
     text = text.replace("\r\n", "\n")
     return "".join(c if c in "\n\t" or not _is_control(c) else repr(c)[1:-1] for c in text)
@@ -39,13 +39,14 @@ def _is_control(c: str) -> bool:
 
 
 def say(text: str) -> None:
-    """Prints text that is not ours, such as what a model wrote or how a file is called."""
+    """Prints text that does not come from this program, such as a model's output or a file name."""
     print(visible(text), flush=True)
 
 
 def command(script: str, processes: int = 0) -> str:
-    """How the user starts a script of this project here, with the Python that runs now: a word that
-    the shell finds, or its path. processes: that torchrun is to start, 0 for none.
+    """Returns the shell command that starts a script of this project from the current directory
+    with the Python that runs now. python and torchrun appear by name where the shell finds those of
+    this Python, else by path. processes: the number that torchrun starts; 0 = no torchrun.
     """
     here = Path(__file__).resolve().parent.parent
     path = script if here == Path.cwd() else str(here / script)
@@ -60,8 +61,9 @@ def command(script: str, processes: int = 0) -> str:
 
 
 def progress(items: Iterable[_T], what: str, total: int, quiet: bool = False) -> Iterator[_T]:
-    """Passes on the items, of which there are `total`, and says on standard error how far it is and
-    when it will be done: after 10 s, 20 s, 40 s and so on. quiet: it says nothing.
+    """Yields the items, of which there are `total`, and prints on standard error what part of them
+    is done and how long the rest will take: after 10 s, 20 s, 40 s and so on. what: the name of the
+    work in that line. quiet: print nothing.
     """
     start, due = time.monotonic(), _PATIENCE_SECONDS
     for done, item in enumerate(items):

@@ -1,4 +1,4 @@
-"""What a run computes on, and why: the device, and the precision of its matrix products."""
+"""The device of a run, the precision of its matrix products, its CPU threads and memory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Device:
-    """A torch device with the precision of its matrix products, and the reason of both for
-    people to read.
+    """A torch device and the precision of its matrix products. description: both, and why they were
+    chosen, for the log.
     """
 
     torch_device: torch.device
@@ -33,27 +33,28 @@ class Device:
     description: str
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context of every forward pass: parameters stay float32, matrix products run in
-        `precision`.
+        """Returns the context manager for a forward pass: parameters stay float32, matrix products
+        run in `precision`.
         """
         return torch.autocast(self.torch_device.type, self.dtype, enabled=self.amp)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that matrix products run in."""
+        """The torch dtype in which matrix products run."""
         return _DTYPES[self.precision]
 
     @property
     def amp(self) -> bool:
-        """Whether matrix products run in less than float32."""
+        """Whether matrix products run in a lower precision than float32 (mixed precision)."""
         return self.precision != "fp32"
 
 
 def pick_device(name: str = "auto", precision: str = "auto", local_rank: int = 0) -> Device:
-    """The device called name, or the best one found, and its precision. Raises UserError for what
-    is not there.
+    """Returns the device called `name` with its precision. name "auto" is CUDA, else MPS, else the
+    CPU; precision "auto" is bf16 or fp16 on CUDA, else fp32. A CUDA device becomes torch's current
+    one. Raises UserError for an unknown device and one that this machine does not have.
 
-    local_rank: which of several GPUs this process takes when name leaves that open.
+    local_rank: the index of the GPU that this process takes where `name` has no index.
     """
     found = {
         "cuda": torch.cuda.is_available(),
@@ -107,7 +108,9 @@ def _resolve_precision(precision: str, kind: str) -> tuple[str, str]:
 
 @functools.cache
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 there."""
+    """Whether the hardware of this device computes matrix products in bfloat16, and thus faster
+    than in float32. On CPUs, torch before 2.12 doesn't tell, and the answer is no.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     find = getattr(torch.cpu, "get_capabilities", dict)  # since torch 2.12
@@ -116,9 +119,11 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def tune(device: Device, sparing: bool = False, deterministic: bool = False) -> None:
-    """Settles how this process computes there. sparing: less memory rather than less time, where
-    one can be had for the other. deterministic: only kernels that give the same bits each time;
-    torch then raises RuntimeError for one that can't. CPUs have no others.
+    """Sets the options of torch and the C library for computing on this device.
+
+    sparing: save memory rather than time where the two conflict. deterministic: use only kernels
+    that give the same bits each time; torch raises RuntimeError for an operation that has none. All
+    CPU kernels are deterministic.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -131,10 +136,11 @@ def tune(device: Device, sparing: bool = False, deterministic: bool = False) -> 
 
 
 def _tune_malloc(sparing: bool) -> None:
-    """Has the C library reuse freed memory instead of returning it. The system fills each new page
-    with zeros, which takes longer than most operations on it: at GPT-2 small's size, squared ReLU
-    with its gradient took 91 ms with it and 23 ms without. But reused blocks leave gaps, so with
-    sparing each large block goes back at once. Does nothing where that is not glibc.
+    """Makes the C library reuse freed memory instead of returning it to the system. The system
+    fills each new page with zeros, which takes longer than most operations on it: at GPT-2 small's
+    size, squared ReLU with its gradient took 91 ms with new pages and 23 ms without. Reused blocks
+    leave gaps, though, so with sparing each large block is returned at once. Does nothing without
+    glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None and sparing:
@@ -145,8 +151,9 @@ def _tune_malloc(sparing: bool) -> None:
 
 
 def use_threads(threads: int, local_world: int) -> None:
-    """How many CPU threads this process computes with: so many, or with 0 an equal share of the
-    cores that it may use. A process that is alone on its machine keeps torch's choice.
+    """Sets the number of CPU threads that torch uses in this process. With threads = 0 it is an
+    equal share of the cores that the process may use, or torch's own choice if the process is
+    alone. local_world: the number of processes on this machine.
     """
     if threads or local_world > 1:
         affinity = getattr(os, "sched_getaffinity", None)
@@ -155,14 +162,14 @@ def use_threads(threads: int, local_world: int) -> None:
 
 
 def seed_dropout(device: Device, seed: int) -> None:
-    """Starts the random numbers of dropout anew; 2 us where torch.manual_seed, which seeds every
-    device, takes 200.
+    """Seeds the random numbers of dropout on this device. Takes 2 us where torch.manual_seed, which
+    seeds every device, takes 200.
     """
     generator_of(device.torch_device).manual_seed(seed)
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """What dropout draws from there."""
+    """The random generator of a device, from which dropout draws."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index]
     return (
@@ -171,8 +178,9 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 
 def environment(device: Device, world: int) -> dict[str, Any]:
-    """Where a run runs. Names versions and hardware, never environment variables: those hold
-    secrets.
+    """A record of where a run runs: versions, hardware and the number of processes (world). It
+    holds no environment variables, which may be secrets, but for those in `device.description` that
+    set how OpenMP's threads wait.
     """
     return {
         "python": platform.python_version(),
@@ -185,8 +193,8 @@ def environment(device: Device, world: int) -> dict[str, Any]:
 
 
 def free_memory() -> float:
-    """Bytes of main memory that this process can still take, without those of swapping; infinity
-    where the system doesn't say.
+    """The number of bytes of main memory, without swap, that this process can still allocate,
+    within the limit of its container (cgroup v2); infinity where the system doesn't say.
     """
     free = float("inf")
     try:

@@ -1,4 +1,4 @@
-"""Paths and files, and who may use them."""
+"""Paths of files: the home directory and symbolic links in them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from runtime.setting_fields import UserError
 
 
 def expanded(path: str | Path, flag: str) -> Path:
-    """The path with a leading ~ replaced by the home directory. Raises UserError if the user has
-    none: HOME is not set, and the user id has no account, as in some containers. flag: the
-    command-line flag that the message names.
+    """Returns the path with a leading ~ replaced by the home directory. Raises UserError if the
+    user has none: HOME is not set, and the user id has no account, as in some containers. flag: the
+    command-line flag that the error message names.
     """
     try:
         return Path(path).expanduser()
@@ -22,5 +22,5 @@ def expanded(path: str | Path, flag: str) -> Path:
 
 
 def target_of(path: str | Path) -> Path:
-    """Where a file at `path` lies if that is a symbolic link."""
+    """The path with all symbolic links resolved: where a file at `path` really lies."""
     return Path(os.path.realpath(path))

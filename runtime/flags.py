@@ -1,8 +1,8 @@
-"""Command-line flags, one for each field of a dataclass made of `runtime.setting_fields.flag`.
+"""Makes command-line flags from the fields of a dataclass (runtime/setting_fields.py).
 
-These are lines around argparse, since presets and --resume must know what was typed: tyro and
-simple-parsing give a complete object and don't say. jsonargparse can, and would need as many lines
-for flat names, bounds and hints.
+This is a thin layer over argparse, since presets and --resume must know which flags were typed.
+tyro and simple-parsing return a complete object that doesn't tell. jsonargparse can tell, and would
+need as many lines for flat names, bounds and hints.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class _Format(argparse.RawDescriptionHelpFormatter):
 
 @dataclass(frozen=True)
 class Help:
-    """What --help says besides the flags: which value each has on this command line, and what
-    stands above and below them.
+    """What --help prints besides each flag's help text: the value of each flag on this command line
+    (`shown`, by field name), and the text above (`about`) and below (`epilog`) the flags.
     """
 
-    shown: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # else the field's default
+    shown: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # else its default
     about: str = "[value]: what is used where the flag is not given."
     epilog: str = ""
 
@@ -48,10 +48,12 @@ class Help:
 def parse_flags(
     kind: type, program: str, argv: list[str], describe: Callable[[], Help] = Help
 ) -> dict[str, Any]:
-    """What the user typed, and nothing else: field name -> value. Raises UserError for flags and
-    values that don't fit. --help prints all flags, with what describe() adds, and exits.
+    """Returns the flags that the user typed, and no defaults, as field name -> value. Raises
+    UserError for unknown flags and values of the wrong type. If argv asks for --help, prints all
+    flags, with what describe() returns, and exits.
 
-    kind: a dataclass of fields made by `flag`; those of a dataclass inside of it are flags too.
+    kind: a dataclass with fields made by `flag`; a dataclass nested in it adds its fields as flags.
+    program: the script's name in the help.
     """
     hints = typing.get_type_hints(kind)
     kinds = [hints[f.name] for f in dataclasses.fields(kind)]
@@ -78,7 +80,9 @@ def parse_flags(
 
 
 def _plain(value: Any, path_flag: str) -> Any:
-    """What the parser found as a field has it: lists as tuples, and in paths no ~."""
+    """Converts a parsed value to what a field holds: a list to a tuple, and a leading ~ in a path
+    to the home directory. path_flag: the flag that has the value if that is a path, else "".
+    """
     if isinstance(value, list):
         return tuple(_plain(v, path_flag) for v in value)
     if path_flag and isinstance(value, str) and value.startswith("~"):
@@ -87,7 +91,7 @@ def _plain(value: Any, path_flag: str) -> Any:
 
 
 def _hint(given: str, flags: list[str], fields: list[dataclasses.Field[Any]]) -> str:
-    """What to type in place of an argument that is not known."""
+    """The end of the error message for an unknown argument: what to type in its place."""
     name = given.split("=")[0].lstrip("-").replace("_", "-").lower()
     for field in fields:
         if field.metadata["short_for"] and f"--{name}" == f"--no-{flag_name(field.name)[2:]}":
@@ -108,7 +112,7 @@ def _hint(given: str, flags: list[str], fields: list[dataclasses.Field[Any]]) ->
 
 
 def _metavar(field: dataclasses.Field[Any], kind: Any) -> str:
-    """What --help calls the value of a flag."""
+    """The placeholder that --help shows for the value of a flag (argparse's metavar)."""
     known = field.metadata["metavar"]
     if field.metadata["choices"]:
         known = "{" + ",".join(field.metadata["choices"]) + "}"
@@ -117,7 +121,7 @@ def _metavar(field: dataclasses.Field[Any], kind: Any) -> str:
 
 
 def _as_shown(value: Any) -> str:
-    """A value as --help shows it."""
+    """A value as --help prints it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, (tuple, list)):

@@ -1,8 +1,8 @@
-"""What other trainers call a setting, and what to give here."""
+"""The names that other trainers give to settings, and what to give here instead."""
 
 from __future__ import annotations
 
-# How other trainers call a setting: what to give here. Underscores are hyphens there.
+# Name of a flag in other trainers, with hyphens for underscores -> what to give here.
 FOREIGN = {
     **dict.fromkeys(("learning-rate", "max-lr", "peak-lr"), "--lr"),
     **dict.fromkeys(

@@ -1,4 +1,4 @@
-"""File locks of the operating system: they end with the process that has them, however it ends."""
+"""File locks of the operating system, released when their process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ except ImportError:  # Windows
 
 
 def need_locks() -> ModuleType:
-    """Raises UserError on a system without file locks; else returns the module that has them."""
+    """Returns the module with the file locks, fcntl. Raises UserError on a system that has none."""
     if fcntl is None:
         raise UserError(
             "this Python has no file locks (fcntl), which keep two runs apart; use Linux or macOS, "
@@ -27,8 +27,9 @@ def need_locks() -> ModuleType:
 
 
 def lock(file: IO[Any], wait: bool = True) -> bool:
-    """Locks an open file until it is closed or the process ends; False where another process has
-    it and this one is not to wait. Raises UserError, or OSError.
+    """Takes an exclusive lock on an open file, held until the file is closed or the process ends.
+    Returns False if another process holds it and `wait` is false, else True. Raises UserError on a
+    system without file locks, and OSError if locking fails.
     """
     known = need_locks()
     try:
@@ -39,8 +40,9 @@ def lock(file: IO[Any], wait: bool = True) -> bool:
 
 
 def hold(path: Path, what: str, flag: str) -> IO[str]:
-    """Takes the lock file that stands for `what`, until the result is closed or the process ends.
-    Raises OSError, or UserError that says who has it and which flag to give.
+    """Locks the lock file at `path` and returns it open: the lock is held until that is closed or
+    the process ends. Raises OSError, or UserError if another process holds the lock; the message
+    names `what` is in use, the process that holds it, and the `flag` to change.
     """
     file = open(path, "a+")  # noqa: SIM115
     if not lock(file, wait=False):

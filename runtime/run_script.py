@@ -1,4 +1,4 @@
-"""Runs a script: its exit code, and one line in place of a traceback for a mistake of the user."""
+"""Runs a script: exit codes, and one line instead of a traceback for a mistake of the user."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from runtime.console import accept_any_text, visible
 from runtime.setting_fields import UserError
 
-_NO_MEMORY = ("out of memory", "can't allocate memory")  # in what torch says
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # parts of torch's error messages
 
 
 def _rank_prefix() -> str:
@@ -21,9 +21,9 @@ def run_script(
     body: Callable[[list[str]], int | None],
     is_first_reporter: Callable[[str], bool] = lambda text: True,
 ) -> None:
-    """Runs a script's body on the command line; it returns the exit code, None for 0. A user's
-    mistake ends it with one line and exit code 2. is_first_reporter(line): whether no other rank
-    has printed it.
+    """Calls body with the command-line arguments and exits with the code that it returns; None is
+    0. UserError and lack of memory end the script with one line on standard error and exit code 2.
+    is_first_reporter(line): whether no other rank has printed this line.
     """
     accept_any_text()
     try:
@@ -46,7 +46,7 @@ def run_script(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # who read the output has gone, as head does
+    except BrokenPipeError:  # the reader of the output has closed it, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     if code:

@@ -1,4 +1,4 @@
-"""Settings as dataclasses whose fields check themselves, and the error for a mistake of the user.
+"""Dataclass fields that describe and check a setting, and the error for a mistake of the user.
 
 `flag` describes one field; the command line (runtime/flags.py) is made from such fields.
 """
@@ -14,9 +14,9 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake of the user: one line that says what was given, what is allowed, what to try.
+    """A mistake of the user, in one line that says what was given, what is allowed and what to try.
 
-    of_all: all ranks have found it together, so it does not matter which one says it.
+    of_all: all ranks raise the same error, so the printed message does not name a rank.
     """
 
     def __init__(self, text: str, of_all: bool = False) -> None:
@@ -40,12 +40,14 @@ def flag(
     metavar: str = "",
     short_for: str = "",
 ) -> Any:
-    """One setting: default, help of its flag with the unit, and the values that it may take.
+    """Returns a dataclass field for one setting, with its default, the help text of its flag (which
+    names the unit), and the values that are allowed.
 
-    fixed: another value makes another run, so --resume takes it only with --allow-change. word:
-    what a flag that is on when given alone also takes, as in --resume auto. metavar: what --help
-    calls the value; with PATH in it, a typed ~ is the home directory. short_for: the flag and value
-    that it is another name of; such a flag has no negation.
+    fixed: with another value it would be another run, so --resume accepts a change only with
+    --allow-change. positional: the values are given without a flag. word: the one value that a
+    boolean flag accepts besides being given alone, as in --resume auto. metavar: the placeholder
+    for the value in --help; if it contains PATH, a leading ~ becomes the home directory. short_for:
+    the flag and value that this flag abbreviates; it then has no --no- form.
     """
     limits = {"choices": choices, "at_least": at_least, "at_most": at_most}
     named = {"word": word, "metavar": metavar, "short_for": short_for}
@@ -54,8 +56,8 @@ def flag(
 
 
 def check_fields(settings: Any) -> None:
-    """Raises UserError where a field has the wrong type, is not finite, or lies outside of what
-    its flag allows.
+    """Raises UserError if a field has the wrong type, is not finite, or is outside of what its flag
+    allows. An int in a float field becomes a float.
     """
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
@@ -83,7 +85,9 @@ def check_fields(settings: Any) -> None:
 
 
 def choose(name: str, given: str, allowed: Mapping[str, Any]) -> Any:
-    """What `given` stands for in `allowed`. Raises UserError that names those that are close."""
+    """Returns allowed[given]. Raises UserError if there is none, which lists the allowed words and
+    those that are spelled like `given`. name: the setting, for the message.
+    """
     if given not in allowed:
         close = difflib.get_close_matches(given[:80], allowed, n=2, cutoff=0.4)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""

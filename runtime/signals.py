@@ -15,38 +15,41 @@ from runtime.locks import need_locks
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 _STOPPING = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-_ONE_EVENT_SECONDS = 2.0  # torchrun repeats to its workers what all its processes were sent
+_ONE_EVENT_SECONDS = 2.0  # torchrun forwards a signal that its workers have also got themselves
 
 
 class StopSignals:
-    """From `install()` until it is left, the first SIGTERM, SIGINT (Ctrl-C), SIGHUP or SIGUSR1 is
-    only noted, for the loop to end after its step; the second ends the process at once. A signal
-    that was ignored before, as under nohup, stays ignored.
+    """A context manager that lets signals stop a run after its current step. Once `install()` was
+    called, the first SIGTERM, SIGINT (Ctrl-C), SIGHUP or SIGUSR1 is only noted in `signal`, for the
+    training loop to end; the same signal a second time (under torchrun, after 2 s) ends the process
+    at once. A signal that was ignored before, as under nohup, stays ignored.
 
-    A thread hears them, so a second Ctrl-C need not wait until the main thread has finished a long
-    computation.
+    A thread receives the signals, so a second Ctrl-C need not wait until the main thread has
+    finished a long computation.
     """
 
     def __init__(self) -> None:
-        self.signal = 0  # the one that was noted
+        self.signal = 0  # number of the signal that was noted; 0 = none
         self._heard_at = 0.0
         self._one_event = _ONE_EVENT_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
         self._old: dict[signal.Signals, Any] = {}  # handlers before install()
 
     def __enter__(self) -> StopSignals:
-        """Raises UserError, before anything is read, on a system where runs could not be kept
-        apart.
+        """Raises UserError, before anything is read, on a system without file locks, which keep two
+        runs apart. No signal is caught before `install()`.
         """
         need_locks()
         return self
 
     def install(self) -> None:
-        """Until here a signal ends the process as usual: there is nothing to save yet."""
+        """Starts to catch the signals. Before this call a signal ends the process as usual, since
+        there is nothing to save yet.
+        """
         read, write = os.pipe()
         os.set_blocking(write, False)
         self._write, self._old_fd = write, signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._old = {
-            s: signal.signal(s, lambda *_: None)  # noted by the thread; this keeps the default off
+            s: signal.signal(s, lambda *_: None)  # _listen notes it; this replaces the default
             for s in _STOPPING
             if signal.getsignal(s) != signal.SIG_IGN
         }
@@ -80,14 +83,15 @@ class StopSignals:
 
 
 def print_stderr(text: str) -> None:
-    """A line on stderr, wherever that leads."""
+    """Prints a line on standard error; if writing fails, as to a closed pipe, nothing happens."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 def end_with_parent() -> None:
-    """Lets this process get a SIGTERM when the one that started it is gone, as torchrun's workers
-    and pool workers don't otherwise. Polls, since PR_SET_PDEATHSIG exists on Linux alone.
+    """Starts a thread that sends this process a SIGTERM once the process that started it has ended;
+    torchrun's workers and pool workers would otherwise live on. It polls each second, since
+    PR_SET_PDEATHSIG exists on Linux alone.
     """
     parent = os.getppid()
 

@@ -1,3 +1,3 @@
-"""From the command line to the settings of a run: presets, the batch, and where its files are. The
+"""How a command line becomes the settings of a run: presets, batch sizes and file paths. The
 settings themselves are in config.py. Start reading in command_line.py.
 """

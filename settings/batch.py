@@ -1,4 +1,4 @@
-"""The global batch, and the micro-batches that it is computed in."""
+"""The global batch of an optimizer step, and the micro-batches into which it is divided."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from runtime.setting_fields import UserError
 
 
 def data_parallel_size(script: str, args: Settings, typed: Mapping[str, Any], world: int) -> int:
-    """How many ranks see data of their own. Raises UserError where the processes don't fit."""
+    """The number of data-parallel ranks: the `world` processes divided by tensor_parallel_size.
+    Raises UserError if that is no whole number, or if a script for one process is to run in
+    parallel.
+
+    script: "train_minimal" or "train_ddp". typed: the flags that the user typed.
+    """
     parts = args.tensor_parallel_size
     if args.use_tensor_parallel and typed.get("tensor_parallel_size", world) != world:
         raise UserError(
@@ -32,12 +37,12 @@ def data_parallel_size(script: str, args: Settings, typed: Mapping[str, Any], wo
 
 
 def resolve_batch(args: Settings, typed: Mapping[str, Any], world: int, known: int) -> Settings:
-    """The settings with global batch, micro-batch (batch_size) and grad_accum_steps that fit each
-    other.
+    """Returns the settings with global_batch_size, batch_size (the micro-batch) and
+    grad_accum_steps that fit each other.
 
-    typed: what the user typed. world: the number of data-parallel ranks. known: the global batch of
-    the preset or of the run to resume, 0 if there is none. Raises UserError if the sizes don't
-    divide each other, or if a resumed run would get another global batch.
+    typed: the flags that the user typed. world: the number of data-parallel ranks. known: the
+    global batch of the preset or of the run to resume, 0 if there is none. Raises UserError if the
+    sizes don't divide each other, or if a resumed run would get another global batch.
     """
     total = _global_batch(args, typed, world, known)
     if args.resume and known and total != known and "global_batch_size" not in args.allow_change:
@@ -54,9 +59,10 @@ def resolve_batch(args: Settings, typed: Mapping[str, Any], world: int, known: i
 
 
 def _global_batch(args: Settings, typed: Mapping[str, Any], world: int, known: int) -> int:
-    """Sequences per optimizer step: the number that was typed, or batch_size x grad_accum_steps x
-    ranks where both of those were, or the known one. A new run rounds a preset's to a multiple of
-    the ranks, which the preset did not foresee.
+    """The number of sequences per optimizer step: global_batch_size if that was typed; batch_size x
+    grad_accum_steps x ranks if both of these were typed or no size is known; else the known size. A
+    new run rounds a preset's size to a multiple of the ranks, whose number the preset did not
+    foresee.
     """
     micro, accum = typed.get("batch_size"), typed.get("grad_accum_steps")
     if typed.get("global_batch_size"):
@@ -67,9 +73,12 @@ def _global_batch(args: Settings, typed: Mapping[str, Any], world: int, known: i
 
 
 def _micro_batch(args: Settings, typed: Mapping[str, Any], world: int, total: int) -> int:
-    """Sequences per rank and micro-step: what was typed, or what grad_accum_steps that was typed
-    makes of the global batch, or the largest that divides it and is no larger than args.batch_size.
-    Raises UserError where a rank's part of the global batch is no multiple of it.
+    """The number of sequences per rank and micro-step: the batch_size that was typed, or the rank's
+    part of the global batch divided by the grad_accum_steps that were typed, or else the largest
+    divisor of that part up to args.batch_size. Raises UserError if the micro-batch does not divide
+    it.
+
+    total: the global batch in sequences.
     """
     micro, accum = typed.get("batch_size"), typed.get("grad_accum_steps")
     rows = total // world

@@ -1,7 +1,8 @@
-"""What has to be settled before torch loads: every script imports this first.
+"""What must happen before torch loads; every script imports this module first.
 
-Loading torch takes seconds. Meanwhile the OpenMP library reads from the environment how its threads
-are to wait for each other (runtime/threads.py), and a user who asks for help need not wait for it.
+While torch loads, the OpenMP library reads from the environment how its threads are to wait for
+each other (set in runtime/threads.py). And --help is answered here, since loading torch takes
+seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _FLAGS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
 
 
 def answer_help() -> None:
-    """Prints the help of the script that was started, if that is asked for, and exits."""
+    """Prints the help of the running script and exits, if its arguments ask for help."""
     script = os.path.basename(sys.argv[0])
     if script in _FLAGS and {"-h", "--help"} & set(sys.argv[1:]):
         _FLAGS[script](sys.argv[1:])

@@ -1,5 +1,5 @@
-"""The settings of a trainer from its command line: what was typed, then what the checkpoint or the
-preset says, then the defaults.
+"""Makes the settings of a training run from its command line. Typed flags win over the checkpoint
+(with --resume) or the preset, and these over the defaults.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ def parse_settings(
     saved: Callable[[str], Mapping[str, Any]] | None = None,
     restarted: bool = False,
 ) -> Settings:
-    """Settings of a trainer from its command line. Raises UserError.
+    """Returns the settings of a training run from its command line. Raises UserError.
 
     script: "train_minimal" or "train_ddp", for the default paths. world: number of processes, for
-    the global batch. saved(path): the flat settings stored in a checkpoint, asked for with
-    --resume. restarted: by a launcher that repeats the command. Then, and with --resume auto, a
-    checkpoint that is there is of this very run, which continues.
+    the global batch. saved(path): returns the flat settings stored in a checkpoint; called if the
+    run may be one to resume. restarted: the launcher has repeated the command after a failure.
+    Then, and with --resume auto, a checkpoint at the path is taken as one of this very run, which
+    continues.
     """
     typed = trainer_flags(script, argv)
     path = in_folder(typed.get("checkpoint_path", ""), default_checkpoint(script))
@@ -66,7 +67,9 @@ def _found(
     repeated: bool,
     saved: Callable[[str], Mapping[str, Any]] | None,
 ) -> dict[str, Any]:
-    """The settings of the checkpoint to continue; empty where the run is to start."""
+    """The settings stored in the checkpoint to continue; empty if a new run is to start. Raises
+    NothingSaved if there is no checkpoint and --resume was typed without auto.
+    """
     if not (repeated or typed.get("resume")):
         return {}
     try:
@@ -80,10 +83,12 @@ def _found(
 def _resumed(
     found: dict[str, Any], typed: Mapping[str, Any], script: str, path: str
 ) -> dict[str, Any]:
-    """The settings of a checkpoint where those that were typed leave them."""
+    """The settings of the checkpoint to continue, without those that the typed flags or the script
+    replace; the log folder is the one where the logs are now.
+    """
     base = BEFORE | found
     _move_logs(base, path)
-    if script != "train_ddp":  # how the run was spread is no part of what it is
+    if script != "train_ddp":  # how a run is spread over processes may change
         for name in _SPREAD:
             base.pop(name, None)
     if typed.get("no_amp") or typed.get("bf16"):
@@ -94,7 +99,9 @@ def _resumed(
 
 
 def _refuse_contradictions(typed: dict[str, Any], repeated: bool) -> None:
-    """Raises UserError where flags that were typed exclude each other."""
+    """Raises UserError if typed flags exclude each other. Replaces hyphens by underscores in the
+    names of --allow-change.
+    """
     if "preset" in typed and typed.get("resume") and not repeated:
         raise UserError(
             "--preset with --resume: the run keeps its own settings; give single flags to "
@@ -114,7 +121,7 @@ def _refuse_contradictions(typed: dict[str, Any], repeated: bool) -> None:
             raise UserError("--allow-change is about a run to continue; give --resume too")
 
 
-# What nothing reads unless other settings are so: names, when they are read, and the flag for that.
+# Settings that only some runs read: their names, which runs do, and what to give for such a run.
 _READ: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] = (
     (("decay_ratio",), lambda a: a.lr_scheduler == "wsd", "--lr-scheduler wsd"),
     (("min_lr",), lambda a: a.lr_scheduler != "none", "a --lr-scheduler that is not none"),
@@ -131,7 +138,9 @@ _READ: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] = (
 
 
 def _refuse_unread(typed: Mapping[str, Any], args: Settings) -> None:
-    """Raises UserError where something was typed that means nothing here."""
+    """Raises UserError if a typed flag has no effect together with the other settings, or if min_lr
+    or WANDB_MODE has no allowed value.
+    """
     if -1 < typed.get("min_lr", 0) < 0:
         raise UserError(
             f"min_lr={args.min_lr} is below 0; give 0 or more, or -1 for a tenth of --lr"
@@ -145,8 +154,9 @@ def _refuse_unread(typed: Mapping[str, Any], args: Settings) -> None:
 
 
 def _move_logs(saved: dict[str, Any], path: str) -> None:
-    """Logs that lay below the folder of the checkpoint have gone where that is now, unless they
-    are still there.
+    """Corrects log_dir in the saved settings of a run whose folder was moved. Logs that lay below
+    the folder of the checkpoint are now looked for below the folder of `path`, unless only the old
+    log folder exists.
     """
     old, logs = os.path.dirname(saved.get("checkpoint_path", "")), saved.get("log_dir", "logs")
     below = os.path.relpath(logs, old or ".")
@@ -156,7 +166,9 @@ def _move_logs(saved: dict[str, Any], path: str) -> None:
 
 
 def _refuse_changes(saved: Mapping[str, Any], args: Settings) -> None:
-    """Raises UserError where a resumed run would no longer be the same run."""
+    """Raises UserError if settings that define a run (`fixed`) are not as in its checkpoint, unless
+    --allow-change names them.
+    """
     fixed = [
         field.name
         for kind in (GPTConfig, Settings)
@@ -173,8 +185,9 @@ def _refuse_changes(saved: Mapping[str, Any], args: Settings) -> None:
 
 
 def trainer_flags(script: str, argv: list[str]) -> dict[str, Any]:
-    """What was typed of the flags of a trainer. --help shows what the rest of the command line
-    would use, and exits. Raises UserError.
+    """Returns the flags of a trainer that the user typed, as field name -> value. If argv asks for
+    --help, prints each flag with the value that the rest of the command line gives it, and exits.
+    Raises UserError.
     """
 
     def describe() -> Help:
@@ -186,8 +199,8 @@ def trainer_flags(script: str, argv: list[str]) -> dict[str, Any]:
 
 
 def _values_of_command(script: str, argv: list[str]) -> dict[str, Any]:
-    """The settings of a command line that also asks for help; where it is not complete, those of
-    the script alone.
+    """The flat settings of a command line that also asks for help. If the rest of it is not valid
+    alone, these are the settings of the script without flags.
     """
     rest = [x for x in argv if x not in ("-h", "--help")]
     try:
@@ -198,7 +211,7 @@ def _values_of_command(script: str, argv: list[str]) -> dict[str, Any]:
 
 
 def _preset_table() -> str:
-    """The presets, a line for each, with what tells them apart."""
+    """A text table of the presets, one per line, with the settings in which they differ."""
     columns = ["arch", "n_layers", "n_heads", "d_model", "seq_len", "global_batch_size"]
     columns += ["num_steps", "optimizer", "lr", "lr_scheduler", "warmup_steps"]
     usual = {f.name: f.default for k in (GPTConfig, Settings) for f in dataclasses.fields(k)}

@@ -1,4 +1,4 @@
-"""Where the files of a run are, and how they are called."""
+"""The paths of a run's checkpoints and logs, and new names for the files of earlier runs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from runtime.setting_fields import UserError
 
 
 def default_checkpoint(script: str) -> str:
-    """Where a trainer saves unless told otherwise."""
+    """The path where a trainer ("train_minimal" or "train_ddp") saves without --checkpoint-path."""
     return f"checkpoints/minigpt_{'ddp' if script == 'train_ddp' else 'single'}.pt"
 
 
 def in_folder(path: str, default: str) -> str:
-    """The path, or in a folder the file there with the name of the default path; "" is that."""
+    """Returns a complete file path: a folder (an existing one, or a path that ends in /) gets the
+    file name of `default` appended, and an empty path becomes `default`.
+    """
     if path and (path.endswith("/") or os.path.isdir(path)):
         return os.path.join(path, os.path.basename(default))
     return path or default
 
 
 def checkpoint_in(path: str) -> str:
-    """The path of a checkpoint to read; of a folder, that of the trainer whose usual name is there.
-    Raises UserError where both are.
+    """The path of the checkpoint to read. In a folder it is the one with a trainer's default file
+    name. Raises UserError if the folder has those of both trainers, or only other checkpoints.
     """
     usual = [in_folder(path, default_checkpoint(x)) for x in ("train_minimal", "train_ddp")]
     found = [p for p in dict.fromkeys(usual) if os.path.exists(p)]
@@ -43,8 +45,8 @@ def checkpoint_in(path: str) -> str:
 
 
 def log_base(args: Settings) -> Path:
-    """What the logs of a run are called, without their endings: in log_dir, as its checkpoint is,
-    or for a trainer's default checkpoint as the trainer.
+    """The path of a run's logs without their suffixes. It lies in log_dir and has the name of the
+    checkpoint, or the name of the trainer if the checkpoint is at the trainer's default path.
     """
     name = Path(args.checkpoint_path).stem
     for script in ("train_minimal", "train_ddp"):
@@ -57,7 +59,7 @@ LABELS = r"previous|best|step\d+"
 
 
 def run_files(path: Path) -> list[Path]:
-    """All checkpoints of the run at `path`."""
+    """All existing checkpoints of the run at `path`: latest, previous, best, and those kept."""
     target = target_of(path)
     if not target.parent.is_dir():
         return []
@@ -67,8 +69,9 @@ def run_files(path: Path) -> list[Path]:
 
 
 def free_number(path: Path, logs: Path) -> int:
-    """The first number that nothing has been set aside with, neither checkpoints of runs at `path`
-    nor their metrics, which are at `logs`.jsonl: what belongs together gets the same one.
+    """The first number that is in the name of no renamed file of an earlier run, neither of a
+    checkpoint of `path` nor of the metrics at `logs`.jsonl, so that the files of one run get the
+    same number.
     """
     target, taken = target_of(path), set[str]()
     stem, suffix = re.escape(target.stem), re.escape(target.suffix)
@@ -83,8 +86,9 @@ def free_number(path: Path, logs: Path) -> int:
 
 
 def archive_existing(files: list[Path], number: int) -> list[str]:
-    """Gives files of an earlier run this number in their names; returns a line that says so, or
-    nothing. Raises UserError.
+    """Renames those of the files that exist, so that their names contain the number. Returns one
+    line about it for the log, or an empty list if no file exists. Raises UserError if renaming
+    fails.
     """
     files = [f for f in files if os.path.lexists(f)]
     try:
@@ -97,12 +101,12 @@ def archive_existing(files: list[Path], number: int) -> list[str]:
 
 
 def _numbered(file: Path, number: int) -> Path:
-    """name.best.pt -> name.1.best.pt, which is then the best of name.1.pt."""
+    """The path with a number in it: name.best.pt -> name.1.best.pt, the best of name.1.pt."""
     parts = re.fullmatch(rf"(.+?)((\.({LABELS}))?(\.\w+)?)", file.name)
     assert parts is not None, "the first part takes what the others don't"
     return file.with_name(f"{parts[1]}.{number}{parts[2]}")
 
 
 def variant_path(path: str | Path, label: str) -> Path:
-    """`name.label.pt` beside `name.pt`."""
+    """The path `name.label.pt` beside `name.pt`."""
     return Path(path).with_name(f"{Path(path).stem}.{label}{Path(path).suffix}")

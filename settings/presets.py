@@ -1,4 +1,4 @@
-"""Presets: named sets of defaults, and what other flags change in them."""
+"""Presets: named sets of defaults, and how typed flags change them."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-xl": dict(_GPT2, n_layers=48, n_heads=25, d_model=1600, lr=2e-4),
 }
 
-# What a preset made for Muon has with --optimizer adamw instead: without Muon's even steps, large
-# rates need a warm-up and are still too large.
+# Values of presets made for Muon that --optimizer adamw replaces: Muon's updates are even in size,
+# and AdamW needs smaller rates and a warm-up.
 WITH_ADAMW: dict[str, dict[str, Any]] = {
     "quickstart": dict(lr=3e-3, warmup_steps=50),
     "modern-small": dict(lr=9e-4, warmup_steps=1250),
@@ -51,7 +51,10 @@ WITH_ADAMW: dict[str, dict[str, Any]] = {
 
 
 def preset_values(preset: str, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a preset where the flags that were typed leave them. Raises UserError."""
+    """The values of a preset, without those that the typed flags make meaningless, and with the
+    AdamW rates or a shorter warm-up if the flags ask for AdamW or few steps. Raises UserError for
+    an unknown preset.
+    """
     values = dict(choose("preset", preset, PRESETS))
     if typed.get("data_mode") == "fineweb_npy" or typed.get("train_npy"):
         values.pop("tokenizer_name", None)  # shards need none, and its files may not be at hand
@@ -65,7 +68,9 @@ def preset_values(preset: str, typed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def notes_on_preset(args: Settings) -> list[str]:
-    """Which rates of its preset a run does not have because of flags that don't name them."""
+    """Notes for the log: whether the learning rate or the warm-up is not the preset's usual one
+    because of a flag that does not name it.
+    """
     preset = PRESETS.get(args.preset, {})
     own = WITH_ADAMW.get(args.preset, {}) if args.optimizer == "adamw" else {}
     planned = (preset | own).get("warmup_steps", 0)

@@ -1,4 +1,4 @@
-"""What the environment decides where a setting is auto."""
+"""The mode of Weights & Biases, from the settings or the environment."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from runtime.setting_fields import choose
 
 
 def wandb_mode(args: Settings) -> str:
-    """online, offline or disabled: what the settings say, or with auto the environment. Raises
-    UserError for a WANDB_MODE that is none of those that wandb knows.
+    """The mode of Weights & Biases, "online", "offline" or "disabled": that of the settings, or if
+    they say auto, that of the environment variable WANDB_MODE, or online. Raises UserError for a
+    WANDB_MODE that wandb does not know.
     """
     if args.wandb_mode != "auto":
         return args.wandb_mode
