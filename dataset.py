@@ -1,5 +1,4 @@
-"""Opens the data of a run (text, token shards or random tokens), holds out its validation part, and
-reads the batches of each step.
+"""Opens the data of a run (text, token shards or random tokens), and holds out its validation part.
 
 All data is a `TokenDataset` (corpus/token_dataset.py): a range of tokens cut into windows of
 seq_len. The windows of step k depend on the seed and k alone, so a resumed run sees the same
@@ -12,12 +11,9 @@ import dataclasses
 import glob
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from config import Settings
 from corpus.contamination import REFUSED_SHARE, refuse_copies, refuse_leak, repeated_files, some
@@ -32,8 +28,6 @@ from corpus.shards import (
 from corpus.token_dataset import TokenDataset
 from corpus.tokenizer import Tokenizer, build_tokenizer
 from corpus.tokenizing import TOKENIZER_FILE, note_on_documents, tokenize_files
-from parallel.context import SINGLE_PROCESS, ParallelContext
-from runtime.device import Device
 from runtime.files import expanded
 from runtime.setting_fields import UserError
 
@@ -263,41 +257,6 @@ def data_record(train: TokenDataset, val: TokenDataset) -> dict[str, Any]:
     """
     tokenizer = train.tokenizer.to_json() if train.tokenizer else ""
     return {"train": train.describe(), "val": val.describe(), "tokenizer": tokenizer}
-
-
-class Prefetch:
-    """Reads the global batch of the next step in a thread while the current step is computed.
-
-    The content of a batch depends on its step alone, so prefetching changes only when it is read.
-    On CUDA the batch is in pinned memory, from which copies overlap with computing.
-    """
-
-    def __init__(
-        self,
-        train: TokenDataset,
-        args: Settings,
-        device: Device,
-        parallel: ParallelContext = SINGLE_PROCESS,
-    ) -> None:
-        self._read = lambda step: train.global_batch(step, args, parallel.dp_rank, parallel.dp_size)
-        self._pin, self._pool = (
-            device.torch_device.type == "cuda",
-            ThreadPoolExecutor(1, "prefetch"),
-        )
-        self._next: tuple[int, Future[Tensor]] | None = None
-
-    def __call__(self, step: int) -> Tensor:
-        """This rank's rows of the global batch of optimizer step `step`: (rows, T) int64. Starts to
-        read those of the step after it.
-        """
-        ahead = self._next
-        batch = ahead[1].result() if ahead and ahead[0] == step else self._fetch(step)
-        self._next = (step + 1, self._pool.submit(self._fetch, step + 1))
-        return batch
-
-    def _fetch(self, step: int) -> Tensor:
-        batch = self._read(step)
-        return batch.pin_memory() if self._pin else batch
 
 
 def with_vocab_size(args: Settings, vocab_size: int, tokenizer_name: str) -> Settings:

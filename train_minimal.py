@@ -5,7 +5,7 @@ import settings.before_torch  # noqa: F401  # before torch loads
 from checkpoint import resumable_settings
 from checkpointing.manager import CheckpointManager
 from config import Settings
-from dataset import Prefetch, data_record, open_data
+from dataset import data_record, open_data
 from model import GPTModel
 from parallel.rendezvous import is_first_reporter, must_be_alone
 from reporting.run_log import RunLog
@@ -18,6 +18,7 @@ from training.compilation import compile_model
 from training.evaluation import evaluate, starts_with_evaluation
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer
+from training.prefetch import Prefetch
 from training.sampling import sample
 from training.step import RunState, check_finite, due, train_step
 

@@ -23,7 +23,7 @@ from benchmarks.common import (
     synchronize,
 )
 from config import Settings
-from dataset import Prefetch, open_data
+from dataset import open_data
 from model import GPTModel
 from runtime.device import Device, pick_device, tune
 from settings.command_line import parse_settings
@@ -31,6 +31,7 @@ from training.activation_recompute import recompute_activations
 from training.compilation import compile_model
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer
+from training.prefetch import Prefetch
 from training.step import RunState, train_step
 
 # Dense bfloat16 matrix products, FLOP/s, as their maker's data sheets say.

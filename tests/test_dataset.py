@@ -11,7 +11,6 @@ from corpus.mixtures import Mixture, share_out, weighted
 from corpus.token_dataset import TokenDataset
 from dataset import (
     FineWebNPYDataset,
-    Prefetch,
     TextDatasetForCausalLM,
     ToyRandomDataset,
     build_tokenizer,
@@ -21,6 +20,7 @@ from dataset import (
 )
 from runtime.setting_fields import UserError
 from settings.command_line import parse_settings
+from training.prefetch import Prefetch
 
 
 class Counting:
