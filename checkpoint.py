@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpointing.commands import VERBS, CheckpointSettings
+from checkpointing.commands import CheckpointSettings, run_command
 from checkpointing.file_format import CheckpointReader
 from checkpointing.reading import (
     FORMAT,
@@ -38,7 +38,7 @@ from model import GPTModel
 from runtime.files import expanded
 from runtime.flags import parse_flags
 from runtime.run_script import run_script
-from runtime.setting_fields import UserError, choose
+from runtime.setting_fields import UserError
 from training.optimizers import note_on_rising_rate
 from training.step import RunState
 
@@ -262,16 +262,9 @@ def load_model(path: str | Path, tokenizer_name: str = "") -> TrainedModel:
     return TrainedModel(model.eval(), tokenizer, settings, data)
 
 
-def main(args: CheckpointSettings) -> None:
-    """Runs a command of checkpoint.py: args.verb is its name, followed by the files."""
-    if len(args.verb) < 2:
-        raise UserError(f"say what to do with which files: checkpoint.py {'|'.join(VERBS)} FILE...")
-    choose("verb", args.verb[0], VERBS)(args.verb[1:])
-
-
 if __name__ == "__main__":
     run_script(
-        lambda argv: main(
+        lambda argv: run_command(
             CheckpointSettings(**parse_flags(CheckpointSettings, "checkpoint.py", argv))
         )
     )

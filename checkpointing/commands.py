@@ -12,10 +12,13 @@ import torch
 from checkpointing.file_format import (
     printable,
 )
-from checkpointing.reading import ENTRIES, open_checkpoint
+from checkpointing.reading import (
+    ENTRIES,
+    open_checkpoint,
+)
 from checkpointing.writing import named_tensors
 from corpus.tokenizer import write_tokenizer_file
-from runtime.setting_fields import UserError, check_fields, flag
+from runtime.setting_fields import UserError, check_fields, choose, flag
 
 
 @dataclass(frozen=True)
@@ -128,3 +131,10 @@ def write_tokenizer(paths: tuple[str, ...]) -> None:
 
 
 VERBS = {"verify": verify, "show": show, "compare": compare, "tokenizer": write_tokenizer}
+
+
+def run_command(args: CheckpointSettings) -> None:
+    """Runs a command of checkpoint.py: args.verb is its name, followed by the files."""
+    if len(args.verb) < 2:
+        raise UserError(f"say what to do with which files: checkpoint.py {'|'.join(VERBS)} FILE...")
+    choose("verb", args.verb[0], VERBS)(args.verb[1:])

@@ -819,7 +819,7 @@ def test_siblings_have_their_label_before_the_suffix(path, label, wanted):
 
 
 def command(*argv):
-    checkpoint.main(
+    inspection.run_command(
         CheckpointSettings(**parse_flags(CheckpointSettings, "checkpoint.py", list(argv)))
     )
 
