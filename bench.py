@@ -49,7 +49,7 @@ VERBS: dict[str, Callable[[BenchSettings], Rows | tuple[Rows, str]]] = {
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The rows as a table."""
+    """Prints the rows as a table."""
     cells = [
         {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows
     ]
@@ -59,7 +59,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main(args: BenchSettings) -> None:
-    """Runs one benchmark."""
+    """Runs one benchmark, prints its rows as a table, and writes them as JSON."""
     if len(args.verb) != 1:
         raise UserError(f"say what to measure: bench.py {'|'.join(VERBS)}")
     found = choose("benchmark", args.verb[0], VERBS)(args)

@@ -27,8 +27,9 @@ from training.evaluation import evaluate
 def validation_of(
     args: EvalSettings, settings: Settings, run: TrainedModel, where: str
 ) -> TokenDataset:
-    """What to evaluate the checkpoint `where` on: the data it recorded, or the files that the flags
-    name. Raises UserError.
+    """The data to evaluate a checkpoint on: the validation data that it recorded, or the files that
+    the flags name. settings, run: of the checkpoint; where: its path, for messages. Raises
+    UserError if the data are missing, too short, or not those recorded.
     """
     if args.val_data and not run.tokenizer:
         raise UserError(f"{where} names no tokenizer for --val-data; say which: --tokenizer-name")
@@ -54,7 +55,9 @@ def validation_of(
 
 
 def _changed(args: EvalSettings, settings: Settings, where: str) -> Settings:
-    """The settings of the run with what the flags say of its data. Raises UserError."""
+    """The settings of the run, with those about its data replaced by what the flags of eval.py say.
+    Raises UserError if a flag does not suit the model or the recorded data.
+    """
     longest = settings.model.max_position_embeddings
     if args.seq_len > longest:
         raise UserError(
@@ -85,8 +88,8 @@ def _changed(args: EvalSettings, settings: Settings, where: str) -> Settings:
 
 
 def _note_on_trained(val: TokenDataset, trained: dict[str, Any], where: str) -> list[str]:
-    """A line that says so where what is evaluated on was trained on. trained: the record of that in
-    the checkpoint.
+    """A list with one line of warning if tokens of `val` were trained on, else an empty list.
+    trained: the checkpoint's record of its training data; where: its path.
     """
     if trained.get("fingerprint") != val.describe()["fingerprint"]:
         return []

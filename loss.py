@@ -1,5 +1,5 @@
-"""Next-token cross-entropy in chunks: the (tokens, V) logits never exist at once, forward or
-backward.
+"""Next-token cross-entropy in chunks of tokens, so that the (tokens, V) logits never exist all at
+once, neither in the forward nor in the backward pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 IGNORE = -100  # a label with this value is not scored
 _CPU_LOGITS = 1 << 25  # logits of one chunk: 128 MiB in float32
-_GPU_LOGITS = 1 << 28  # a matrix product must be this large to fill an H100: 5,336 rows of GPT-2's
+_GPU_LOGITS = 1 << 28  # enough to fill an H100 with one product: 5,336 rows of GPT-2's logits
 _GPU_SHARE = (
     256  # bytes of a GPU's memory for each logit of a chunk, where that is the tighter limit
 )
@@ -28,14 +28,14 @@ def _itself(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which rows of the head this process has, and how to learn of the others: all of them, where
-    nothing else is said.
+    """The rows of the head (a range of token ids) that this process holds under tensor parallelism,
+    and how results are combined with those of the other parts. By default it holds all rows.
     """
 
     start: int = 0  # the token id of the first row
-    most_rows: int = 0  # of any part, so that all cut the tokens into the same chunks; 0 = its own
-    gather: Callable[[Tensor], Tensor] = lambda x: x[None]  # x of every part: (parts, *x.shape)
-    add: Callable[[Tensor], Tensor] = _itself  # the sum of x over the parts
+    most_rows: int = 0  # rows of the largest part, which sets the chunks of all; 0 = its own
+    gather: Callable[[Tensor], Tensor] = lambda x: x[None]  # all-gather: (parts, *x.shape)
+    add: Callable[[Tensor], Tensor] = _itself  # all-reduce: the sum over the parts
     join: Callable[[Tensor], Tensor] = _itself  # (..., V of this part) to (..., V); no gradients
 
 
@@ -52,10 +52,10 @@ def next_token_loss(
     """The summed next-token cross-entropy in nats and the number of scored tokens, two float32
     scalars (Radford et al. 2019, sec. 2). The first has gradients for hidden and weight.
 
-    hidden (B, T, C) float; weight (V, C) float, or the rows of it that this process has, as part
-    says; labels (B, T) int64, -100 is not scored. Position t predicts label t + 1. fused: the
-    elementwise work on each chunk of logits is compiled, which reads and writes them fewer times.
-    Raises ValueError if hidden and labels differ in (B, T).
+    hidden (B, T, C) float; weight (V, C) float, or this process's rows of it, which `part`
+    describes; labels (B, T) int64, -100 is not scored. Position t predicts label t + 1. fused: the
+    elementwise operations on each chunk of logits are compiled, which reads and writes the chunk
+    fewer times. Raises ValueError if hidden and labels differ in (B, T).
     """
     hidden, labels = _shifted(hidden, labels)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -73,8 +73,8 @@ def token_losses(
     part: VocabShard = WHOLE_VOCAB,
     fused: bool = False,
 ) -> Tensor:
-    """The same loss per position, for evaluation: (B, T - 1) float32 nats, 0 where not scored,
-    without gradients.
+    """The next-token cross-entropy of each position, for evaluation: (B, T - 1) float32 nats, 0
+    where not scored, without gradients. Arguments and errors are those of `next_token_loss`.
     """
     flat_hidden, flat_labels = _shifted(hidden, labels)
     losses = _token_losses(flat_hidden, weight, flat_labels, part, fused)
@@ -82,8 +82,9 @@ def token_losses(
 
 
 def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each position and what it predicts: (N, C) and (N,) for N = B T. The last position of a row
-    predicts nothing, which costs less than copying all others would.
+    """Flattens the hidden states and shifts the labels, so that row i of the first predicts entry i
+    of the second: (N, C) and (N,) for N = B T. The last position of a sequence gets the label -100,
+    which costs less than copying all others would.
     """
     if hidden.shape[:2] != labels.shape:
         raise ValueError(
@@ -99,9 +100,9 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def chunk_logits(device: torch.device) -> int:
-    """The most logits that exist at once on a device. It follows from the kind of device and not
-    from what is free on it at the moment: other chunks add gradients in another order, and a run
-    that resumes must add as the one that did not stop.
+    """The largest number of logits that exist at once on a device. It depends on the kind of device
+    and not on the memory that is free at the moment: other chunks would add gradients in another
+    order, and a resumed run must add them like one that never stopped.
     """
     if device.type != "cuda":
         return _CPU_LOGITS
@@ -109,13 +110,15 @@ def chunk_logits(device: torch.device) -> int:
 
 
 def workspace_bytes(vocab_size: int, half: bool, device: torch.device) -> float:
-    """What one chunk takes: its logits, and in 16 bits a second and a third time."""
+    """The memory in bytes for one chunk: its logits in 32 bits, and with `half` (fp16 or bf16
+    autocast) two more copies in 16 bits.
+    """
     return (8.0 if half else 4.0) * max(chunk_logits(device), 16 * vocab_size)
 
 
 def _chunk_rows(n: int, weight: Tensor, part: VocabShard) -> int:
-    """Rows of a chunk, the same for all chunks where the number of rows n allows it: no chunk then
-    has a shape that must be compiled again.
+    """The number of rows (tokens) of a chunk, out of n in all. If possible it divides n, so that
+    all chunks have the same shape and none must be compiled again.
     """
     most = max(16, chunk_logits(weight.device) // (part.most_rows or len(weight)))
     fewest = math.ceil(n / most)
@@ -124,15 +127,15 @@ def _chunk_rows(n: int, weight: Tensor, part: VocabShard) -> int:
 
 
 def _unused_columns(weight: Tensor, dtype: torch.dtype) -> int:
-    """Logits added so that their number is a multiple of 128, as the fast kernels of GPUs want it.
-    Nothing predicts them.
+    """The number of logits to add so that V becomes a multiple of 128, as the fast 16-bit kernels
+    of GPUs want it; 0 on a CPU or in float32. No label refers to these logits.
     """
     return -len(weight) % 128 if weight.is_cuda and dtype != torch.float32 else 0
 
 
 def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The head (V, C) in dtype, with rows of zeros for the unused columns; itself where it is that
-    already.
+    """The head (V, C) in dtype, with a row of zeros added for each unused column (see
+    `_unused_columns`); `weight` itself if nothing changes.
     """
     unused = _unused_columns(weight, dtype)
     if not unused:
@@ -144,17 +147,17 @@ def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _room(rows: int, w: Tensor) -> Tensor:
-    """Memory for the logits of a chunk: (rows, V). On a CPU each row starts at a multiple of 64
-    numbers: the product that writes them reached 184 GFLOP/s that way, and 140 with 50257 numbers
-    from row to row.
+    """An uninitialised buffer for the logits of a chunk: (rows, V). On a CPU its row stride is a
+    multiple of 64: the matrix product that fills it reached 184 GFLOP/s that way, and 140 with a
+    stride of 50257.
     """
     return w.new_empty(rows, len(w) + (-len(w) % 64 if w.device.type == "cpu" else 0))[:, : len(w)]
 
 
 def _row_sums(logits: Tensor, own: Tensor, size: int) -> Tensor:
-    """Of the first `size` columns of logits (rows, V): the largest of each row, the sum of
-    exp(logit - largest), and the logit of the label, 0 where another process has it: (3, rows)
-    float32. own (rows,) int64: the column of the label.
+    """For each row of logits (rows, V), over its first `size` columns: the largest logit, the sum
+    of exp(logit - largest), and the logit of the label, 0 where another process has it. Returns (3,
+    rows) float32. own (rows,) int64: the column of the label.
     """
     x = logits[:, :size].float()
     here = (own >= 0) & (own < size)
@@ -165,7 +168,9 @@ def _row_sums(logits: Tensor, own: Tensor, size: int) -> Tensor:
 
 
 def _into_gradients(logits: Tensor, own: Tensor, lse: Tensor, scored: Tensor, size: int) -> None:
-    """Turns logits into the gradient of their summed loss, in place: softmax - onehot(label)."""
+    """Turns logits into the gradient of their summed loss, in place: softmax - onehot(label). lse
+    (rows,): the logsumexp of each row; scored (rows,) float32: 1 where the row counts, else 0.
+    """
     column = torch.arange(logits.shape[1], device=logits.device)
     gradient = (logits.float() - lse[:, None]).exp() - (column == own[:, None]).float()
     logits.copy_((gradient * scored[:, None]).where(column < size, 0))
@@ -179,8 +184,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _chunk_losses(
     logits: Tensor, own: Tensor, size: int, part: VocabShard, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, logarithm of the summed exponentials, largest logit of this part), each (rows,)
-    float32. Unless fused, the float32 logits become exp(logits - largest): one pass less.
+    """Returns (loss, logsumexp over all parts, largest logit of this part), each (rows,) float32.
+    Unless fused, it overwrites the float32 logits with exp(logits - largest): one pass less.
     """
     if fused:
         sums = _compiled(_row_sums)(logits, own, size)
@@ -213,7 +218,9 @@ def _token_losses(
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b. Where a and b have 16 bits and out has 32, CUDA sums in 32."""
+    """Computes out = a @ b, or with `add` out += a @ b. Where a and b have 16 bits and out has 32,
+    CUDA accumulates in 32 if `adds_wide` says that it can.
+    """
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=int(add), out=out)
     elif adds_wide(out):
@@ -232,13 +239,13 @@ def adds_wide(out: Tensor) -> bool:
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """The summed loss whose forward pass also makes the gradients, so that no logit is kept or
-    computed twice.
+    """The summed loss as an autograd function whose forward pass also computes the gradients, so
+    that no logit is saved or computed twice.
 
     The gradient of the sum with respect to a chunk's logits is softmax(logits) - onehot(label),
     known as soon as the logits are. The matrix products run in `dtype` (that of autocast); softmax
-    and sums in float32. Where several processes have parts of the head, each makes the logits of
-    its part, and they exchange three numbers per token.
+    and sums in float32. Where several processes hold parts of the head, each computes the logits of
+    its part; they exchange three numbers per token, and sum their gradients of `hidden`.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The GPT model: tokens to logits and loss. Knows no rank, file or optimizer.
+"""The GPT model: from token ids to logits and loss. It knows nothing of ranks, files or optimizers.
 
 Shapes: B batch, T tokens, C channels (d_model), H heads, D channels per head (C / H), V vocabulary.
 """
@@ -16,8 +16,8 @@ from loss import IGNORE, WHOLE_VOCAB, next_token_loss, token_losses
 
 
 def ngram_table_rows(ids: Tensor, rows: int) -> Tensor:
-    """Which row of a table stands for the last 2, 3 and 4 ids at each position: ids (B, T) int64 to
-    (B, T, 3) int64 below rows. N-grams share rows at random (Pagnoni et al. 2024, sec. 3.2.1).
+    """Hashes the last 2, 3 and 4 ids at each position to rows of an embedding table: ids (B, T)
+    int64 to (B, T, 3) int64 below rows. N-grams may share a row (Pagnoni et al. 2024, sec. 3.2.1).
     """
     own = ids + 1  # before the first token all ids are 0
     found, hashed = [], own
@@ -29,16 +29,16 @@ def ngram_table_rows(ids: Tensor, rows: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, eq. 34): turns channel pairs (i, i + D/2) of x
-    (B, H, T, D).
+    """Rotary position embedding (Su et al. 2021, eq. 34): rotates the channel pairs (i, i + D/2) of
+    x (B, H, T, D) by angles with these cosines and sines, each (T, D/2).
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def rotary_table(positions: int, width: int) -> tuple[Tensor, Tensor]:
-    """The cosines and sines of rotary position embedding, each (positions, width / 2) float32; base
-    10000 (Su et al. 2021).
+    """The cosines and sines of rotary position embedding, each (positions, width / 2) float32, for
+    heads of `width` channels; base 10000 (Su et al. 2021).
     """
     frequency = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
@@ -46,8 +46,8 @@ def rotary_table(positions: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention. The rows of `qkv` are grouped by head, (H, 3, D), so that a
-    slice of them holds whole heads: tensor parallelism splits it there.
+    """Causal multi-head self-attention. The rows of `qkv` are ordered head by head, (H, 3, D), so
+    that tensor parallelism can give each rank all rows of some heads in one slice.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -61,8 +61,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """(B, T, C) to (B, T, C). attn_mask (B, 1, T, T) bool: the keys that each query sees, None
-        = itself and those before it; rotary: cosines and sines, each (T, D / 2).
+        """Maps x (B, T, C) to (B, T, C). attn_mask (B, 1, T, T) bool: True where a query attends to
+        a key; None = causal attention. rotary: the cosines and sines, each (T, D / 2), or None.
         """
         qkv = self.qkv(x)  # (B, T, 3 C)
         q, k, v = qkv.unflatten(-1, (-1, 3, self.width)).transpose(1, 2).unbind(3)  # (B, H, T, D)
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
 
 class Square(nn.Module):
-    """x to x * x."""
+    """Squares its input elementwise."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * x  # under autocast, x.square() would be float32
@@ -135,8 +135,9 @@ class GPTModel(nn.Module):
     2019). modern: rotary positions, RMSNorm, QK-norm, squared ReLU, no biases, separate head,
     zero-initialised projections.
 
-    seed: of the initial weights; None draws them from torch's global generator. shapes: of all
-    parameters when they are whole, by name, wherever their parts come to lie.
+    seed: of the initial weights; None draws them from torch's global generator. The attribute
+    `shapes` has the full shape of each parameter by name, also where FSDP or tensor parallelism
+    leaves each rank only a part of it.
     """
 
     cos: Tensor
@@ -150,7 +151,7 @@ class GPTModel(nn.Module):
             )
         gpt2 = config.arch == "gpt2"
         self.config, self.vocab_shard = config, WHOLE_VOCAB
-        self.compiled = False  # its blocks, and the loss: see training/compilation.py
+        self.compiled = False  # its blocks and its loss: set by training/compilation.py
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.ngrams = nn.Embedding(config.ngram_rows, config.d_model) if config.ngram_rows else None
         self.wpe = nn.Embedding(config.max_position_embeddings, config.d_model) if gpt2 else None
@@ -169,14 +170,15 @@ class GPTModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draws fresh weights. The first loss is ln(V) within 0.1, for both architectures and every
-        width.
+        """Draws fresh weights. The first loss is ln(V) within 0.1 nats, for both architectures and
+        every width.
 
-        gpt2: N(0, 0.02), residual projections over sqrt(2 layers) (Radford et al. 2019, sec. 2.3).
-        One deviation: a fresh model's logits have variance C std^2 and raise the first loss by half
-        of it, 0.15 nats at C = 768. So the embedding's std is lowered above C = 375, to keep that
-        variance at 0.15. modern: N(0, 1 / fan_in), embeddings N(0, 0.02); residual projections and
-        head start at zero (Zhang et al. 2019).
+        gpt2: std 0.02, which is divided by sqrt(2 n_layers) for residual projections (Radford et
+        al. 2019, sec. 2.3). One deviation: the logits of a fresh model have variance C std^2, which
+        raises the first loss by half of that, 0.15 nats at C = 768. So the embedding's std is
+        lowered above C = 375, to keep that variance at 0.15. modern: std 1 / sqrt(fan_in),
+        embeddings 0.02; residual projections and head start at zero (Zhang et al. 2019). All are
+        normal with mean 0.
         """
         config = self.config
         for name, p in self.named_parameters():
@@ -205,14 +207,15 @@ class GPTModel(nn.Module):
         return_logits: bool = True,
         logits_to_keep: int = 0,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(logits (B, T, V) or None, loss or None). The shift is inside: position t predicts
-        labels[:, t + 1].
+        """Returns (logits (B, T, V) or None, loss or None). The labels are shifted inside: position
+        t predicts labels[:, t + 1].
 
         input_ids (B, T) int64; attention_mask (B, T), 0 = padding, neither attended to nor scored;
-        labels (B, T) int64, -100 = not scored. reduction of the loss, nats per token: "mean" or
-        "sum", () float32; "none", (B, T - 1) float32 without gradients. With return_logits=False
-        they are never made; logits_to_keep: only those of so many last positions, 0 = of all.
-        Raises ValueError for too long input.
+        labels (B, T) int64, -100 = not scored; None = no loss. reduction: "mean" (nats per token)
+        or "sum" (nats), () float32; "none" (nats), (B, T - 1) float32 without gradients.
+        return_logits=False does not compute the logits as a whole; logits_to_keep: only the logits
+        of so many last positions, 0 = of all. Raises ValueError if T exceeds
+        max_position_embeddings.
         """
         hidden = self.hidden_states(input_ids, attention_mask)
         weight, part = self.output_weight, self.vocab_shard
@@ -228,7 +231,9 @@ class GPTModel(nn.Module):
         return logits, total if reduction == "sum" else total / count.clamp(min=1)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The normalised output of the last block, from which the head predicts: (B, T, C)."""
+        """The normalised output of the last block, (B, T, C), from which the head predicts. Raises
+        ValueError if T exceeds max_position_embeddings.
+        """
         T = input_ids.shape[1]
         if self.config.max_position_embeddings < T:
             raise ValueError(
@@ -239,7 +244,7 @@ class GPTModel(nn.Module):
         attn_mask = causal_and_padding(attention_mask)
         if self.ngrams is not None:
             seen = input_ids
-            if attention_mask is not None:  # padding is as if nothing were there
+            if attention_mask is not None:  # padding counts as no token
                 seen = seen.masked_fill(attention_mask == 0, -1)
             x = x + self.ngrams(ngram_table_rows(seen, self.config.ngram_rows)).sum(2)
         if self.wpe is not None:
@@ -253,19 +258,19 @@ class GPTModel(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """The matrix (V, C) that turns hidden states into logits: the embedding itself where the
-        head is tied.
+        """The head: the matrix (V, C) that turns hidden states into logits. Where the head is tied
+        to the embedding, it is the embedding; under tensor parallelism, this rank's rows of it.
         """
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def num_parameters(self) -> int:
-        """Trainable numbers of the whole model, a tied matrix counted once."""
+        """The number of trainable parameters of the unsharded model, a tied matrix counted once."""
         return sum(map(math.prod, self.shapes.values()))
 
 
 def causal_and_padding(attention_mask: Tensor | None) -> Tensor | None:
-    """Which keys each query sees: (B, 1, T, T) bool, or None where plain causal attention is all.
-    attention_mask (B, T): 0 = padding.
+    """The attention mask (B, 1, T, T) bool, True where a query attends to a key; None if there is
+    no padding, since plain causal attention then suffices. attention_mask (B, T): 0 = padding.
 
     A position always sees itself, so that a row of padding has something to attend to and never
     becomes NaN.

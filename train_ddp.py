@@ -1,6 +1,6 @@
 """Trains the same GPT on many processes: `torchrun --nproc-per-node=N train_ddp.py`.
 
-The page of train_minimal.py and what makes it distributed: see the `diff` of the two.
+It is train_minimal.py and what makes that distributed: see `diff train_minimal.py train_ddp.py`.
 """
 
 import settings.before_torch  # noqa: F401  # before torch loads
@@ -31,16 +31,16 @@ from training.step import RunState, check_finite, due, train_step
 def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
     device = pick_device(args.device, args.precision, ranks.local_rank)
     tune(device, args.model.use_activation_checkpoint, args.deterministic)
-    train, val, args = ranks.each(open_data, args)  # fills in vocab_size,
+    train, val, args = ranks.each(open_data, args)  # fills in args.vocab_size
     args = fit_micro_batch(args, device, ranks.local_world, ranks.agree)
     data = data_record(train, val)
     state = RunState.fresh(device)
     model = GPTModel(args.model, seed=args.seed)
     ranks.must_agree(identity(args, data, model))
     state.pending_messages += compile_model(model, args, device, ranks.agree)
-    parallel = ParallelModel(model, args, device, ranks)  # what each rank has of it
-    recompute_activations(model)  # keeps less for the backward pass
-    net = parallel.net  # the model, but its backward pass averages over ranks
+    parallel = ParallelModel(model, args, device, ranks)  # spreads the model over all ranks
+    recompute_activations(model)  # saves fewer activations for the backward pass
+    net = parallel.net  # the model, with a backward pass that averages gradients over ranks
     optimizer = make_optimizer(model, args, parallel)
     checkpoints = CheckpointManager(args, model, optimizer, state, data, device, ranks, parallel)
     if args.resume:
@@ -49,11 +49,11 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
     batches = Prefetch(train, args, device, parallel)
     if starts_with_evaluation(state.step, model, val, args, device):
         log.eval(state, evaluate(model, val, args.batch_size, device, parallel))
-    checkpoints.begin()  # from here on the checkpoint path is this run's,
-    signals.install()  # a signal ends the run after its step, with a checkpoint,
-    mark_started()  # and torchrun --max-restarts continues it
-    while state.step < args.num_steps and not state.stop:  # step = updates finished, everywhere
-        batch = batches(state.step)  # this rank's rows of it
+    checkpoints.begin()  # from here on the checkpoint path belongs to this run
+    signals.install()  # a signal to any rank ends the run after its step, with a checkpoint
+    mark_started()  # torchrun --max-restarts continues the run from now on
+    while state.step < args.num_steps and not state.stop:  # step = finished updates, everywhere
+        batch = batches(state.step)  # this rank's rows of the global batch
         stats = train_step(net, optimizer, batch, args, state, device, parallel)
         log.after_step(state)
         state.stop, save = ranks.agree(signals.signal, checkpoints.overdue)
@@ -70,14 +70,14 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
         if now.save:
             log.saved(checkpoints.save())
         elif state.is_best:
-            log.saved(checkpoints.keep_best())  # which the next save writes
+            log.saved(checkpoints.keep_best())  # in memory, if there is room, until the next save
     checkpoints.finish()
     log.finish(state)
     return state.exit_code(args)
 
 
 def launch(argv: list[str]) -> int:
-    start = rendezvous()  # all ranks
+    start = rendezvous()  # waits for all ranks
     args = parse_settings("train_ddp", argv, start.world, resumable_settings, start.restarted)
     with StopSignals() as signals, process_group(args, start, alone=True) as ranks:
         return main(args, signals, ranks)

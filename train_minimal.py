@@ -26,13 +26,13 @@ from training.step import RunState, check_finite, due, train_step
 def main(args: Settings, signals: StopSignals) -> int:
     device = pick_device(args.device, args.precision)
     tune(device, args.model.use_activation_checkpoint, args.deterministic)
-    train, val, args = open_data(args)  # fills in vocab_size,
-    args = fit_micro_batch(args, device)  # and with --micro-batch auto the batch_size
+    train, val, args = open_data(args)  # fills in args.vocab_size
+    args = fit_micro_batch(args, device)  # fills in batch_size with --micro-batch auto
     data = data_record(train, val)
     state = RunState.fresh(device)
     model = GPTModel(args.model, seed=args.seed).to(device.torch_device)
     state.pending_messages += compile_model(model, args, device)
-    recompute_activations(model)  # keeps less for the backward pass
+    recompute_activations(model)  # saves fewer activations for the backward pass
     optimizer = make_optimizer(model, args)
     checkpoints = CheckpointManager(args, model, optimizer, state, data, device)
     if args.resume:
@@ -41,10 +41,10 @@ def main(args: Settings, signals: StopSignals) -> int:
     batches = Prefetch(train, args, device)
     if starts_with_evaluation(state.step, model, val, args, device):
         log.eval(state, evaluate(model, val, args.batch_size, device))
-    checkpoints.begin()  # from here on the checkpoint path is this run's,
-    signals.install()  # and a signal ends the run after its step, with a checkpoint
-    while state.step < args.num_steps and not state.stop:  # step = updates finished, everywhere
-        batch = batches(state.step)  # a function of (seed, step), nothing else
+    checkpoints.begin()  # from here on the checkpoint path belongs to this run
+    signals.install()  # a signal now ends the run after its step, with a checkpoint
+    while state.step < args.num_steps and not state.stop:  # step = finished updates, everywhere
+        batch = batches(state.step)  # depends on nothing but the seed and the step
         stats = train_step(model, optimizer, batch, args, state, device)
         log.after_step(state)
         state.stop, save = signals.signal, checkpoints.overdue
@@ -61,7 +61,7 @@ def main(args: Settings, signals: StopSignals) -> int:
         if now.save:
             log.saved(checkpoints.save())
         elif state.is_best:
-            log.saved(checkpoints.keep_best())  # which the next save writes
+            log.saved(checkpoints.keep_best())  # in memory, if there is room, until the next save
     checkpoints.finish()
     log.finish(state)
     return state.exit_code(args)

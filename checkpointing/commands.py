@@ -38,7 +38,7 @@ class CheckpointSettings:
 
 
 def verify(paths: tuple[str, ...]) -> None:
-    """Says of each file whether it is whole. Raises UserError if one is not."""
+    """Prints for each file whether all its bytes are intact. Raises UserError if one is not."""
     bad = 0
     for path in paths:
         try:
@@ -52,7 +52,7 @@ def verify(paths: tuple[str, ...]) -> None:
 
 
 def show(paths: tuple[str, ...]) -> None:
-    """Prints what is in each file."""
+    """Prints the counters, settings, data and tensors of each file."""
     for path in paths:
         with open_checkpoint(path) as contents:
             tree = contents.tree
@@ -85,8 +85,9 @@ def compare(paths: tuple[str, ...]) -> None:
 
 
 def differences(one: str | Path, other: str | Path) -> tuple[list[str], list[str]]:
-    """How two checkpoints differ: (in what is said about the runs, in the states themselves), the
-    second empty if one continues exactly as the other. Raises UserError.
+    """Returns two lists of differences between two checkpoints: in what they say about their runs,
+    and in their states. The second is empty if one continues exactly as the other. Raises UserError
+    if one cannot be read.
     """
     with open_checkpoint(one) as a, open_checkpoint(other) as b:
         about = [
@@ -116,7 +117,9 @@ def differences(one: str | Path, other: str | Path) -> tuple[list[str], list[str
 
 
 def write_tokenizer(paths: tuple[str, ...]) -> None:
-    """Writes the tokenizer that a checkpoint holds to a file for --tokenizer-name."""
+    """Writes the tokenizer that a checkpoint holds to a file for --tokenizer-name. paths:
+    checkpoint and file.
+    """
     if len(paths) != 2:
         raise UserError(f"tokenizer takes a checkpoint and a file to write, not {len(paths)} files")
     path, to = paths

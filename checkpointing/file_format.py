@@ -1,10 +1,10 @@
-"""One checkpoint file on disk: written whole, checked to its last byte, and read without running
+"""One checkpoint file on disk: written in full, verified to its last byte, and read without running
 code from it.
 
 The format is torch's own, so `torch.load(path, weights_only=True)` reads it. What is added is a
-seal: the SHA-256 of all other bytes, in the place where a zip archive has its comment. Reading is
-done here and not by torch.load, which checks no checksum, and takes the memory that a file claims
-to need before it knows that the file is true.
+checksum: the SHA-256 of all other bytes, in the place where a zip archive has its comment. Reading
+is done here and not by torch.load, which verifies no checksum, and takes the memory that a file
+claims to need before it knows that the claim is true.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _PART = 1 << 20  # bytes hashed at once
 
 
 class Unreadable(UserError):
-    """There is no such file, or it is not as it was written."""
+    """Raised for a checkpoint file that does not exist, is damaged, or is not a checkpoint."""
 
 
 def tensor_bytes(tree: Any) -> int:
-    """Bytes of all tensors in nested dicts, stored or in memory."""
+    """The bytes of all tensors in nested dicts, in memory or still in a file (TensorRef)."""
     if isinstance(tree, dict):
         return sum(tensor_bytes(v) for v in tree.values())
     return tree.nbytes if isinstance(tree, (torch.Tensor, TensorRef)) else 0
 
 
 class _ChecksumWriter:
-    """What torch.save writes into: hashes all that passes, and holds the last two bytes back.
-    They are the length of the comment.
+    """The file object that torch.save writes to: hashes all bytes that pass, and holds back the
+    last two. They are the length of the zip comment, which `seal` replaces.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -92,8 +92,9 @@ def write_with_checksum(path: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def open_verified(path: str | Path) -> Iterator[CheckpointReader]:
-    """The contents of a file, once every byte of it is checked. The file stays the same one even
-    while another takes its name. Raises Unreadable.
+    """Context manager that opens a file, verifies the checksum over all its bytes, and yields its
+    CheckpointReader. It goes on reading that file, even if another one takes the name meanwhile.
+    Raises Unreadable.
     """
     if not os.path.isfile(path):
         raise Unreadable(
@@ -109,8 +110,8 @@ def open_verified(path: str | Path) -> Iterator[CheckpointReader]:
 
 @contextmanager
 def as_unreadable(path: str | Path) -> Iterator[None]:
-    """Inside this context manager, any error means that the file at `path` is damaged or not a
-    checkpoint: it becomes an Unreadable that names the file.
+    """Inside this context manager, any error but MemoryError means that the file at `path` is
+    damaged or not a checkpoint: it becomes an Unreadable that names the file.
     """
     try:
         yield
@@ -124,7 +125,7 @@ def as_unreadable(path: str | Path) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """The text on one line, with characters that would steer a terminal written as escapes."""
+    """The text on one line, with control characters and the like written as escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -147,8 +148,9 @@ def _verify_checksum(file: IO[bytes]) -> None:
 
 
 class CheckpointReader:
-    """What is in an open file. `tree` has a `Stored` in the place of each tensor. A seal proves
-    that a file is as it was written, not that its writer meant well, so nothing here is believed.
+    """The content of an open checkpoint file. `tree` has a TensorRef in the place of each tensor. A
+    checksum proves that a file is as it was written, not that its writer meant well, so nothing
+    that it claims is believed without a check.
     """
 
     def __init__(self, file: IO[bytes], path: str | Path) -> None:
@@ -180,7 +182,9 @@ class CheckpointReader:
             raise UserError("tensors that share their numbers, which no checkpoint has")
 
     def read(self, tree: Any) -> Any:
-        """This part of the tree with its tensors, on the CPU. Raises Unreadable."""
+        """Returns this part of `tree` with tensors on the CPU in place of TensorRefs. Raises
+        Unreadable.
+        """
         if isinstance(tree, dict):
             return {k: self.read(v) for k, v in tree.items()}
         if not isinstance(tree, TensorRef):

@@ -2,7 +2,7 @@
 
 Of a run at `name.pt`: the latest state there, the one before as `name.previous.pt`, the one with
 the best validation loss as `name.best.pt`, and with --keep-every `name.step000500.pt` and so on.
-They are names of the same files where they hold the same step, and take no space twice.
+Names of the same step are hard links to one file, where the file system has them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from training.step import RunState
 
 @dataclass(frozen=True)
 class _Step:
-    """What a checkpoint of a step holds, and under which labels it is kept too."""
+    """The content of the checkpoint of step `number`, and the labels that it also gets ("best")."""
 
     content: dict[str, Any]
     number: int
@@ -47,8 +47,8 @@ class _Step:
 
 
 class CheckpointManager:
-    """Saves and loads the checkpoints of one run. Rank 0 writes; the other ranks load, and under
-    FSDP and tensor parallelism pass their parts to rank 0. Messages for the log are left in
+    """Saves and loads the checkpoints of one run. Rank 0 writes; all ranks load, and under FSDP and
+    tensor parallelism the others send their parts to rank 0. Messages for the log are left in
     `state.pending_messages`.
     """
 
@@ -64,7 +64,8 @@ class CheckpointManager:
         parallel: ParallelContext = SINGLE_PROCESS,
     ) -> None:
         """Takes the lock on the checkpoint path, which is kept until the process ends. Raises
-        UserError where it can't save. ranks: all of them; parallel: what each has of the model.
+        UserError if it cannot save there. data: what the run trains and validates on; ranks: all
+        ranks of the run; parallel: how the model is spread over them.
         """
         self.args, self.model, self.optimizer, self.state = args, model, optimizer, state
         self.data, self.device = data, device
@@ -74,11 +75,11 @@ class CheckpointManager:
         self.path = Path(args.checkpoint_path)
         self.saved_at = time.monotonic()
         self.writing: threading.Thread | None = None
-        self.wrong: list[str] = []  # with the files that are newer than the one resumed
+        self.wrong: list[str] = []  # errors of the files newer than the resumed one
         self.latest = -1  # step of the file at the path, as far as this run knows it
-        self.copies: dict[str, Any] = {}  # of all tensors, used again by each save
-        self.best: _Step | None = None  # the best so far, which the next save has yet to write
-        self.best_copies: dict[str, Any] = {}  # of its tensors, used again by each better one
+        self.copies: dict[str, Any] = {}  # CPU buffers for all tensors, reused by each save
+        self.best: _Step | None = None  # the best step so far, not written yet
+        self.best_copies: dict[str, Any] = {}  # CPU buffers for `best`
         if self.rank == 0:
             self.lock = lock_path(self.path)
             self.number = free_number(self.path, log_base(args))  # for files of earlier runs
@@ -90,8 +91,8 @@ class CheckpointManager:
                 ) from reason
 
     def load(self) -> None:
-        """Continues the newest whole checkpoint. Raises UserError if there is none, or if it is of
-        another run.
+        """Restores the newest intact checkpoint. Raises UserError if there is none, or if it does
+        not fit this run.
         """
         state, steps = self.state, self.args.num_steps
         with may_take_long():
@@ -103,7 +104,7 @@ class CheckpointManager:
         if state.step > steps:
             raise UserError(f"{file} is at step {state.step} already, beyond --num-steps {steps}")
         if target_of(state.home) != target_of(self.path) and _has_run(state.home, state.run_id):
-            # A copy, whose original may go on: as the same run they would share their metrics.
+            # This is a copy, whose original may go on: with one run id they would share metrics.
             state.pending_messages.append(
                 f"a branch of run {state.run_id}, whose checkpoint is {state.home}"
             )
@@ -113,8 +114,8 @@ class CheckpointManager:
         self.ranks.must_agree({"run to resume": state.run_id, "step to resume": state.step})
 
     def begin(self) -> None:
-        """Makes the path this run's: gives what is there of an earlier run, or damaged, other
-        names.
+        """Takes over the checkpoint path: files of an earlier run, or a damaged file, that are
+        there get other names.
         """
         if self.rank == 0 and not self.args.resume:
             self.state.pending_messages += archive_existing(run_files(self.path), self.number)
@@ -133,27 +134,29 @@ class CheckpointManager:
 
     @property
     def overdue(self) -> bool:
-        """Whether --save-minutes have passed since the last save."""
+        """Whether --save-minutes have passed since the last save; always False on ranks but 0."""
         seconds = 60 * self.args.save_minutes
         return self.rank == 0 and 0 < seconds <= time.monotonic() - self.saved_at
 
     def save(self) -> float:
-        """Saves the current step, all ranks together; returns the seconds that this took of the
-        run's time. A save that fails is noted, and the run goes on.
+        """Saves the current step; all ranks call it together. Returns the seconds for which the run
+        had to wait. A save that fails is noted in `state.unsaved`, and the run goes on.
         """
         return self._save(self._write_this_step)
 
     def keep_best(self) -> float:
         """Keeps the current step as the best so far, in memory if there is room for it; the next
         save writes it as name.best.pt, before its own step. So a run that gets better with every
-        evaluation writes at most two checkpoints for each save that is due, and a killed one loses
+        evaluation writes at most two checkpoints for each save that is due, and a killed run loses
         nothing: it goes on from its last save, and evaluates again. All ranks call it together;
-        returns seconds, as save() does.
+        returns seconds, as `save` does.
         """
         return self._save(self._hold_this_step)
 
     def _save(self, use: Callable[[_Step], None]) -> float:
-        """Has rank 0 use what a checkpoint of the current step holds."""
+        """Builds the content of a checkpoint of the current step, and has rank 0 call `use` with
+        it. Returns the seconds that this took.
+        """
         start = time.perf_counter()
         self.finish()
         if self.sharded_state is not None:
@@ -190,14 +193,16 @@ class CheckpointManager:
             self._write_this_step(step)
 
     def _copied(self, step: _Step, copies: dict[str, Any]) -> _Step | None:
-        """The step in memory of its own, `copies`, or None where it is not to have that."""
+        """Copies the tensors of a step to `copies`, from which a thread can write them while
+        training goes on. Returns None if --checkpoint-async is off, or there is not enough memory.
+        """
         cuda = self.device.torch_device.type == "cuda"
         if self.args.checkpoint_async == "off":
             return None
         needed = 2 * copy_bytes(step.content, pinned=cuda)
         if self.args.checkpoint_async == "auto" and not copies and needed >= free_memory():
             return None
-        if self.sharded_state is not None:  # which have put it together in new memory
+        if self.sharded_state is not None:  # `_gather` has made a copy
             return step
         try:
             content = copied(step.content, copies, pinned=cuda)
@@ -210,13 +215,15 @@ class CheckpointManager:
         return dataclasses.replace(step, content=content)
 
     def _labels(self) -> list[str]:
-        """Under which other names the current step is kept."""
+        """The labels that the current step gets besides its path: "best", "step000500"."""
         step, keep = self.state.step, self.args.keep_every
         labels = ["best"] if self.state.is_best else []
         return labels + ([f"step{step:06d}"] if keep and step % keep == 0 else [])
 
     def _gather(self, name: str, tensor: Tensor) -> Tensor:
-        """All of it. Where ranks have parts, a copy on the CPU of rank 0; others keep nothing."""
+        """The unsharded tensor. If ranks hold parts, it is a copy on the CPU of rank 0, and empty
+        on the others.
+        """
         if self.sharded_state is None:
             return tensor
         whole = self.sharded_state.gather(name, tensor)
@@ -224,8 +231,8 @@ class CheckpointManager:
 
     def _write(self, steps: list[_Step]) -> None:
         for step in steps:
-            # As long as updates are skipped, the weights stay those of one step. The previous file
-            # is of an earlier one, and stays too: nobody knows yet whether these are any good.
+            # While updates are skipped, the weights stay the same. The previous file has earlier
+            # ones and is kept then: nobody knows yet whether the present weights are any good.
             again = self.latest >= step.number - step.content["bad_in_row"]
             try:
                 write_checkpoint(self.path, step.content, *step.labels, keep_previous=again)
@@ -239,8 +246,9 @@ class CheckpointManager:
             self.state.pending_messages.append(message)
 
     def way_back(self, step: int) -> str:
-        """What to do, for an error message, where the weights of this step are no good. If there is
-        an earlier checkpoint, --resume continues it from now on: later ones get another name.
+        """The advice in an error message if the weights of this step are no good. If there is an
+        earlier checkpoint, --resume continues that one from now on: later ones are renamed. All
+        ranks call it together.
         """
         self.finish()
         (earlier,) = self.ranks.agree(0 if self.rank else 1 + self._go_back(step))
@@ -250,7 +258,7 @@ class CheckpointManager:
         return f"--resume continues step {earlier - 1} of {self.path}; give it a lower --lr{exact}"
 
     def _go_back(self, step: int) -> int:
-        """The step of the latest checkpoint before this one, or -1."""
+        """Has --resume find the latest checkpoint before `step`; returns its step, or -1."""
         target = target_of(self.path)
         if self.best and self.best.number < step:
             self._write([self.best])
@@ -267,9 +275,7 @@ class CheckpointManager:
         return -1
 
     def finish(self) -> None:
-        """Has all ranks wait until the last save is safe on disk, or has failed: see
-        `state.unsaved`.
-        """
+        """Waits, on all ranks, until the last save is on disk or failed (see `state.unsaved`)."""
         if self.writing is not None:
             with may_take_long():
                 self.writing.join()
@@ -278,7 +284,7 @@ class CheckpointManager:
 
 
 def _has_run(path: str, run_id: str) -> bool:
-    """Whether the run of this id is at a path; a file that can't be read may be it."""
+    """Whether the checkpoint at `path` is of this run; True if it is there but cannot be read."""
     if not os.path.exists(path):
         return False
     try:

@@ -11,8 +11,8 @@ from checkpointing.file_format import tensor_bytes
 
 
 def copy_bytes(tree: Any, pinned: bool = False) -> int:
-    """Memory that copies of all tensors in nested dicts take. Torch gives a pinned one a block of
-    the next power of two.
+    """The memory in bytes that copies of all tensors in nested dicts take. pinned: as page-locked
+    memory, of which torch gives each tensor a block of the next power of two.
     """
     if isinstance(tree, dict):
         return sum(copy_bytes(value, pinned) for value in tree.values())
@@ -21,7 +21,9 @@ def copy_bytes(tree: Any, pinned: bool = False) -> int:
 
 
 def copied(tree: Any, into: dict[str, Any], pinned: bool = False) -> dict[str, Any]:
-    """A copy of the tree on the CPU, in the tensors of `into`, which gets those that it lacks."""
+    """Copies nested dicts of tensors to the CPU, into the tensors of `into`; those that it lacks
+    are added. pinned: into page-locked memory, asynchronously, so synchronize before reading.
+    """
     result = {}
     for key, value in tree.items():
         if isinstance(value, dict):

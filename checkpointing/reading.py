@@ -36,7 +36,7 @@ ENTRIES: dict[str, type] = {
 }
 
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-_ID = r"(?!\.)[\w.-]{0,128}"  # folders get their names from them
+_ID = r"(?!\.)[\w.-]{0,128}"  # ids of runs, after which folders are named
 _SMALL = (
     "format",
     "settings",
@@ -48,7 +48,7 @@ _SMALL = (
     "bad_in_row",
 )
 
-_LARGEST_SMALL = 50_000  # of these together, as size_of counts
+_LARGEST_SMALL = 50_000  # limit of all entries of _SMALL together, as `size_of` counts
 
 
 @contextmanager
@@ -64,7 +64,9 @@ def open_checkpoint(path: str | Path) -> Iterator[CheckpointReader]:
 
 
 def _check_description(tree: Any) -> None:
-    """Raises UserError unless it is what `build_checkpoint` makes. Takes memory for nothing."""
+    """Raises UserError unless `tree` has the form that `build_checkpoint` makes. Allocates no
+    tensor.
+    """
     if type(tree) is not dict or size_of({k: tree.get(k) for k in _SMALL}) > _LARGEST_SMALL:
         raise UserError("not a checkpoint: a description of another kind, or of absurd size")
     if tree.get("format") != FORMAT:
@@ -151,7 +153,9 @@ def differences_of_optimizer(
 
 
 def changes_of_data(recorded: dict[str, Any], now: dict[str, Any], part: str) -> list[str]:
-    """How data differs from what a checkpoint recorded; where it lies on disk doesn't matter."""
+    """How the data of a run differ from those that a checkpoint recorded, a line for each
+    difference; where they lie on disk doesn't matter. part: what the lines call the data.
+    """
     return changes(recorded, {k: v for k, v in now.items() if k != "source"}, f"{part} data: ")
 
 

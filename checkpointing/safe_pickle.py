@@ -1,5 +1,5 @@
-"""Reads the description of a checkpoint: a pickle that can make plain values and references to
-tensors in the file, and nothing else.
+"""Unpickles the description in a checkpoint: plain values, and references to tensors in the file. A
+pickle that needs anything else is refused, so no code from it can run.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 from runtime.setting_fields import UserError
 
-LARGEST_PICKLE = 1 << 24  # names, settings and a tokenizer; those of GPT-2 XL take 0.2 MB
-_MOST_INSTRUCTIONS = 1_000_000  # in it
+LARGEST_PICKLE = 1 << 24  # bytes of names, settings and tokenizer; GPT-2 XL needs 0.2 MB
+_MOST_INSTRUCTIONS = 1_000_000  # of that pickle
 _MOST_DIMENSIONS = 8
-LARGEST_TREE = 1_000_000  # as size_of counts
+LARGEST_TREE = 1_000_000  # as `size_of` counts
 _DTYPES = {
     "BFloat16Storage": torch.bfloat16,
     "BoolStorage": torch.bool,
@@ -39,7 +39,7 @@ class TensorRef:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    record: str  # its part of the archive
+    record: str  # the member of the zip archive that has its elements
     offset: int  # in elements
 
     @property
@@ -58,8 +58,9 @@ _INSTRUCTIONS = """
 
 
 class SafeUnpickler(pickle._Unpickler):
-    """Pickles without code: builds dicts, lists, plain values and `Stored`. The Python version of
-    the class, as the one in C reserves gigabytes for a memo index of that size.
+    """An unpickler that runs no code: it builds only dicts, lists, plain values and TensorRefs. Its
+    base is the Python version of the class, as the one in C reserves gigabytes for a large memo
+    index.
     """
 
     def __init__(self, file: IO[bytes], records: dict[str, zipfile.ZipInfo]) -> None:
@@ -74,7 +75,7 @@ class SafeUnpickler(pickle._Unpickler):
         self.dispatch = {code: self.counted(known[code]) for code in codes}  # type: ignore[misc]
 
     def counted(self, run: Callable[[Any], object]) -> Callable[[Any], object]:
-        """An instruction, as long as there are not too many."""
+        """Wraps an instruction so that it raises UserError once there have been too many."""
 
         def one(machine: Any) -> None:
             self.left -= 1
@@ -110,7 +111,9 @@ class SafeUnpickler(pickle._Unpickler):
     def rebuild_tensor(
         self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any
     ) -> TensorRef:
-        """In place of torch._utils._rebuild_tensor_v2."""
+        """Makes a TensorRef, in place of torch._utils._rebuild_tensor_v2. Raises UserError unless
+        the tensor is contiguous and lies inside of its storage.
+        """
         dtype, record, count = storage
         small = all(type(n) is int and 0 <= n < 2**62 for n in (offset, *shape))
         if not small or len(shape) > _MOST_DIMENSIONS:
@@ -127,8 +130,8 @@ class SafeUnpickler(pickle._Unpickler):
 
 
 def set_items(machine: Any, pairs: list[Any]) -> None:
-    """Puts keys and values, in turn, into the dict on the stack. Keys other than strings can be
-    made so that hashing them takes hours, or all of the C stack.
+    """Puts keys and values, in turn, into the dict on the stack. Only strings may be keys: others
+    can be made so that hashing them takes hours, or all of the C stack. Raises UserError.
     """
     table = machine.stack[-1]
     if type(table) is not dict or any(type(k) is not str for k in pairs[::2]):

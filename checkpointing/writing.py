@@ -1,4 +1,4 @@
-"""Writes checkpoint files, so that at any moment the file at a path is a whole one."""
+"""Writes checkpoint files atomically: at any moment the file at a path is a complete one."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _SPACE = 1_000_000  # bytes of a checkpoint beside its tensors
 def write_checkpoint(
     path: str | Path, content: dict[str, Any], *labels: str, keep_previous: bool = False
 ) -> None:
-    """Puts content at `path`, as its latest state, and under the labels as second names of the same
-    file. The latest before becomes the previous one, unless keep_previous leaves that as it is.
-    Raises UserError; the file at `path` is then as before, or whole and new.
+    """Writes content to `path`, and gives the file a second name for each label (name.best.pt). The
+    file that was at `path` becomes name.previous.pt, unless keep_previous keeps the one that has
+    that name. Raises UserError; the file at `path` is then the old one, or the new one in full.
     """
     target = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
@@ -51,7 +51,7 @@ def write_checkpoint(
                 pass
             if target.exists() and not keep_previous:
                 _second_name(target, variant_path(target, "previous"))
-            os.replace(temporary, target)  # before the labels, so that what is there is resumed
+            os.replace(temporary, target)  # before the labels: --resume reads this name
             add_names(target, *labels)
         finally:
             temporary.unlink(missing_ok=True)
@@ -59,7 +59,7 @@ def write_checkpoint(
 
 
 def add_names(path: Path, *labels: str) -> None:
-    """Has the file also under these labels, where it is not yet. Raises UserError."""
+    """Gives the file at `path` a second name for each label that it lacks. Raises UserError."""
     with _says_why(path):
         for name in (variant_path(path, label) for label in labels):
             if not (name.exists() and name.samefile(path)):
@@ -67,7 +67,9 @@ def add_names(path: Path, *labels: str) -> None:
 
 
 def _on_cpu(tree: Any) -> Any:
-    """The tree with tensors that lie on the CPU without gaps; those that do are not copied."""
+    """The nested dicts with tensors that are contiguous and on the CPU; those that are already are
+    not copied.
+    """
     if isinstance(tree, dict):
         return {k: _on_cpu(v) for k, v in tree.items()}
     return tree.cpu().contiguous() if isinstance(tree, Tensor) else tree
@@ -89,7 +91,7 @@ def _is_finite(t: Tensor) -> bool:
 
 
 def check_space(folder: Path, n_bytes: int) -> None:
-    """Raises OSError where a checkpoint with tensors of n_bytes has no room."""
+    """Raises OSError if the folder has no room for a checkpoint with tensors of n_bytes."""
     free = shutil.disk_usage(folder).free
     needed = n_bytes + _SPACE
     if free < needed:
@@ -97,8 +99,8 @@ def check_space(folder: Path, n_bytes: int) -> None:
 
 
 def _second_name(file: Path, name: Path) -> None:
-    """Makes `name` another name of the file, or a copy where the file system has no hard links;
-    what had the name is replaced at once.
+    """Makes `name` a hard link to the file, or a copy where the file system has no hard links. A
+    file that had the name is replaced atomically.
     """
     made = name.with_name(f"{name.name}.{os.getpid()}.tmp")
     try:
@@ -115,7 +117,7 @@ def _second_name(file: Path, name: Path) -> None:
 
 @contextmanager
 def _says_why(target: Path) -> Iterator[None]:
-    """Turns failures of writing into one line with their cause and what to do."""
+    """Context manager that turns failures of writing into a UserError: the cause and what to do."""
     try:
         yield
     except (OSError, RuntimeError) as reason:  # torch.save hides a full disk in a RuntimeError
@@ -126,7 +128,7 @@ def _says_why(target: Path) -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power failure, where the file system knows how to."""
+    """Fsyncs a folder, so that a rename in it survives a power failure, if the file system can."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -138,7 +140,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def lock_path(path: Path) -> IO[str]:
-    """Keeps other runs off a checkpoint path, and removes what a killed one left half-written.
+    """Locks a checkpoint path against other runs, and removes what a killed run left half-written.
     Returns the lock, held until it is closed or the process ends. Raises UserError.
     """
     target = target_of(path)

@@ -12,20 +12,22 @@ from torch import Tensor, nn
 
 
 class ShardedState(Protocol):
-    """Puts together parameters and optimizer state of which each rank has a part."""
+    """The interface of a model of which each rank holds only a part (FSDP, tensor parallelism):
+    converts parameters and optimizer state between unsharded tensors and the parts.
+    """
 
     def gather(self, name: str, tensor: Tensor) -> Tensor:
-        """The whole of a parameter called name, or of a tensor that the optimizer keeps for it. All
-        ranks call it together.
+        """All-gathers the parameter called name, or a tensor of its optimizer state, and returns
+        the unsharded tensor. All ranks must call it together.
         """
         ...
 
     def part(self, name: str, whole: Tensor) -> Tensor:
-        """The inverse of `gather`: this rank's part, on its device."""
+        """The inverse of `gather`: this rank's part of an unsharded tensor, on its device."""
         ...
 
     def reshard(self) -> None:
-        """Frees whole parameters that an evaluation has left gathered."""
+        """Frees the unsharded parameters that FSDP keeps gathered after an evaluation."""
         ...
 
 
@@ -34,10 +36,10 @@ class ParallelContext:
     of the other processes. This class is the context of a single process: nothing is combined.
     """
 
-    dp_rank: int = 0  # this process among those that work on different data
-    dp_size: int = 1  # how many those are
-    world_size: int = 1  # all processes, those that share each layer included
-    sharded_state: ShardedState | None = None  # None: each process has all parameters whole
+    dp_rank: int = 0  # data-parallel rank: processes of other ranks work on other data
+    dp_size: int = 1  # the number of data-parallel ranks
+    world_size: int = 1  # the number of all processes, those that share each layer included
+    sharded_state: ShardedState | None = None  # None: each process has all parameters in full
 
     def no_sync(self) -> AbstractContextManager[object]:
         """Inside this context manager, a backward pass adds to the gradients of this process alone;
@@ -46,7 +48,7 @@ class ParallelContext:
         return nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over the processes that work on different data."""
+        """All-reduces a tensor: its sum over the data-parallel ranks, on each of them."""
         return values
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -56,9 +58,10 @@ class ParallelContext:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def distribute(self, function: Callable[[Tensor], Tensor], name: str, stack: Tensor) -> Tensor:
-        """function(stack), for a function that treats each matrix of stack (N, m, n) separately.
-        Several processes compute a share of the N matrices each. stack: this process's parts of
-        parameters like the one called name; the result has the same parts.
+        """Returns function(stack), for a function that treats each matrix of stack (N, m, n)
+        independently. Several processes compute a share of the N matrices each. stack: this rank's
+        parts of N parameters that are sharded like the one called name; the result has the same
+        parts.
         """
         return function(stack)
 
@@ -67,5 +70,5 @@ SINGLE_PROCESS = ParallelContext()
 
 
 def local_part(x: Tensor) -> Tensor:
-    """What this process has of a tensor: all of it, except under FSDP."""
+    """The local shard of a DTensor, which FSDP makes of parameters; any other tensor as it is."""
     return x.to_local() if hasattr(x, "to_local") else x

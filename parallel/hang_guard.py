@@ -1,10 +1,11 @@
-"""A rank that hangs makes all others wait. Here each rank tells the others what it is doing, so
-that those that wait can name the one that they wait for, with its Python stack, and end the job.
+"""Ends a run in which a rank hangs, and names that rank. Each rank reports to a shared store what
+it is doing. Ranks that have waited too long read there which rank they wait for, print its Python
+stack, and exit.
 
-A guard must not be able to end a run that is sound. It reads what the main thread publishes about
-itself, and of a thread that stands still the stack, which faulthandler writes. It never touches a
-frame object: on CPython 3.10 and 3.11 making one (sys._current_frames, f_back) can collect garbage,
-which lets other threads run; the main thread then leaves the very frame that is being read.
+A guard must not be able to end a healthy run. So it reads only what the main thread publishes about
+itself and, if that does not change, the stacks that faulthandler writes. It never touches a frame
+object: on CPython 3.10 and 3.11 making one (sys._current_frames, f_back) can collect garbage, which
+lets other threads run; the main thread then leaves the very frame that is being read.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from typing import Protocol
 
 from runtime.signals import print_stderr
 
-PATIENT_SECONDS = 7200  # that a save, or reading a new text, may take
-_WAITED = 0.8  # part of a limit after which a rank that waits looks for the one to blame
-_STUCK = 0.4  # part of the timeout in which a rank that works gets on to another line
+PATIENT_SECONDS = 7200  # how long a save, or reading a new text, may take
+_WAITED = 0.8  # part of a limit after which a waiting rank looks for the rank to blame
+_STUCK = 0.4  # part of the timeout in which a working rank reaches another line of code
 _STORE_SECONDS = 15.0  # longer than any call of the store takes: see store_of_launcher
-_SILENT_SECONDS = 10.0  # without a report: far longer than a busy rank needs for one
+_SILENT_SECONDS = 10.0  # without a report, at most, until a rank counts as silent
 _HERE = str(Path(__file__).resolve().parent.parent)
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+) ")
 _CALL = re.compile(r'  File "(.*)", line (\d+) in (.*)')
@@ -40,22 +41,23 @@ Call = tuple[str, int, str]  # file, line, function
 class Progress:
     """What the main thread of this process publishes about itself, for its guard to read."""
 
-    exchanges: int = 0  # with other ranks, finished
-    long_work: int = 0  # how many pieces of work that may take long it is in, one in another
+    exchanges: int = 0  # how many exchanges with other ranks are finished
+    long_work: int = 0  # how many `may_take_long` blocks it is inside of
 
 
 _progress = Progress()
 
 
 def exchange_finished() -> None:
-    """The main thread says here that it gets on: it has done what ranks do together."""
+    """Called by the main thread after each collective operation, to show that it makes progress."""
     _progress.exchanges += 1
 
 
 @contextmanager
 def may_take_long() -> Iterator[None]:
-    """Marks work that may take this rank hours while the others wait for it, such as reading a new
-    text: it is blamed for nothing meanwhile, unless it does not even answer.
+    """Context manager for work that may take this rank long while the others wait for it, such as
+    reading a new text. Inside it the rank counts as stuck only after 0.8 * PATIENT_SECONDS on the
+    same lines of code (of the timeout, if that is longer), or if it no longer reports at all.
     """
     _progress.long_work += 1
     try:
@@ -74,20 +76,21 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says about itself, several times within a timeout."""
+    """What a rank reports about itself, several times within a timeout. `stack` is empty if the
+    rank has finished an exchange since the report before.
+    """
 
-    number: int
+    number: int  # of this rank's reports
     still: float  # seconds for which its main thread has been at the same lines
-    waiting: bool  # for other ranks
-    patient: bool  # may take its time: see may_take_long
-    stack: list[str]  # of its main thread, then of those that work for it; innermost last; empty
-    # while it gets on
+    waiting: bool  # whether it waits for other ranks
+    patient: bool  # whether it is inside of `may_take_long`
+    stack: list[str]  # of its main thread, then of its worker threads; innermost call last
 
 
 class HangGuard:
-    """Watches the ranks from a thread of each, from before the first time they wait for each other
-    until the `with` block of the guard is left, however that is. Slow steps are no hang, however
-    long they take.
+    """A thread in each rank that watches all ranks, from before they first wait for each other
+    until the `with` block of the guard is left, also by an error. A slow step is no hang, as long
+    as its rank gets from one line of code to the next.
     """
 
     def __init__(
@@ -98,8 +101,9 @@ class HangGuard:
         timeout_seconds: float,
         gpu_is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
-        """gpu_is_busy(): whether work that this rank gave its GPU is not done yet. Collectives are
-        kernels there: the main thread waits for other ranks wherever it waits for the GPU.
+        """store: shared by all ranks. gpu_is_busy(): whether this rank's GPU still has queued work.
+        Collectives are kernels on a GPU: a main thread that waits for its GPU may in fact wait for
+        other ranks.
         """
         self.store, self.rank, self.world, self.timeout = store, rank, world, timeout_seconds
         self.gpu_is_busy = gpu_is_busy
@@ -113,14 +117,14 @@ class HangGuard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.ended.set()  # from now on no rank is missed
+        self.ended.set()  # from now on no rank is reported as missing
         # A daemon thread that comes out of the store's C++ code while Python ends is unwound by
         # force, which C++ answers with std::terminate: the process would end by SIGABRT.
         self.thread.join(_STORE_SECONDS)
 
     def gone(self) -> list[int]:
-        """Which ranks have ended: those whose guards report nothing for a while. Where their store
-        has ended, it was with rank 0.
+        """The ranks that have ended: those whose guards report nothing new for a while. If the
+        store has ended, so has rank 0, which held it.
         """
         try:
             before = self._reports()
@@ -168,7 +172,7 @@ class HangGuard:
             return
         if verdict:
             print_stderr(verdict)
-        time.sleep(2 * self.pause)  # for the one that prints
+        time.sleep(2 * self.pause)  # for the rank that prints
         os._exit(1)
 
     def _reports(self) -> dict[int, Report]:
@@ -178,9 +182,9 @@ class HangGuard:
 
 
 def stacks_of_threads() -> dict[int, list[Call]]:
-    """The calls on the stack of each thread, by its identity, innermost last; nothing where there
-    is no place for a temporary file. Written by C code that makes no object and lets no other
-    thread run meanwhile.
+    """The call stack of each thread, by thread identity, innermost call last; empty if no temporary
+    file can be made. faulthandler writes the stacks in C, where it makes no Python object and lets
+    no other thread run meanwhile.
     """
     try:
         with tempfile.TemporaryFile() as file:
@@ -202,7 +206,9 @@ def stacks_of_threads() -> dict[int, list[Call]]:
 def report_of(
     stacks: dict[int, list[Call]], number: int, still: float, gpu_is_busy: Callable[[], bool]
 ) -> Report:
-    """What the stacks say: that of the main thread, and those of the threads that work for it."""
+    """The report of this rank, from the stacks of its main thread and of that thread's workers,
+    which are the non-daemon threads. number, still: as in `Report`.
+    """
     main = threading.main_thread()
     calls = stacks.get(main.ident or 0, [])
     lines = _lines(calls)
@@ -214,8 +220,8 @@ def report_of(
 
 
 def _waits(call: Call) -> bool:
-    """Whether this is where a process without a GPU waits for others: DDP does in C++, in the
-    backward pass.
+    """Whether a main thread with this innermost call waits for other ranks, in a process without a
+    GPU: inside torch.distributed, or in the backward pass, where DDP waits in C++.
     """
     file, _, function = call
     return "torch/distributed" in file or function == "_engine_run_backward"
@@ -226,8 +232,9 @@ def _lines(calls: list[Call]) -> list[str]:
 
 
 def judge(reports: dict[int, Report], silent: list[int], timeout: float) -> str | None:
-    """Who is stuck, if anybody is: some rank has waited long, and another neither waits nor gets
-    from one line to the next, or says nothing at all.
+    """The message about stuck ranks, or None if none is stuck. A rank is stuck if it neither waits
+    nor gets from one line to the next while another has waited long, or if it is silent meanwhile.
+    reports: by rank; silent: the ranks that report no more; timeout: in seconds.
     """
     waited = [
         report.still

@@ -1,7 +1,7 @@
 """Spreads one model over many processes: DDP, FSDP, tensor parallelism, or the last two together.
 
-Parameters and optimizer state are converted here between the whole, which checkpoints hold, and the
-parts that each rank has. The processes themselves are in process_group.py.
+Parameters and optimizer state are converted here between the unsharded tensors, which checkpoints
+hold, and the part of each rank. The processes themselves are in process_group.py.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ class ParallelModel(ParallelContext):
     """The data-parallel context of a model that is spread over all ranks. Call `net` in place of
     the model.
 
-    dp_rank, dp_size: this rank among those that work on different data, and how many those are.
-    Ranks that share each layer (a tensor-parallel group) have the same dp_rank and see the same
-    data.
+    dp_rank, dp_size: the data-parallel rank, and how many of them there are. The ranks of a
+    tensor-parallel group, which share each layer, have the same dp_rank and see the same data.
     """
 
     def __init__(self, model: GPTModel, args: Settings, device: Device, ranks: Ranks) -> None:
-        """Moves the model to the device and leaves of it what is this rank's, in place. All ranks
-        have the same model and args.
+        """Moves the model to the device and shards it in place, as args say, so that only this
+        rank's part is left. All ranks must pass the same model and args.
         """
         self.model, self.args, self.device = model, args, device
         self.tp_size = args.tensor_parallel_size
@@ -83,7 +82,9 @@ class ParallelModel(ParallelContext):
         return sum_ranks(values, self.dp_group)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """By the norm of the whole gradient: each number counts once, wherever it lies."""
+        """Clips by the norm of the full gradient over all ranks, in which each element counts once,
+        also if several ranks hold it.
+        """
         if self.sharded_state is None:
             return nn.utils.clip_grad_norm_(parameters, max_norm)
         grads: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -100,25 +101,25 @@ class ParallelModel(ParallelContext):
         return norm
 
     def reshard(self) -> None:
-        """Has each rank keep its part alone: FSDP leaves the outermost group whole after an
-        evaluation.
-        """
+        """Frees the outermost parameter group, which FSDP leaves gathered after an evaluation."""
         if isinstance(self.net, FSDPModule):
             self.net.reshard()
 
     @property
     def sharded_state(self) -> ParallelModel | None:  # type: ignore[override]
-        """This object where ranks have parts of the model, None where each has all of it."""
+        """This object if each rank holds only a part of the model, None if each holds all of it."""
         return self if self.sharded or self.tp_size > 1 else None
 
     def gather(self, name: str, tensor: Tensor) -> Tensor:
-        """All of a parameter, or of what the optimizer keeps for it, of which each rank has a part;
-        the tensor itself if they have not. All ranks call it together.
+        """All-gathers the parameter called name, or a tensor of its optimizer state; a tensor that
+        is not sharded is returned as it is. All ranks must call it together.
         """
         return self._whole(name, tensor, 0) if tensor.ndim else tensor
 
     def part(self, name: str, whole: Tensor) -> Tensor:
-        """The inverse of `gather`: the part of this rank, where and as the parameter is."""
+        """The inverse of `gather`: this rank's part of an unsharded tensor, on the rank's device,
+        and under FSDP as a DTensor like the parameter.
+        """
         own = self._own(name, whole, 0) if whole.ndim else whole
         own = own.to(self.device.torch_device, copy=True)
         if not (self.sharded and whole.ndim):
@@ -129,9 +130,10 @@ class ParallelModel(ParallelContext):
         )
 
     def distribute(self, function: Callable[[Tensor], Tensor], name: str, stack: Tensor) -> Tensor:
-        """function(stack), for a function that treats each matrix of stack (N, m, n) separately and
-        needs whole ones: each rank computes N / world_size of them. stack: this rank's parts of
-        parameters like the one called name; the result has the same parts.
+        """Returns function(stack), for a function that treats each matrix of stack (N, m, n)
+        independently but needs it unsharded: each rank computes N / world_size of them. stack: this
+        rank's parts of N parameters that are sharded like the one called name; the result has the
+        same parts.
         """
         whole = self._whole(name, stack, 1)
         world, rank = dist.get_world_size(), dist.get_rank()
@@ -140,7 +142,9 @@ class ParallelModel(ParallelContext):
         return self._own(name, done, 1)
 
     def _whole(self, name: str, tensor: Tensor, offset: int) -> Tensor:
-        """offset: the dimensions of `tensor` before those of the parameter."""
+        """The unsharded tensor. offset: the number of dimensions that `tensor` has before those of
+        the parameter: 1 for a stack of them, else 0.
+        """
         shape, dim = self.model.shapes[name], split_dim(name) if self.tp_size > 1 else None
         tensor = local_part(tensor)
         if self.sharded:
@@ -162,8 +166,8 @@ class ParallelModel(ParallelContext):
 def replicate(
     model: GPTModel, group: dist.ProcessGroup, args: Settings, device: Device
 ) -> DistributedDataParallel:
-    """The same model, with a backward pass that averages gradients over the ranks. Buffers are
-    constants here and never sent.
+    """Wraps the model in DDP, so that its backward pass averages gradients over the ranks of the
+    group. Buffers are constants in this model, so DDP does not broadcast them.
     """
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -179,7 +183,7 @@ def replicate(
 
 
 def warmup_pass(model: nn.Module, args: Settings, device: Device) -> None:
-    """A forward and a backward pass on zeros that belongs to no step and leaves nothing behind."""
+    """Runs a forward and a backward pass on zeros, outside of any step, and drops the gradients."""
     zeros = torch.zeros(
         args.batch_size, args.seq_len, dtype=torch.int64, device=device.torch_device
     )
@@ -192,12 +196,12 @@ def warmup_pass(model: nn.Module, args: Settings, device: Device) -> None:
 
 
 def shard(model: GPTModel, mesh: DeviceMesh, device: Device) -> None:
-    """Leaves of each parameter, its gradient and its moments the rows of this rank (Zhao et al.
-    2023). The matrices of a block come together for the time of its computing, in the precision of
-    the computation; norms and embeddings stay whole in float32 until the step is done, as autocast
-    has them without sharding. Gradients are added in float32.
+    """Applies FSDP (`fully_shard`; Zhao et al. 2023) in place: of each parameter, its gradient and
+    its moments a rank keeps some rows. The matrices of a block are gathered while it is computed,
+    in the precision of the computation; norms and embeddings stay gathered in float32 until the
+    step is done, as autocast has them without sharding. Gradients are added in float32.
     """
-    # Torch warns of changes in place to what a block's parts give. There are none in model.py.
+    # The warning is about in-place changes of a wrapped module's output; model.py makes none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(device.precision)
     policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)

@@ -1,5 +1,5 @@
-"""Many processes: how they connect, agree, and fail together. How they find each other is in
-parallel/rendezvous.py, how a model is spread over them in parallel/parallel_model.py.
+"""The process group of a run: how its ranks connect, agree, and fail together. How they find each
+other is in parallel/rendezvous.py, how a model is spread over them in parallel/parallel_model.py.
 """
 
 from __future__ import annotations
@@ -42,22 +42,20 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    local_rank: int = 0  # among the processes of this machine
-    local_world: int = 1  # how many those are
-    on_cpu: dist.ProcessGroup | None = None  # the same ranks, connected over the CPU
-    patient: dist.ProcessGroup | None = None  # and once more, for waiting longer than for a step
+    local_rank: int = 0  # the rank among the processes of this machine
+    local_world: int = 1  # the number of processes on this machine
+    on_cpu: dist.ProcessGroup | None = None  # all ranks, connected by Gloo on the CPU
+    patient: dist.ProcessGroup | None = None  # the same, with a timeout for saves and the like
     host: str = ""
 
     def barrier(self) -> None:
-        """Waits until all ranks are here, such as after rank 0 has saved, which may take
-        minutes.
-        """
+        """Waits, for hours if need be, until all ranks have called it: rank 0 may be saving."""
         if self.patient is not None:
             dist.barrier(group=self.patient)
 
     def agree(self, *wishes: int) -> list[int]:
-        """The largest of each wish over the ranks, so that they all do the same after the same
-        step. Goes over the CPU: a GPU is not waited for.
+        """All-reduces each number to its maximum over the ranks, so that they all do the same after
+        the same step. Runs on the CPU, so that it does not wait for a GPU.
         """
         most = torch.tensor(wishes)
         if self.on_cpu is not None:
@@ -66,8 +64,9 @@ class Ranks:
         return most.tolist()
 
     def each(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
-        """What work(*arguments) returns here. Where it fails on some rank, all raise the same
-        UserError, which says on which. Some may take hours longer than others.
+        """Calls work(*arguments) on every rank and returns this rank's result. If it raises
+        UserError on some rank, all ranks raise the same UserError, which says on which. Some ranks
+        may take hours longer than others.
         """
         result, mistake = None, ""
         try:
@@ -90,7 +89,9 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def must_agree(self, mine: Mapping[str, object]) -> None:
-        """Raises UserError on all ranks unless they have the same under each name."""
+        """Raises UserError on all ranks unless all have the same value under each name of `mine`.
+        All ranks must call it together.
+        """
         found = self._all({**mine, "host": self.host})
         wrong = [name for name in mine if any(f.get(name) != mine[name] for f in found)]
         wrong = sorted({n for names in self._all(wrong) for n in names})
@@ -105,7 +106,7 @@ class Ranks:
             )
 
     def _all(self, mine: Any) -> list[Any]:
-        """What each rank has, in order."""
+        """All-gathers an object: the list of what each rank passes, ordered by rank."""
         found = [mine] * self.world
         if self.patient is not None:
             dist.all_gather_object(found, mine, group=self.patient)
@@ -113,7 +114,9 @@ class Ranks:
 
 
 class DataParallel(ParallelContext):
-    """The context in which each rank has the whole model and works on data of its own."""
+    """The data-parallel context of an evaluation: each rank has the unsharded model and works on
+    data of its own.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.dp_rank, self.dp_size, self.world_size = ranks.rank, ranks.world, ranks.world
@@ -123,7 +126,10 @@ class DataParallel(ParallelContext):
 
 
 def identity(args: Settings, data: Mapping[str, Any], model: nn.Module) -> dict[str, object]:
-    """What has to be the same on all ranks before a run starts."""
+    """Names and values that must be the same on all ranks when a run starts, for
+    `Ranks.must_agree`: the version of torch, the settings, and hashes of the data and the initial
+    weights.
+    """
     bits = [int(p.detach().view(torch.int32).sum()) for p in model.parameters()]
     known = {k: v for part in ("train", "val") for k, v in data[part].items() if k != "source"}
     return {
@@ -138,11 +144,13 @@ def identity(args: Settings, data: Mapping[str, Any], model: nn.Module) -> dict[
 def process_group(
     args: Settings | EvalSettings, start: Rendezvous | None = None, alone: bool = False
 ) -> Iterator[Ranks]:
-    """Connects the processes: NCCL between GPUs, Gloo otherwise. Raises UserError where another one
-    is not there, or gets lost.
+    """Context manager that connects the ranks by torch.distributed (NCCL between GPUs, Gloo
+    otherwise) and yields the Ranks. Raises UserError if another rank is missing, or gets lost
+    meanwhile.
 
-    Of the settings it takes device, threads and timeout_seconds. Without a launcher there is
-    nothing to connect, and a group of one is made only if asked for with alone.
+    Of the settings it takes device, threads and timeout_seconds. start: what `rendezvous` returned;
+    None calls it. Without a launcher there is nothing to connect, and a group of one process is
+    made only with alone=True.
     """
     start = start or rendezvous()
     ranks = Ranks(start.rank, start.world, start.local_rank, start.local_world)
@@ -203,7 +211,9 @@ def _guard(start: Rendezvous, timeout_seconds: int, device: torch.device) -> Han
 
 
 def queue_of(device: torch.device) -> Callable[[], bool]:
-    """Tells whether a GPU still has work to do that this thread gave it; any thread may ask."""
+    """Returns a function that says whether the GPU still has work on the current stream of the
+    thread that calls `queue_of`. Any thread may call that function. For a CPU it says False.
+    """
     if device.type != "cuda":
         return lambda: False
     stream = torch.cuda.current_stream(device)
@@ -218,8 +228,8 @@ def queue_of(device: torch.device) -> Callable[[], bool]:
 
 
 def sum_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The sum of a tensor over the ranks of a group, by default all, the same on each; alone, the
-    tensor itself.
+    """All-reduces a tensor: its sum over the ranks of a group (None = all ranks), on each of them.
+    Without a process group, the tensor itself.
     """
     if not dist.is_initialized():
         return values

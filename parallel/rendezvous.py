@@ -1,5 +1,5 @@
-"""How ranks find each other when they start, or are started again after one of them died: through
-the store of the launcher, torchrun or a batch system that sets RANK, WORLD_SIZE and MASTER_ADDR.
+"""How ranks find each other when they start, or start again after one of them died: through a store
+of torch.distributed at MASTER_ADDR, where torchrun or a batch system has set RANK and WORLD_SIZE.
 """
 
 from __future__ import annotations
@@ -24,35 +24,37 @@ import torch.distributed as dist
 from runtime.setting_fields import UserError
 from runtime.signals import end_with_parent
 
-# What torchrun, SLURM, Open MPI and MPICH call a rank's number on its machine, and how many it has.
+# Local rank and local world size, as torchrun, SLURM, Open MPI and MPICH call them.
 _LOCAL_NAMES = (
     ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     ("SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
     ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-_START_SECONDS = 60.0  # in which all ranks have to be there
-_LAST_WORDS_SECONDS = 5.0  # in which ranks that fail alike say so
+_START_SECONDS = 60.0  # within which all ranks must have started
+_LAST_WORDS_SECONDS = 5.0  # how long rank 0 waits for other ranks to report the same error
 _LOST = "no connection to the other ranks"
 _SIOCGIFADDR = 0x8915  # ioctl that asks for the address of an interface: netdevice(7)
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Which process this is, and where it meets the others."""
+    """The rank of this process, and the store through which it exchanges values with the others."""
 
-    store: dist.Store  # in which ranks that died have left nothing
-    name: str = ""  # of this start, the same on all ranks
+    store: dist.Store  # holds nothing of ranks that died
+    name: str = ""  # unique to this start, and the same on all ranks
     rank: int = 0
     world: int = 1
-    local_rank: int = 0  # among the processes of this machine
-    local_world: int = 1  # how many those are
-    launched: bool = False  # by torchrun or the like
-    restarted: bool = False  # by torchrun, after these ranks had begun to train
+    local_rank: int = 0  # the rank among the processes of this machine
+    local_world: int = 1  # the number of processes on this machine
+    launched: bool = False  # whether by torchrun or another launcher
+    restarted: bool = False  # whether by torchrun, after training had begun
 
 
 def rendezvous() -> Rendezvous:
-    """Waits for all ranks. Raises UserError that names those that are missing."""
+    """Waits until all ranks have started; without a launcher, this process is rank 0 of 1. Raises
+    UserError that names what is missing: ranks, or variables of the environment.
+    """
     if "RANK" not in os.environ:
         return Rendezvous(dist.HashStore())
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -74,8 +76,8 @@ def rendezvous() -> Rendezvous:
 
 
 def place_on_machine(store: dist.Store, rank: int, world: int) -> tuple[int, int]:
-    """(number of this rank among those of its machine, how many those are): what the launcher says,
-    or if it says nothing, what all ranks tell each other of their machines through the store.
+    """Returns (local rank, local world size): from the variables of the launcher, or without them
+    from the host names that all ranks exchange through the store.
     """
     for number, size in _LOCAL_NAMES:
         if number in os.environ and os.environ.get(size, "").isdigit():
@@ -85,7 +87,7 @@ def place_on_machine(store: dist.Store, rank: int, world: int) -> tuple[int, int
 
 
 def everyone(store: dist.Store, what: str, mine: str, rank: int, world: int) -> list[str]:
-    """What each rank says of `what`, in order; all ranks call it."""
+    """All-gathers a string, by the store: every rank's `mine`, in order of rank. what: its key."""
     store.set(f"{what} of {rank}", mine)
     return [_get(store, f"{what} of {r}") for r in range(world)]
 
@@ -108,7 +110,7 @@ def by_torchrun() -> bool:
 
 
 def mark_started() -> None:
-    """From here on there is something to continue, should torchrun start the ranks again."""
+    """Records that training has begun: ranks that torchrun starts again then continue the run."""
     if by_torchrun():
         with contextlib.suppress(OSError):
             _mark().touch()
@@ -116,9 +118,9 @@ def mark_started() -> None:
 
 
 def _mark() -> Path:
-    """A file that stands for the torchrun on this machine that started this process: it is there
-    once its ranks had begun. (Its count of restarts stays 0 when a machine leaves, and its store
-    goes with the machine that had it.)
+    """The path of a file that exists once the ranks of the torchrun that started this process have
+    begun to train. (The restart count of torchrun stays 0 when a machine leaves, and its store goes
+    with the machine that had it.)
     """
     launcher = os.getppid()
     name = f"rosetrainer-{os.getuid()}-{launcher}-{_began(launcher)}"
@@ -126,8 +128,8 @@ def _mark() -> Path:
 
 
 def _began(process: int) -> str:
-    """When a process of this machine began, in ticks of its clock; "0" where there is no /proc, and
-    "gone" if there is no such process.
+    """The start time of a process of this machine, in clock ticks since boot; "0" where there is no
+    /proc, and "gone" if there is no such process.
     """
     try:
         os.kill(process, 0)
@@ -142,8 +144,8 @@ def _began(process: int) -> str:
 
 
 def _remove_marks_of_the_dead() -> None:
-    """Their number would grow with each start. A mark cannot go earlier, with its run: torchrun may
-    start the ranks again until it ends itself.
+    """Deletes the marks of torchruns that have ended, which would pile up otherwise. A mark cannot
+    be deleted with its run: torchrun may start the ranks again until it ends itself.
     """
     for mark in Path(tempfile.gettempdir()).glob(f"rosetrainer-{os.getuid()}-*-*"):
         launcher, since = mark.name.split("-")[2:4]
@@ -154,11 +156,12 @@ def _remove_marks_of_the_dead() -> None:
 def agree_on_name(
     store: dist.Store, rank: int, world: int, again: bool = False
 ) -> tuple[str, bool]:
-    """A name that no earlier start had, and whether some rank says again. The store outlives ranks
-    that died, and whatever they left in it, such as their addresses, is under other names. Raises
-    UserError where a rank is missing.
+    """Returns (a name that no earlier start had, whether any rank passed again=True), the same on
+    all ranks. The store outlives ranks that died, and whatever they left in it, such as their
+    addresses, is under other names. Raises UserError if a rank is missing.
 
-    Rank 0 gives its own new name to all that it finds, until all of `world` have answered to it.
+    Rank 0 offers its own new name to all ranks that it finds, until all `world` have answered to
+    it.
     """
     me, given = f"{uuid.uuid4().hex} {int(again)}", dict[int, str]()
     store.set(f"rank{rank}", me)
@@ -193,7 +196,9 @@ def _get(store: dist.Store, key: str) -> str:
 
 
 def store_of_launcher(seconds: float = 10.0, make: bool = False) -> dist.TCPStore:
-    """A connection of its own to the store that all starts share."""
+    """A new connection to the store that all starts share. seconds: the timeout; make: whether this
+    process hosts the store.
+    """
     where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     _await_address(where, seconds)
     wait = datetime.timedelta(seconds=seconds)
@@ -201,9 +206,9 @@ def store_of_launcher(seconds: float = 10.0, make: bool = False) -> dist.TCPStor
 
 
 def _await_address(host: str, seconds: float) -> None:
-    """Waits until the name of a machine has an address, as it may get one while a cluster starts.
-    Raises UserError. (Torch's store tries up to twice as long as it is asked to, and prints the
-    frames of its C++ code.)
+    """Waits until the name of a machine resolves to an address, which can take a while when a
+    cluster starts. Raises UserError after `seconds`. (Torch's store tries up to twice as long as it
+    is asked to, and prints the frames of its C++ code.)
     """
     end = time.monotonic() + seconds
     while True:
@@ -221,8 +226,8 @@ def _await_address(host: str, seconds: float) -> None:
 
 @contextmanager
 def lost_ranks_are_one_line(gone: Callable[[], list[int]] = list) -> Iterator[None]:
-    """What torch raises where another rank is not to be reached becomes a UserError. gone(): which
-    ranks are known to have ended; torchrun knows itself, and says so.
+    """Context manager that turns torch's errors about unreachable ranks into a UserError. gone():
+    the ranks known to have ended; not called under torchrun, which names them itself.
     """
     try:
         yield
@@ -261,7 +266,7 @@ def is_first_reporter(text: str) -> bool:
         store = store_of_launcher()
         first = store.add(f"said {key}{terminal}", 1) == 1
         found = store.add(f"found {key}", 1)
-        # Without torchrun the store ends with rank 0, and without it others know nothing.
+        # Without torchrun the store ends with rank 0, so rank 0 waits for the others to use it.
         end = time.monotonic() + (0 if by_torchrun() or rank else _LAST_WORDS_SECONDS)
         while found < world and time.monotonic() < end:
             time.sleep(0.05)
@@ -272,9 +277,9 @@ def is_first_reporter(text: str) -> bool:
 
 
 def _choose_interface(several_machines: bool) -> None:
-    """Has Gloo talk to other machines over the network interface that leads to the first of them,
-    unless GLOO_SOCKET_IFNAME says which. Its own choice is that of this machine's name, which often
-    stands for the loopback interface.
+    """Has Gloo use the network interface that leads to the first machine, unless GLOO_SOCKET_IFNAME
+    names another. Gloo's own choice is the interface of this machine's host name, which often
+    stands for loopback. Does nothing on a single machine.
     """
     if not several_machines or "GLOO_SOCKET_IFNAME" in os.environ:
         return

@@ -1,5 +1,5 @@
 """Tensor parallelism (Shoeybi et al. 2019, sec. 3): each rank has some rows or columns of the
-matrices of a block, and the embedding and the head of some token ids, as plain tensors.
+matrices of a block, and the rows of embedding and head for some token ids, as plain tensors.
 
 The parts are ordinary parameters, so DDP, `fully_shard`, the fused optimizer and what model.py and
 loss.py do to save memory take them as they are. Torch's `parallelize_module` makes DTensors of them
@@ -23,10 +23,11 @@ from runtime.device import generator_of
 
 
 def split_dim(name: str) -> int | None:
-    """The dimension in which a parameter of GPTModel is split, None where every rank has it whole.
+    """The dimension along which the parameter of GPTModel called name is sharded, or None if every
+    rank has all of it.
 
-    First matrices of a pair by output (so attention by heads: `qkv` is ordered head by head),
-    second ones by input, embedding and head by token id.
+    The first matrix of a pair (qkv, fc) is split by outputs, so attention by heads, as `qkv` is
+    ordered head by head; the second one (proj) by inputs; embedding and head by token id.
     """
     if re.search(r"(qkv|fc)\.(weight|bias)$|^(wte|lm_head)\.weight$", name):
         return 0
@@ -44,9 +45,9 @@ def part_of(whole: Tensor, dim: int, index: int, parts: int) -> Tensor:
 
 
 def split_model(model: GPTModel, group: dist.ProcessGroup) -> None:
-    """Replaces each matrix of the model by this rank's part, in place, and its layers by those that
-    sum over the ranks where needed. All ranks of the group start with the same model and see the
-    same batches.
+    """Shards the model in place: each matrix becomes this rank's part of it, and layers all-reduce
+    over the ranks where needed. All ranks of the group start with the same model and see the same
+    batches.
     """
     rank, parts = group.rank(), group.size()
     for name, p in list(model.named_parameters()):
@@ -82,20 +83,20 @@ def split_model(model: GPTModel, group: dist.ProcessGroup) -> None:
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear layer of which each rank computes some of the outputs from the whole input."""
+    """A linear layer split by outputs: each rank computes some of them from the full input."""
 
     def __init__(self, linear: nn.Linear, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.weight, self.bias, self.group = linear.weight, linear.bias, group
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out of this rank)."""
+        """Maps (..., in) to (..., outputs of this rank)."""
         return F.linear(_Same.apply(x, self.group), self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer of which each rank has some of the inputs; the output is summed over the
-    ranks, so that all have the same.
+    """A linear layer split by inputs: each rank has some of them, and the outputs are all-reduced,
+    so that all ranks have the same.
     """
 
     def __init__(self, linear: nn.Linear, group: dist.ProcessGroup) -> None:
@@ -103,14 +104,14 @@ class RowParallelLinear(nn.Module):
         self.weight, self.bias, self.group = linear.weight, linear.bias, group
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in of this rank) to (..., out); the bias is added once."""
+        """Maps (..., inputs of this rank) to (..., out); the bias is added once, after the sum."""
         y = _Added.apply(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding of which each rank has the rows of some token ids. The output is summed over the
-    ranks, of which all but one contribute zeros for an id.
+    """An embedding split by token id: each rank has the rows of some ids. The outputs are
+    all-reduced; for each id, all ranks but one contribute zeros.
     """
 
     def __init__(self, embedding: nn.Embedding, start: int, group: dist.ProcessGroup) -> None:
@@ -118,7 +119,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight, self.start, self.group = embedding.weight, start, group
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, T) int64 to (B, T, C)."""
+        """Maps ids (B, T) int64 to (B, T, C)."""
         own = ids - self.start
         here = (own >= 0) & (own < len(self.weight))
         rows = F.embedding(own.where(here, 0), self.weight) * here[..., None]
@@ -126,7 +127,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class _Same(torch.autograd.Function):
-    """The identity; its backward pass sums the gradients of the ranks (f in fig. 3 there)."""
+    """The identity; its backward pass all-reduces the gradient (f in fig. 3 of that paper)."""
 
     @staticmethod
     def forward(ctx, x, group):  # type: ignore[no-untyped-def]
@@ -139,7 +140,7 @@ class _Same(torch.autograd.Function):
 
 
 class _Added(torch.autograd.Function):
-    """The sum over the ranks; its backward pass is the identity (g in fig. 3 there)."""
+    """An all-reduce (sum); its backward pass is the identity (g in fig. 3 of that paper)."""
 
     @staticmethod
     def forward(ctx, x, group):  # type: ignore[no-untyped-def]
@@ -157,14 +158,16 @@ def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _stacked(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x of every rank: (parts, *x.shape)."""
+    """All-gathers x: (parts, *x.shape)."""
     found = [torch.empty_like(x) for _ in range(group.size())]
     dist.all_gather(found, x.contiguous(), group=group)
     return torch.stack(found)
 
 
 def joined(part: Tensor, dim: int, size: int, group: dist.ProcessGroup) -> Tensor:
-    """The whole of which every rank has a part (see `part_of`), on every rank: `size` in `dim`."""
+    """All-gathers the parts that `part_of` makes of a tensor: returns the full tensor on every
+    rank. size: of the full tensor in dimension `dim`.
+    """
     share = -(-size // group.size())
     padded = part.new_zeros(*part.shape[:dim], share, *part.shape[dim + 1 :])
     padded.narrow(dim, 0, part.shape[dim]).copy_(part)
@@ -181,7 +184,8 @@ def _joined(logits: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
 
 def _draw_own_masks(attn: nn.Module, layer: int, rank: int) -> None:
     """Gives the dropout inside attention another mask on each rank, since ranks have different
-    heads. All other masks are applied to what ranks have in common, and must be the same.
+    heads. All other dropout acts on activations that are the same on all ranks, and so must its
+    masks be.
     """
     saved = []
 

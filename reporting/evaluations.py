@@ -1,4 +1,4 @@
-"""What eval.py prints and records."""
+"""Prints and records the results of eval.py."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def report_evaluations(
     data_of: Sequence[dict[str, Any]] = (),
     by_source: Sequence[dict[str, EvalResult]] = (),
 ) -> None:
-    """Prints the results of eval.py, as lines for one checkpoint, as a table for several;
-    appends them to its logs.
+    """Prints the results of eval.py, as lines for one checkpoint, as a table for several; appends
+    them to eval.log and eval.jsonl. Raises UserError if those cannot be written.
 
-    data_of: what each was evaluated on, as `TokenDataset.describe` says it. by_source: the results
-    of single sources of it.
+    For each path: data_of, what it was evaluated on, as `TokenDataset.describe` returns it;
+    by_source, the results of the single sources in that, by name.
     """
     lines = _evaluation_lines(paths, results, data_of, by_source)
     say("\n".join(lines))
@@ -87,14 +87,16 @@ def _evaluation_lines(
 
 
 def _data_labels(data_of: Sequence[dict[str, Any]]) -> list[str]:
-    """A number for each: the same one where the same tokens were scored, wherever they lie."""
+    """A number for each description of data: the same number where the same tokens were scored,
+    wherever they lie on disk.
+    """
     names: dict[str, str] = {}
     keys = [repr([v for k, v in sorted(d.items()) if k != "source"]) for d in data_of]
     return [names.setdefault(key, str(len(names) + 1)) for key in keys]
 
 
 def _data_lines(data_of: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
-    """What the data are that the labels stand for, and whether rows can be compared."""
+    """The lines that say what data the labels stand for, and whether rows can be compared."""
     tokenizers = {d.get("tokenizer", "") for d in data_of}
     about = {
         label: f"{d['source']}, tokens {d['start']}..{d['stop'] - 1}"

@@ -61,7 +61,7 @@ def _memory(args: Settings, device: Device) -> str:
 def notes_at_start(
     args: Settings, step: int, model: GPTModel, val: TokenDataset, device: Device
 ) -> list[str]:
-    """What may surprise in the run that starts, or goes on, at a step."""
+    """The lines about what may surprise in a run that starts, or resumes, at this step."""
     notes = [] if args.resume else notes_on_preset(args)
     if not step and not starts_with_evaluation(0, model, val, args, device):
         notes.append("no evaluation before the first step (--eval-at-start on does one)")
@@ -84,7 +84,8 @@ def evaluation_line(
     amp: bool,
 ) -> str:
     """The one line that says how a run stands. update: the record of the last update that was
-    logged, empty before the first one; seconds: since the last such line.
+    logged, empty before the first one; seconds: since the last such line; world: the number of
+    processes.
     """
 
     def last(name: str, digits: int, scale: float = 1.0, unit: str = "") -> str:
@@ -111,8 +112,8 @@ def evaluation_line(
 def next_commands(
     script: str, args: Settings, state: RunState, world: int, prompt: str
 ) -> list[str]:
-    """The commands that evaluate, continue and sample. prompt: for the sample, quoted for a shell;
-    "" where only the user knows the tokenizer.
+    """The last lines of a log: the commands that evaluate, continue and sample. world: the number
+    of processes. prompt: for the sample, quoted for a shell; "" if the run has no tokenizer.
     """
     path = shlex.quote(args.checkpoint_path)
     usual = args.checkpoint_path == default_checkpoint(script)
@@ -145,8 +146,8 @@ def next_commands(
 
 
 def _more_steps(args: Settings, step: int) -> tuple[str, str]:
-    """Flags that continue a run that is done, and a note on them. Where its learning rate has
-    decayed they have it decay anew, from about a tenth of the peak.
+    """Returns the flags that continue a finished run, and a note on them or "". If its learning
+    rate has decayed, the flags have it decay anew, from about a tenth of the peak.
     """
     last, more = lr_at(args.num_steps - 1, args), f" --num-steps {2 * step}"
     if last > args.lr / 2:

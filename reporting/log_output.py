@@ -1,4 +1,4 @@
-"""Lines for people: on the terminal, beside its progress bar, and in the text log of a run."""
+"""Writes lines for people: to the terminal, beside its progress bar, and to a text log."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from runtime.console import visible
 
 
 class Output:
-    """Writes lines to the terminal and to a text log. What can't be written any more, as on a full
-    disk or a closed terminal, is left out from then on, and the run goes on.
+    """Writes lines to the terminal and to a text log. If writing to one of them fails, as on a full
+    disk or a closed terminal, that one gets no more lines, and the run goes on.
     """
 
     def __init__(self, text_path: Path, step: int, num_steps: int) -> None:
-        """Raises OSError where the text log can't be opened. step: at which the bar starts."""
+        """Opens the text log, and a progress bar that starts at `step`. Raises OSError if the text
+        log cannot be opened.
+        """
         self.broken = set[str]()
         self.text = open(text_path, "a", encoding="utf-8")  # noqa: SIM115
         self.bar = tqdm(
@@ -27,7 +29,7 @@ class Output:
         )
 
     def line(self, text: str) -> None:
-        """One line, with the time before it."""
+        """Writes one line, with the time before it."""
         stamped = time.strftime("[%Y-%m-%d %H:%M:%S] ") + visible(text)
         self.safely("the terminal", lambda: tqdm.write(stamped) or sys.stdout.flush())
         self.safely("the text log", lambda: print(stamped, file=self.text, flush=True))
@@ -38,12 +40,14 @@ class Output:
         self.bar.set_postfix_str(text)
 
     def short_line(self, text: str) -> None:
-        """A line for a terminal that shows no bar, such as a file that output goes to."""
+        """Writes a line if the terminal shows no bar, such as when output goes to a file."""
         if self.bar.disable:
             self.safely("the terminal", lambda: print(text, flush=True))
 
     def safely(self, what: str, write: Callable[[], object]) -> None:
-        """Calls write(). Where that fails, it says so, and writes nothing more to what it was."""
+        """Calls write(). If that fails, a line says so, and later calls with the same `what` do
+        nothing. what: the output that write() writes to.
+        """
         if what in self.broken:
             return
         try:

@@ -22,7 +22,9 @@ class SpikeDetector:
         self.losses = deque[float](finite, maxlen=_SPIKE_RECORDS)
 
     def found(self, loss: float) -> str:
-        """What a loss is compared with if it is a spike, else ""; it then counts as one before."""
+        """Returns what a loss is compared with if it is a spike, else "". Later losses are then
+        compared with this one too, unless it is not finite.
+        """
         text = ""
         if len(self.losses) == _SPIKE_RECORDS:
             usual = statistics.fmean(self.losses)

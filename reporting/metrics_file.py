@@ -22,9 +22,9 @@ class MetricsFile:
     """
 
     def __init__(self, args: Settings, state: RunState) -> None:
-        """Starts the file. A run that is resumed continues its own, wherever in the folder that
-        is; one of another run gets another name. Raises UserError where another run has the file
-        open, and OSError where it can't be written.
+        """Opens the file. A resumed run continues its own, under whatever name in the folder that
+        is; a file of another run is renamed. Raises UserError if another run has the file open, and
+        OSError if it cannot be written.
         """
         base = log_base(args)
         base.parent.mkdir(parents=True, exist_ok=True)
@@ -43,8 +43,8 @@ class MetricsFile:
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def _continue(self, state: RunState, number: int) -> bool:
-        """Finds the metrics of a resumed run, drops the records beyond its step, which it will make
-        again, and keeps them in a file of their own. False if there are none.
+        """Finds the metrics of a resumed run, and moves the records beyond its step, which it will
+        make again, to name.cut.jsonl. Returns False if the run has no metrics in the folder.
         """
         path = self.path
         names = (path, *sorted(path.parent.glob("*.jsonl")))
@@ -77,7 +77,7 @@ class MetricsFile:
         print(to_json(record), file=self.file, flush=True)
 
     def sync(self) -> None:
-        """Makes all records so far as safe as a checkpoint."""
+        """Fsyncs the file, so that a power failure leaves all records so far."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -97,8 +97,8 @@ def to_json(record: dict[str, Any]) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file. Lines that are none are left out, such as the last one that a
-    crash cut short.
+    """The records of a metrics file. Lines that are not records are skipped, such as a last line
+    that a crash cut short.
     """
     records = []
     for line in path.read_bytes().splitlines():
@@ -112,7 +112,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def run_of(path: Path) -> str:
-    """The id of the run that a metrics file is of; "" if its first line does not say."""
+    """The id of the run that wrote a metrics file; "" if its first line has none."""
     with open(path, "rb") as file:
         try:
             first = json.loads(file.readline())
@@ -122,8 +122,8 @@ def run_of(path: Path) -> str:
 
 
 def comparable(path: Path) -> list[dict[str, Any]]:
-    """The records without what may differ between two runs that are the same: timings, names of
-    files and of the run itself.
+    """The records without what may differ between two runs that compute the same: timings, and of
+    the first record all but the data.
     """
     records = read_records(path)
     first = [{k: r[k] for k in ("event", "train", "val")} for r in records[:1]]

@@ -8,7 +8,9 @@ from reporting.metrics_file import read_records
 
 
 def draw_losses(jsonl: Path, picture: Path) -> None:
-    """Train and validation loss over steps, with tokens along the top, as a PNG."""
+    """Draws train and validation loss over steps, with tokens along the top, as a PNG. jsonl: the
+    metrics file of the run; picture: the path of the PNG.
+    """
     from matplotlib.figure import Figure  # here, since only the end of a run needs it
 
     records = read_records(jsonl)

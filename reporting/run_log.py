@@ -1,4 +1,4 @@
-"""What a run tells: terminal, text log, metrics (JSONL), loss picture and Weights & Biases.
+"""The log of a run: terminal, text log, metrics (JSONL), loss picture and Weights & Biases.
 
 Metrics are made here and nowhere else. The metrics file is the truth: all else shows numbers of its
 records.
@@ -36,7 +36,7 @@ _PROFILED = 8  # steps until the profile is complete
 
 
 class RunLog:
-    """Tells what happens in a run. Only rank 0 has one; see `SilentLog`.
+    """Reports what happens in a run. Only rank 0 has one; the others have a `SilentLog`.
 
     Timings cover fetching and computing of steps, never evaluation, sampling or saving: the clock
     runs from the end of one report to the next train(), and anything else is reported right after a
@@ -54,13 +54,13 @@ class RunLog:
         val: TokenDataset,
         world: int = 1,
     ) -> None:
-        """Opens all files and says what runs. Raises UserError where a file can't be written.
+        """Opens all files and logs what will run. Raises UserError if a file cannot be written.
         script: "train_minimal" or "train_ddp". world: the number of processes.
         """
         self.script, self.args, self.device, self.world = script, args, device, world
         self.prompt = shlex.quote(fitting_prompt(val)) if val.tokenizer else ""
         self.epoch_windows = len(train)
-        self.last_update: dict[str, float] = {}  # of the record before
+        self.last_update: dict[str, float] = {}  # values of the last train() record
         self.steps_reported, self.skips_reported = state.step, 0
         base = log_base(args)
         if base.name == "eval":
@@ -101,17 +101,15 @@ class RunLog:
             self.output.line(state.pending_messages.pop(0))
 
     def after_step(self, state: RunState) -> None:
-        """After each update: says what others have left in state.pending_messages, such as a
-        background save that is done.
+        """Called after each update: logs the lines that are left in state.pending_messages, such as
+        that of a finished background save.
         """
         self._say_pending(state)
-        if self.profiler:  # wants to know where an update ends
+        if self.profiler:  # it has to know where an update ends
             self.profiler.step()
 
     def train(self, state: RunState, stats: StepStats) -> None:
-        """Records the update just finished, of which stats holds the sums over ranks. Waits for
-        the device.
-        """
+        """Records the update just finished. stats: already summed over ranks. Waits for the GPU."""
         loss, norm = float(stats.nll_sum) / stats.n_tokens, float(stats.grad_norm)  # waits here
         seconds, steps = time.perf_counter() - self.mark, state.step - self.steps_reported
         rate = steps * stats.n_tokens / seconds
@@ -158,7 +156,7 @@ class RunLog:
             )
 
     def eval(self, state: RunState, result: EvalResult) -> None:
-        """Records an evaluation and prints the one line that says how the run stands."""
+        """Records an evaluation and logs the one line that says how the run stands."""
         values = {
             "loss": result.loss,
             "loss_se": result.loss_se,
@@ -180,20 +178,20 @@ class RunLog:
         self._restart_clock()
 
     def sample(self, text: str | None) -> None:
-        """Shows what the model writes; None = nothing can be shown."""
+        """Logs a text that the model wrote; None = there is none, for lack of a tokenizer."""
         if text is not None:
             self.output.line("sample: " + text.replace("\n", "\n    "))
             self._restart_clock()
 
     def saved(self, seconds: float) -> None:
-        """Leaves the time that a save took out of the timings, and makes the metrics up to it as
-        safe as the checkpoint.
+        """Called after a save: leaves the seconds that it took out of the timings, and fsyncs the
+        metrics, so that they are as safe as the checkpoint.
         """
         self.mark += seconds
         self.output.safely("the metrics file", self.metrics.sync)
 
     def finish(self, state: RunState) -> None:
-        """Draws the loss picture, says what can be done next, and closes everything."""
+        """Draws the loss picture, logs the commands to go on with, and closes everything."""
         output, path = self.output, self.metrics.path
         output.bar.close()
         self._say_pending(state)
@@ -216,7 +214,7 @@ class RunLog:
 
 
 class SilentLog(RunLog):
-    """The log of all ranks but the first: nothing happens. Messages for the log are dropped."""
+    """The log of all ranks but rank 0: it writes nothing, and drops messages for the log."""
 
     def __init__(self) -> None:
         pass
@@ -250,8 +248,8 @@ def open_log(
     train: TokenDataset,
     val: TokenDataset,
 ) -> RunLog:
-    """The log of a run of many processes: that of rank 0 tells, those of the others are silent.
-    Arguments and errors as of `RunLog`.
+    """The log of a run of many processes: a RunLog on rank 0, a SilentLog on the other ranks.
+    Arguments and errors are those of `RunLog`.
     """
     if ranks.rank:
         return SilentLog()
@@ -279,7 +277,7 @@ def _record_of_run(
 
 
 def _start_profiler(base: Path, device: Device) -> Any:
-    """Records updates 6 to 8 into a trace for chrome://tracing or Perfetto."""
+    """Starts a profiler that writes updates 6 to 8 as a trace for chrome://tracing or Perfetto."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.torch_device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)

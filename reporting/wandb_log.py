@@ -1,4 +1,4 @@
-"""Weights & Biases, so that nothing that it or the network does can stop or change a run."""
+"""Reports to Weights & Biases; no failure of it or of the network can stop or change a run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from config import Settings
 from settings.wandb_mode import wandb_mode
 from training.step import RunState
 
-_START_SECONDS = 8  # that it may take to start; with its own overhead, 10
-_FINISH_SECONDS = 30  # that uploads may take at the end
+_START_SECONDS = 8  # how long it may take to start; with its own overhead, 10
+_FINISH_SECONDS = 30  # how long uploads may take at the end
 
 
 class WandB:
-    """Weights & Biases on the side: whatever it or the network does, the run goes on and its
+    """A run of Weights & Biases. Whatever it or the network does, the training goes on and its
     numbers are the same.
     """
 

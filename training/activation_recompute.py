@@ -1,7 +1,7 @@
-"""Activation memory: computes again in the backward pass what would cost more to keep.
+"""Activation recomputation: computes again in the backward pass what would cost more to keep.
 
-Nothing in model.py knows of it. `recompute_activations` is called once, when the model is compiled
-or split over processes, and before DDP runs its first pass.
+Nothing in model.py knows of it. Call `recompute_activations` once, after the model is compiled or
+split over processes, and before DDP runs its first pass.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _CHEAP = (nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.SiLU, Square)
 
 
 def recompute_activations(model: GPTModel) -> None:
-    """Changes the blocks of a model, in place, so that they keep less for the backward pass. No
-    number that they compute changes.
+    """Changes the blocks of a model, in place, so that autograd saves fewer activations for the
+    backward pass. No number that they compute changes.
 
-    With use_activation_checkpoint a block keeps only its input, and its forward pass runs again
-    (Chen et al. 2016). Without it see `recompute_inputs`; compiled blocks stay as they are, since
-    the compiler decides what they keep.
+    With use_activation_checkpoint a block saves only its input, and its forward pass runs again in
+    the backward pass (Chen et al. 2016). Without it see `recompute_inputs`; compiled blocks stay as
+    they are, since the compiler decides what they save.
     """
     for block in model.blocks:
         if model.config.use_activation_checkpoint:
@@ -36,15 +36,14 @@ def recompute_activations(model: GPTModel) -> None:
 
 
 def recompute_inputs(block: nn.Module, kept: Callable[[Tensor], object] = lambda x: None) -> None:
-    """Has each linear layer of the block that multiplies what a norm or an activation function
-    gives compute this input again in the backward pass, instead of keeping it: norm and activation
-    function keep their own input, from which it follows. Of 16 C numbers per token and block of
+    """Has the linear layers of a block compute their input again in the backward pass instead of
+    saving it, where it is the output of a norm or an activation function. Those save their own
+    input, from which it follows. Of the 16 C numbers that autograd saves per token and block of
     GPT-2, 10 C are left, for 1 % more time.
 
-    kept: called with each tensor that these linear layers keep all the same.
+    kept: called with each tensor that these linear layers still save.
     """
-    # What is put on the modules are partials and not closures, so that a deep copy of the model has
-    # its own.
+    # The modules get partials and not closures, so that a deep copy of the model gets its own.
     latest: list[_Output] = []
     for module in block.modules():
         weight = getattr(module, "weight", None)
@@ -56,7 +55,7 @@ def recompute_inputs(block: nn.Module, kept: Callable[[Tensor], object] = lambda
 
 
 class _Output(NamedTuple):
-    """What a cheap module gave, and what of."""
+    """The latest output of a cheap module (see `_CHEAP`), with the module and its input."""
 
     module: nn.Module
     input: Tensor
@@ -80,7 +79,9 @@ def _recomputing_input(
     linear: Callable[[Tensor], Tensor],
     x: Tensor,
 ) -> Tensor:
-    """linear(x), which does not keep x where that is the latest output of a cheap module."""
+    """Returns linear(x). If x is the latest output of a cheap module, autograd does not save it but
+    computes it again from the input of that module.
+    """
     if not latest or storage_of(latest[0].output) != storage_of(x):
         return linear(x)
     module, source, _ = latest.pop()
@@ -111,5 +112,5 @@ def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], *args: objec
 
 
 def storage_of(x: Tensor) -> int:
-    """The memory that x lies in, as a number: views of one tensor have the same."""
+    """An integer that identifies the storage of x; views of one tensor have the same."""
     return x.untyped_storage()._cdata

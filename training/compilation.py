@@ -18,8 +18,8 @@ from runtime.setting_fields import UserError
 
 
 def why_not_compiled(args: Settings, device: Device) -> str:
-    """Why the model is not compiled with these settings; "" where it is. Raises UserError where
-    --compile on can't be done.
+    """The reason why the model is not compiled with these settings; "" if it is compiled. Raises
+    UserError if --compile on cannot be done.
     """
     if args.compile == "off" or (args.compile == "auto" and device.torch_device.type != "cuda"):
         return "--compile on compiles on this device too" if args.compile == "auto" else "as asked"
@@ -39,14 +39,13 @@ def compile_model(
     device: Device,
     agree: Callable[..., list[int]] = lambda *wishes: list(wishes),
 ) -> list[str]:
-    """Compiles the blocks of a model and its loss in place, if args.compile says so, before DDP or
-    FSDP wrap it; the lines to log.
+    """Compiles the blocks of a model and its loss in place, if args.compile says so, and returns
+    the lines to log. Call it before DDP or FSDP wrap the model.
 
-    All blocks are the same code, so that of one is compiled and serves all, however many there are.
-    Only the shapes of a run exist for the compiler: (batch_size, seq_len), in training and in
-    evaluation. Both are compiled here, without other processes. If that fails, --compile on raises
-    UserError, and auto goes on without. agree: the largest of a number over the ranks, which must
-    all do the same.
+    All blocks run the same code, so one compilation serves them all. Shapes are static:
+    (batch_size, seq_len), in training and in evaluation. Both are compiled here, without other
+    processes. If that fails, --compile on raises UserError, and auto goes on uncompiled. agree:
+    returns the maximum of a number over the ranks, which must all do the same (see `Ranks.agree`).
     """
     reason = why_not_compiled(args, device)
     if reason:
@@ -68,24 +67,27 @@ def compile_model(
     if args.compile == "on":
         raise UserError(f"--compile on: {cause}; try --compile off") from failure
     for unit in units:
-        del unit.forward  # that of its class is left
+        del unit.forward  # the forward method of its class is left
     model.compiled = False
     return [f"not compiled: {cause}"]
 
 
 def _units(block: Block, args: Settings) -> tuple[nn.Module, ...]:
-    """What is compiled as a whole: a block, or the two parts of it that FSDP has hooks on."""
+    """The modules that are compiled, each as one unit: the block, or its two halves under FSDP,
+    which has hooks on those.
+    """
     return (block.attn, block.mlp) if args.parallel == "fsdp" else (block,)
 
 
 def _compile(unit: nn.Module) -> None:
-    # Its forward, not the module: hooks, as those of FSDP, stay outside, and names as they are.
+    # Compiles the method, not the module: hooks of FSDP stay outside, and names as they are.
     unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=True)
 
 
 def warm_up(args: Settings, device: Device) -> None:
-    """A training step and an evaluation of one block and of the loss on zeros, in which their
-    compiling happens. The block is one of its own, as FSDP may have left only a part of each here.
+    """Runs a training step and an evaluation of one block and of the loss on zeros, which makes
+    torch.compile compile them. It makes a block of its own on the device, where that of the model
+    may not be yet.
     """
     config, on = args.model, device.torch_device
     rotary = None
@@ -95,7 +97,7 @@ def warm_up(args: Settings, device: Device) -> None:
     block = Block(config).to(on)
     for unit in _units(block, args):
         _compile(unit)
-        if args.parallel == "fsdp":  # which gathers matrices in the type they are multiplied in
+        if args.parallel == "fsdp":  # FSDP gathers matrices in the dtype of the products
             unit.to(device.dtype)
     x = torch.zeros(args.batch_size, args.seq_len, config.d_model, device=on, requires_grad=True)
     labels = torch.zeros(args.batch_size, args.seq_len, dtype=torch.int64, device=on)

@@ -32,7 +32,7 @@ class EvalResult:
     loss_se: float  # its standard error
     ppl: float  # perplexity, exp(loss); inf where that overflows
     bpb: float | None  # bits per byte of text
-    tokens: int  # scored
+    tokens: int  # the number of scored tokens
 
 
 @torch.no_grad()
@@ -46,9 +46,9 @@ def evaluate(
     """Loss of the model on every token of `val` but the first, each scored once, over all ranks
     together.
 
-    parallel: which windows are this rank's, and the sum over ranks. The standard error takes
-    windows as the independent samples, since tokens of one window are not (ratio estimator: Cochran
-    1977, sec. 2.11). The model's mode is left as it was.
+    parallel: the data-parallel context, which says which windows are this rank's, and sums over
+    ranks. The standard error takes windows as the independent samples, since tokens of one window
+    are not (ratio estimator: Cochran 1977, sec. 2.11). The model's mode is left as it was.
     """
     was_training = model.training
     model.eval()
@@ -90,7 +90,7 @@ def starts_with_evaluation(
 
 
 def _bytes_of(ids: Tensor, tokenizer: Tokenizer | None) -> int:
-    """Bytes of text that these ids stand for; 0 where that is not known."""
+    """The number of bytes of text that these ids stand for; 0 without a tokenizer."""
     if tokenizer is None:
         return 0
     table = tokenizer.token_bytes
@@ -98,5 +98,5 @@ def _bytes_of(ids: Tensor, tokenizer: Tokenizer | None) -> int:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), or inf where a float64 can't hold it."""
+    """exp(loss); inf where a float64 cannot hold it, and NaN for NaN."""
     return math.exp(loss) if loss < 709 else math.inf if loss == loss else math.nan

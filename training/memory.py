@@ -19,18 +19,18 @@ from runtime.setting_fields import UserError
 from training.activation_recompute import recompute_inputs, storage_of
 from training.compilation import why_not_compiled
 
-_SURE = 2.0  # times what is free: no estimate is that far off
-_USABLE = 0.9  # of the free memory: allocators lose some between their blocks
+_SURE = 2.0  # times the free memory: no estimate is that far off
+_USABLE = 0.9  # part of the free memory: allocators lose some between their blocks
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that one process needs at the highest point of a step."""
+    """The memory in bytes that one process needs at the peak of a step."""
 
     weights: float
     gradients: float
     optimizer: float
-    activations: float  # kept for the backward pass, and the logits of a chunk
+    activations: float  # saved for the backward pass, and all else: see `_activations`
 
     @property
     def total(self) -> float:
@@ -42,7 +42,9 @@ class Need:
 
 
 def estimate(args: Settings, device: Device, batch_size: int | None = None) -> Need:
-    """What training with these settings needs, for micro-batches of batch_size sequences."""
+    """Estimates the memory that a process needs to train with these settings, in micro-batches of
+    batch_size sequences (None = as in the settings).
+    """
     size = batch_size or args.batch_size
     parts = args.tensor_parallel_size * (_data_world(args) if args.parallel == "fsdp" else 1)
     whole, blocks = _numbers(args.model)
@@ -50,16 +52,16 @@ def estimate(args: Settings, device: Device, batch_size: int | None = None) -> N
     matrices = 4.0 * blocks / parts if args.optimizer == "muon" else 0.0
     activations = _activations(args, device, size)
     gradients = weights
-    if args.parallel == "fsdp":  # of one block at a time, and the embeddings, whole
+    if args.parallel == "fsdp":  # gathers one block at a time, and the embeddings
         split = args.tensor_parallel_size
         activations += 8.0 * (whole - blocks + blocks / args.model.n_layers) / split
-        if args.global_batch_size > size * _data_world(args):  # whole until the last micro-step
+        if args.global_batch_size > size * _data_world(args):  # unsharded until the last micro-step
             gradients = 4.0 * whole / split
     return Need(weights, gradients, 2 * weights - matrices, activations)
 
 
 def _data_world(args: Settings) -> int:
-    """Ranks that see data of their own, as the sizes of the batch say."""
+    """The number of data-parallel ranks, as it follows from the sizes of the batch."""
     return max(1, args.global_batch_size // (args.batch_size * max(1, args.grad_accum_steps)))
 
 
@@ -69,12 +71,13 @@ def fit_micro_batch(
     local_world: int = 1,
     agree: Callable[..., list[int]] = lambda *wishes: list(wishes),
 ) -> Settings:
-    """With micro_batch=auto, the settings with the largest batch_size whose step is estimated to
-    fit, and as many micro-steps as give the same global batch; else as they are. Raises UserError
-    where not even one sequence fits, or with a given batch_size where it cannot fit.
+    """With micro_batch=auto, returns the settings with the largest batch_size whose step is
+    estimated to fit into memory, and as many micro-steps as give the same global batch; else the
+    settings as they are. Raises UserError if not even one sequence fits, or if a given batch_size
+    cannot fit.
 
-    local_world: processes that share the main memory. agree: the largest of a number over the
-    ranks, which must all do the same.
+    local_world: the number of processes that share the main memory. agree: returns the maximum of a
+    number over the ranks, which must all do the same (see `Ranks.agree`).
     """
     if args.micro_batch != "auto":
         refuse_what_cannot_fit(args, device, local_world, agree)
@@ -106,9 +109,9 @@ def refuse_what_cannot_fit(
     local_world: int = 1,
     agree: Callable[..., list[int]] = lambda *wishes: list(wishes),
 ) -> None:
-    """Raises UserError, on all ranks, where on one of them the weights, gradients and optimizer
-    alone need more memory than is free, or the whole step twice as much; --allow-memory starts it
-    all the same. Arguments as of `fit_micro_batch`.
+    """Raises UserError, on all ranks, if on one of them the weights, gradients and optimizer state
+    need more memory than is free, or the whole step more than twice as much; --allow-memory turns
+    this off. Arguments are those of `fit_micro_batch`.
     """
     free = _free_memory_each(device, local_world)
     need = estimate(args, device)
@@ -130,12 +133,12 @@ def refuse_what_cannot_fit(
 
 
 def _free_memory_each(device: Device, local_world: int) -> float:
-    """Bytes for each of the processes of this machine, which share its main memory."""
+    """The free memory in bytes per process: on a CPU, the processes of a machine share it."""
     return free_memory_of(device) / (local_world if device.torch_device.type == "cpu" else 1)
 
 
 def free_memory_of(device: Device) -> float:
-    """Bytes that this process can still take where it computes."""
+    """The free memory of a device in bytes; infinity where the system does not say."""
     if device.torch_device.type == "cuda":
         return float(torch.cuda.mem_get_info(device.torch_device)[0])
     return free_memory()
@@ -143,7 +146,7 @@ def free_memory_of(device: Device) -> float:
 
 @functools.cache
 def _numbers(config: GPTConfig) -> tuple[int, int]:
-    """The parameters of the whole model, and those of the matrices in its blocks."""
+    """The number of parameters of the whole model, and of the matrices in its blocks."""
     with torch.device("meta"):
         model = GPTModel(config)
     matrices = (p.numel() for p in model.blocks.parameters() if p.ndim == 2)
@@ -152,8 +155,8 @@ def _numbers(config: GPTConfig) -> tuple[int, int]:
 
 @functools.cache
 def _kept_by_block(config: GPTConfig, dtype: torch.dtype, recompute: bool) -> float:
-    """Bytes per token that a block keeps for its backward pass, measured on a block of this very
-    shape: what two lengths of input differ in. recompute: with `recompute_inputs`.
+    """The bytes per token that autograd saves in a block, measured on a block of this shape with
+    inputs of two lengths: their difference per token. recompute: with `recompute_inputs`.
     """
     with torch.device("meta"):
         block = Block(config)
@@ -183,16 +186,18 @@ def _kept_by_block(config: GPTConfig, dtype: torch.dtype, recompute: bool) -> fl
 
 
 def _activations(args: Settings, device: Device, batch_size: int) -> float:
-    """Bytes kept between the forward and the backward pass, the gradient of the head among them."""
+    """The bytes held between the forward and the backward pass: saved activations, the gradient of
+    the head, autocast's copies of weights, and one chunk of logits.
+    """
     c, split = args.model, args.tensor_parallel_size
     compiled = not why_not_compiled(args, device)
     sizes = (_kept_by_block(c, device.dtype, again) for again in (False, not compiled))
-    # Under tensor parallelism a rank has its part of what a block keeps, but for the two inputs of
-    # the block's halves, which it has whole.
+    # Under tensor parallelism a rank saves its part of what a block saves, except for the inputs of
+    # the block's two halves, which every rank saves in full.
     inputs = 2 * 4 * c.d_model
     whole, recomputing = (inputs + (size - inputs) / split for size in sizes)
     layers = recomputing * c.n_layers
-    if c.use_activation_checkpoint:  # the inputs of all blocks, and one block that keeps it all
+    if c.use_activation_checkpoint:  # the inputs of all blocks, and one block's activations
         layers = 4 * c.d_model * c.n_layers + whole
     ends = 16 * c.d_model  # the embedding, the last norm, and the gradient of what it gives
     head = 4.0 * c.vocab_size * c.d_model / split

@@ -15,14 +15,14 @@ from model import GPTModel
 from parallel.context import SINGLE_PROCESS, ParallelContext, local_part
 from runtime.device import has_bf16_units
 
-_STACK_NUMBERS = 1 << 25  # orthogonalized at once: bounds the memory that this takes
+_STACK_NUMBERS = 1 << 25  # elements of the matrices orthogonalized at once, to bound memory
 
 
 def make_optimizer(
     model: GPTModel, args: Settings, parallel: ParallelContext = SINGLE_PROCESS
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019), or Muon for the matrices in blocks and AdamW for the
-    rest. Matrices and embeddings decay, but no bias and no norm.
+    rest. Weight decay applies to matrices and embeddings, but not to biases and norms.
 
     AdamW is fused on every device: one kernel, and the only AdamW of torch that can skip an update
     on the device (`found_inf`) without asking the host. parallel: see `Muon`.
@@ -57,9 +57,9 @@ class Muon(torch.optim.Optimizer):
 
     The update of a matrix (m, n) is scaled by 0.2 sqrt(max(m, n)), so that its numbers are as large
     as those of AdamW, and lr and weight_decay mean the same for both (Liu et al. 2025, sec. 2.2).
-    Matrices of one shape are orthogonalized together: for the small ones of small models, calls
-    cost more than computing. shapes: of the whole matrices, by name. Where ranks have parts of
-    them, or do a part of the work each, parallel.distribute sees to it.
+    Matrices of one shape are orthogonalized together: for small ones, calling kernels costs more
+    than computing. shapes: of the unsharded parameters, by name. parallel.distribute shares the
+    work among the ranks, and gathers the matrices that are sharded.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": args.lr * ratio, "lr_ratio": ratio, "weight_decay": args.weight_decay}
         super().__init__(matrices.values(), defaults)
         self.matrices = list(matrices.values())
-        # Stacks of one shape, and of one place in the block, as it decides what parts ranks have.
+        # One shape and one place in the block for each stack: the place decides how it is sharded.
         places = {name: (shapes[name], name.split(".", 2)[2]) for name in matrices}
         in_order = sorted(matrices, key=lambda name: places[name])  # stable: the same each run
         self.stacks = [
@@ -84,13 +84,13 @@ class Muon(torch.optim.Optimizer):
         ]
         self.update_scales = [0.2 * math.sqrt(max(shapes[stack[0][0]])) for stack in self.stacks]
         self.momentum, self.adamw, self.distribute = args.muon_momentum, adamw, parallel.distribute
-        # In bfloat16 where other products are too: float32 asked for is float32 everywhere.
+        # Uses bfloat16 only where other products do: --precision fp32 holds for all of them.
         device = self.matrices[0].device
         half = args.precision != "fp32" and (args.precision != "auto" or device.type == "cuda")
         fast = half and has_bf16_units(device)
         self.orthogonalize = partial(orthogonalize, dtype=torch.bfloat16 if fast else torch.float32)
-        self.param_groups += adamw.param_groups  # one list and one mapping for whoever sets lr
-        self.state = adamw.state  # or saves
+        self.param_groups += adamw.param_groups  # one list for whoever sets the learning rate
+        self.state = adamw.state  # one mapping for whoever saves it
         for p in self.matrices:
             self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
         self.grad_scale: Tensor | None = None
@@ -98,7 +98,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update. Where `found_inf` is 1, of nothing: weights and moments stay as they are."""
+        """Runs one update. If `found_inf` is 1, weights and moments stay as they are."""
         self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
         self.adamw.step()
         group = self.param_groups[0]
@@ -120,7 +120,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def most_alike(shape: tuple[int, ...], world_size: int) -> int:
-    """How many matrices of this shape are orthogonalized together, by world_size ranks that do a
+    """The number of matrices of this shape to orthogonalize together, on world_size ranks that do a
     part each: at least one for each rank, or some would have nothing to do.
     """
     return max(1, _STACK_NUMBERS // math.prod(shape)) * world_size
@@ -131,10 +131,10 @@ def _pieces(names: list[str], most: int) -> Iterator[list[str]]:
 
 
 def orthogonalize(stack: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The nearest (semi-)orthogonal matrix of each, roughly: (N, m, n) float32 to (N, m, n) of
-    dtype. Singular values above 0.05 of the norm become 0.7 to 1.2 (Jordan et al. 2024).
+    """Approximates the nearest (semi-)orthogonal matrix of each: (N, m, n) float32 to (N, m, n) of
+    dtype. Singular values above 0.05 of the Frobenius norm become 0.7 to 1.2 (Jordan et al. 2024).
 
-    Five steps of a Newton-Schulz iteration in dtype, with their coefficients.
+    Runs five steps of a Newton-Schulz iteration in dtype, with the coefficients of that paper.
     """
     x = stack.mT if stack.shape[1] > stack.shape[2] else stack
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -185,8 +185,8 @@ def lr_at(step: int, args: Settings) -> float:
 
 
 def note_on_rising_rate(before: Settings, now: Settings, step: int) -> str:
-    """What to say where a run that gets more steps goes on at this one with a rate well above its
-    last.
+    """A line that warns if a resumed run with more num_steps continues after update `step` with a
+    rate over 1.5 times the last; else "". before: settings of the checkpoint; now: of this run.
     """
     if now.num_steps <= before.num_steps or not now.warmup_steps < step < now.num_steps:
         return ""

@@ -1,4 +1,4 @@
-"""Text that a model writes: `generate` continues token ids, `continue_text` a text."""
+"""Samples from a model: `generate` continues token ids, `continue_text` continues a text."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def generate(
     vocab_size: int | None = None,
     end_token: int | None = None,
 ) -> Tensor:
-    """Continues ids (B, T) int64 by max_new_tokens: (B, T + max_new_tokens) on the CPU. Reads no
-    global random state.
+    """Continues ids (B, T) int64 by max_new_tokens: (B, T + max_new_tokens) on the CPU, or fewer
+    columns if all rows end before. Reads no global random state: it draws with `seed`.
 
     temperature 0 takes the likeliest token; top_k 0 draws among all. vocab_size: never draw ids at
-    or above it. end_token: a row that has drawn it draws nothing else, and where all have, no more
-    is drawn. The model sees the last max_position_embeddings tokens. Raises ValueError for an empty
-    prompt.
+    or above it. end_token: a row that has drawn it draws nothing else, and once all rows have,
+    drawing stops. The model sees the last max_position_embeddings tokens. Raises ValueError for an
+    empty prompt.
     """
     if not ids.shape[1]:
         raise ValueError("the prompt has no tokens; give at least one")
@@ -88,8 +88,8 @@ def continue_text(
 
 
 def fitting_prompt(data: TokenDataset) -> str:
-    """A few words of the data, to try its model with: of the first document that starts in it, or
-    else of its first whole line. "" where there are none, or no tokenizer.
+    """A few words of the data, as a prompt to try its model with: from the first document that
+    starts in it, or else from its first complete line. "" if there are none, or no tokenizer.
     """
     tokenizer = data.tokenizer
     if tokenizer is None:

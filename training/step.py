@@ -22,15 +22,16 @@ from runtime.device import Device, seed_dropout
 from runtime.setting_fields import UserError
 from training.optimizers import lr_at
 
-_FP16_RETRIES = 30  # 2**16, the first scale, is then below 2**-14: the gradients are broken
+_FP16_RETRIES = 30  # halve the first scale, 2**16, to 2**-14: then the gradients are broken
 _BAD_UPDATES_IN_A_ROW = 5
 _GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0, 0.5, 2000  # of the fp16 loss scale
 
 
 @dataclass
 class GradScaler:
-    """What an fp16 loss is multiplied with, so that small gradients are not lost: halved when one
-    overflows, doubled after 2000 updates without (Micikevicius et al. 2018, sec. 3.2).
+    """The loss scale of fp16: the loss is multiplied with it, so that small gradients do not become
+    0. It is halved when a gradient overflows, and doubled after 2000 updates in a row without that
+    (Micikevicius et al. 2018, sec. 3.2).
 
     torch.amp.GradScaler does the same, but looks at the gradients of this process alone: ranks that
     have different parts of them would go on with different scales.
@@ -49,13 +50,13 @@ class GradScaler:
         self.good %= _GROWTH_INTERVAL
 
     def state_dict(self) -> dict[str, float]:
-        """With the names of GradScaler; empty where there is no scaling."""
+        """The state, under the names of torch.amp.GradScaler; empty if the loss is not scaled."""
         constants = {"growth_factor": _GROWTH, "backoff_factor": _BACKOFF}
         state = {"scale": self.scale, **constants, "growth_interval": _GROWTH_INTERVAL}
         return {**state, "_growth_tracker": self.good} if self.enabled else {}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continues that of a checkpoint."""
+        """Restores what `state_dict` returned."""
         self.scale, self.good = float(state["scale"]), int(state["_growth_tracker"])
 
 
@@ -66,7 +67,7 @@ class RunState:
     step: int = 0  # updates finished
     tokens: int = 0  # tokens scored by them, over all ranks
     best_val_loss: float = math.inf  # nats per token
-    best_step: int = -1  # at which that was measured
+    best_step: int = -1  # the step with best_val_loss
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # tells runs apart
     wandb_run_id: str = ""
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
@@ -74,8 +75,8 @@ class RunState:
     skipped: Tensor | None = None  # () float32: updates skipped since this process started
     stop: int = 0  # the signal that ends the run, on all ranks after the same step
     home: str = ""  # the path that a resumed checkpoint was written to
-    unsaved: bool = False  # the last save failed
-    pending_messages: list[str] = field(default_factory=list)  # what the log has yet to say
+    unsaved: bool = False  # whether the last save failed
+    pending_messages: list[str] = field(default_factory=list)  # lines for the log, not logged yet
 
     def stopped_by(self, args: Settings) -> int:
         """The signal that ended the run before its last step; 0 = none did."""
@@ -93,7 +94,7 @@ class RunState:
 
     @property
     def is_best(self) -> bool:
-        """Whether the last evaluation was of this very step, and the best so far."""
+        """Whether this step was evaluated, and is the best so far."""
         return self.step == self.best_step
 
     @classmethod
@@ -120,8 +121,8 @@ class StepStats:
 
 @dataclass(frozen=True)
 class Due:
-    """What is to be done after an update. Where anything else is planned, the update is logged too,
-    so that timings of steps never include it.
+    """What to do after an update. If anything else is planned, the update is logged too, so that
+    timings of steps never include it.
     """
 
     log: bool
@@ -131,10 +132,10 @@ class Due:
 
 
 def due(state: RunState, args: Settings, overdue: int = 0) -> Due:
-    """What is due now that state.step updates are finished; at the last step, all of it.
+    """Decides what to do now that state.step updates are finished; at the last step, all of it.
 
-    overdue: a save is, by the clock. This one, and the one of a run that stops, add nothing to the
-    metrics, which are those of a run without them.
+    overdue: 1 if a save is due by the clock. That save, and the one of a run that stops, adds
+    nothing to the metrics: they are the same as without it.
     """
     step = state.step
     last = step == args.num_steps
@@ -160,8 +161,8 @@ def train_step(
     batch (rows, T) int64, split into micro-batches of args.batch_size. parallel: the data-parallel
     context; gradients are averaged over its ranks in the last backward pass of a step. With fp16,
     an update whose gradients overflow is tried again with half the loss scale, so that neither the
-    data nor the schedule moves on. Otherwise an update with a non-finite gradient is skipped on all
-    ranks, weights and moments untouched. Raises UserError when that does not end.
+    data nor the schedule moves on; UserError after 30 tries. In another precision, an update with a
+    non-finite gradient is skipped on all ranks, weights and moments untouched.
     """
     lr = lr_at(state.step, args)
     for group in optimizer.param_groups:
@@ -207,17 +208,17 @@ def _backward(
     parallel: ParallelContext,
     weight: float,
 ) -> Tensor:
-    """Adds the gradients of weight x the summed loss over the micro-batches, times the loss scale
-    of fp16; returns that sum.
+    """Runs the forward and backward passes of all micro-batches. Their gradients add up to those of
+    weight x the summed loss x the loss scale of fp16. Returns the summed loss, () float32 nats.
     """
     micro_batches = batch.split(args.batch_size)
     nll_sum = torch.zeros((), device=device.torch_device)
-    told = parallel.dp_rank > 0 or state.skipped is not None  # only of the first step there
+    told = parallel.dp_rank > 0 or state.skipped is not None  # progress is shown for one step only
     steps = progress(micro_batches, f"step {state.step + 1}", len(micro_batches), quiet=told)
     for i, ids in enumerate(steps):
         if args.model.dropout:
-            # Of the run, the step, and the place in the global batch: no rank and no resume
-            # changes the masks.
+            # The seed depends on the run, the step and the place in the global batch, so that
+            # neither the number of ranks nor a resume changes the masks.
             seed_dropout(
                 device, hash_of(args.seed, state.step, parallel.dp_rank * len(micro_batches) + i)
             )
@@ -225,7 +226,7 @@ def _backward(
         with nullcontext() if i == len(micro_batches) - 1 else parallel.no_sync():
             with device.autocast():
                 nll = model(ids, labels=ids, reduction="sum", return_logits=False)[1]
-            # A loss that is not finite makes the gradients so, and with them those of all ranks.
+            # A non-finite loss makes the gradients NaN, and with them those of all ranks.
             factor = torch.where(nll.detach().isfinite(), weight, math.nan)
             scale = state.scaler.scale if state.scaler.enabled else 1.0
             (nll * (factor * scale)).backward()
@@ -234,8 +235,8 @@ def _backward(
 
 
 def check_finite(state: RunState, args: Settings, way_back: Callable[[int], str]) -> None:
-    """Raises UserError after several skipped updates in a row. Waits for the device, so call it
-    when logging. way_back(step): what to do where the weights of this step are no good.
+    """Raises UserError after five skipped updates in a row. Waits for the device, so call it when
+    logging. way_back(step): the advice to give if the weights after this step are no good.
     """
     found_inf = 0 if state.bad_in_row is None else int(state.bad_in_row)
     if found_inf >= _BAD_UPDATES_IN_A_ROW:
