@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime.console import visible
+
+_SHORT_LINE_SECONDS = 10.0
 
 
 class Output:
@@ -23,6 +26,7 @@ class Output:
         log cannot be opened.
         """
         self.broken = set[str]()
+        self.short_line_time = -math.inf  # of the last one
         self.text = open(text_path, "a", encoding="utf-8")  # noqa: SIM115
         self.bar = tqdm(
             total=num_steps, initial=step, unit="step", disable=None, dynamic_ncols=True
@@ -40,8 +44,12 @@ class Output:
         self.bar.set_postfix_str(text)
 
     def short_line(self, text: str) -> None:
-        """Writes a line if the terminal shows no bar, such as when output goes to a file."""
-        if self.bar.disable:
+        """Writes a line if the terminal shows no bar, such as when output goes to a file; at most
+        one in 10 seconds, so that a fast run does not fill the file.
+        """
+        now = time.monotonic()
+        if self.bar.disable and now - self.short_line_time >= _SHORT_LINE_SECONDS:
+            self.short_line_time = now
             self.safely("the terminal", lambda: print(text, flush=True))
 
     def safely(self, what: str, write: Callable[[], object]) -> None:

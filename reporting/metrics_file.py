@@ -121,11 +121,23 @@ def run_of(path: Path) -> str:
     return str(first.get("run_id", "")) if isinstance(first, dict) else ""
 
 
-def comparable(path: Path) -> list[dict[str, Any]]:
-    """The records without what may differ between two runs that compute the same: timings, and of
-    the first record all but the data.
+def run_as_known(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first record of a run, {} if there is none, with its settings and environment as of the
+    last time that the run was resumed.
     """
-    records = read_records(path)
+    known = dict(records[0]) if records else {}
+    for record in records:
+        if record["event"] == "resume":
+            for part in ("settings", "environment"):
+                known[part] = {**known.get(part, {}), **record[part]}
+    return known
+
+
+def comparable(path: Path) -> list[dict[str, Any]]:
+    """The records without what may differ between two runs that compute the same: timings, where a
+    run was resumed, and of the first record all but the data.
+    """
+    records = [r for r in read_records(path) if r["event"] != "resume"]
     first = [{k: r[k] for k in ("event", "train", "val")} for r in records[:1]]
     return first + [{k: v for k, v in r.items() if k != "time"} for r in records[1:]]
 

@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from reporting.metrics_file import read_records
+
+
+def _limits(records: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """The lowest and the highest loss to show, if the losses in the first tenth of a run are so far
+    above all later ones that these could not be told apart, else None.
+    """
+    losses = {
+        (r["step"], r[name])
+        for event, name in (("train", "train_loss"), ("eval", "val_loss"))
+        for r in records
+        if r["event"] == event and r[name] is not None
+    }
+    last = max((step for step, _ in losses), default=0)
+    later = [loss for step, loss in losses if step > last / 10]
+    if len(later) < 3:
+        return None
+    low, high = min(later), max(later)
+    if max(loss for _, loss in losses) - low <= 2 * (high - low):
+        return None
+    margin = (high - low) / 20
+    return low - margin, high + margin
 
 
 def draw_losses(jsonl: Path, picture: Path) -> None:
@@ -29,6 +51,9 @@ def draw_losses(jsonl: Path, picture: Path) -> None:
                 markersize=4,
             )
     axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)")
+    if limits := _limits(records):
+        axes.set_ylim(limits)
+        axes.set_title("the first losses are above the picture", fontsize="small", loc="right")
     last = max((r for r in records if r.get("step")), key=lambda r: r["step"], default=None)
     if last:
         per_step = last["tokens"] / last["step"]

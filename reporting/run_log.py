@@ -22,7 +22,7 @@ from parallel.process_group import Ranks
 from reporting.log_lines import evaluation_line, header, next_commands, notes_at_start
 from reporting.log_output import Output
 from reporting.loss_spikes import SpikeDetector
-from reporting.metrics_file import MetricsFile
+from reporting.metrics_file import MetricsFile, run_as_known
 from reporting.plots import draw_losses
 from reporting.wandb_log import WandB
 from runtime.device import Device, environment
@@ -80,7 +80,9 @@ class RunLog:
         for line in header(args, device, model, train, val, world):
             self.output.line(line)
         run = _record_of_run(args, state, device, model, train, val, world)
-        if not self.metrics.continued:
+        if self.metrics.continued:
+            self._write(_record_of_resume(state, run, run_as_known(self.metrics.kept)))
+        else:
             self._write({"event": "run", **run})
         for line in notes_at_start(args, state.step, model, val, device):
             self.output.line(line)
@@ -274,6 +276,24 @@ def _record_of_run(
         "val": val.describe(),
         "environment": environment(device, world),
     }
+
+
+def _record_of_resume(
+    state: RunState, run: dict[str, Any], known: dict[str, Any]
+) -> dict[str, Any]:
+    """The record of a run that goes on: the settings and the parts of its environment that are not
+    as the metrics file knows them.
+    """
+    passing = ("resume", "allow_change")  # which are about this start, not about the run
+    changed = {
+        part: {
+            k: v
+            for k, v in run[part].items()
+            if k not in passing and known.get(part, {}).get(k) != v
+        }
+        for part in ("settings", "environment")
+    }
+    return {"event": "resume", "step": state.step, **changed}
 
 
 def _start_profiler(base: Path, device: Device) -> Any:

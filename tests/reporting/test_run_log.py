@@ -8,12 +8,12 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, toy_settings
+from conftest import CPU, ROOT, toy_settings
 
 from dataset import open_data
 from model import GPTModel
-from reporting.metrics_file import first_difference, read_records, to_json
-from reporting.plots import draw_losses
+from reporting.metrics_file import comparable, first_difference, read_records, run_as_known, to_json
+from reporting.plots import _limits, draw_losses
 from reporting.run_log import RunLog, SilentLog
 from runtime.setting_fields import UserError
 from training.evaluation import EvalResult
@@ -272,8 +272,9 @@ def test_a_resumed_run_continues_its_files(folder):
     update(log, resumed, loss=9.0)
     log.finish(resumed)
     after = read_records(log.metrics.path)
-    assert after[:5] == before[:5] and [r["step"] for r in after[1:]] == [1, 2, 3, 4, 5]
-    assert after[5]["train_loss"] == 9.0
+    assert after[:5] == before[:5] and [r["step"] for r in after[1:]] == [1, 2, 3, 4, 4, 5]
+    assert after[5] == {"event": "resume", "step": 4, "settings": {}, "environment": {}}
+    assert after[6]["train_loss"] == 9.0
     assert read_records(folder / "logs/train_minimal.cut.jsonl") == before[5:]
     text = (folder / "logs/train_minimal.log").read_text()
     assert "2 records beyond step 4 are now in logs/train_minimal.cut.jsonl" in text
@@ -296,7 +297,8 @@ def test_metrics_that_another_run_set_aside_are_found_again(folder, path):
     found = {p.name: read_records(p) for p in (folder / "logs").glob("*.jsonl")}
     cut = found.pop(f"{path[:-3]}.cut.jsonl")
     mine, theirs = found.pop(f"{path[:-3]}.jsonl"), found.popitem()[1]
-    assert mine == before[:3] and cut == before[3:] and not found
+    assert mine[:3] == before[:3] and cut == before[3:] and not found
+    assert [r["event"] for r in mine[3:]] == ["resume"]
     assert theirs[0]["run_id"] == other.run_id
 
 
@@ -308,7 +310,8 @@ def test_metrics_from_when_all_runs_shared_a_name_are_found(folder):
     before = log.metrics.path.read_text()
     log = start(state, resume=True, checkpoint_path="runs/a.pt")
     log.finish(state)
-    assert (folder / "logs/a.jsonl").read_text() == before
+    after = (folder / "logs/a.jsonl").read_text()
+    assert after.startswith(before) and json.loads(after[len(before) :])["event"] == "resume"
     assert not (folder / "logs/train_minimal.jsonl").exists()
 
 
@@ -325,7 +328,7 @@ def test_lines_that_are_no_records_are_kept_aside(folder):
     resumed = RunState(step=2, run_id=state.run_id)
     log = start(resumed, resume=True)
     log.finish(resumed)
-    assert log.metrics.path.read_bytes() == b"".join(lines[:3])
+    assert log.metrics.path.read_bytes().splitlines(True)[:-1] == lines[:3]
     aside = (folder / "logs/train_minimal.cut.jsonl").read_bytes()
     assert aside == b"\xff{\n[1]\n" + lines[3] + b'{"event": "tr\n'
 
@@ -357,6 +360,69 @@ def test_two_runs_are_compared_without_what_may_differ(folder):
 def test_a_record_cut_short_by_a_crash_is_dropped(folder):
     (folder / "m.jsonl").write_text('{"event": "train", "step": 1}\n{"event": "tr')
     assert read_records(folder / "m.jsonl") == [{"event": "train", "step": 1}]
+
+
+def test_what_changed_when_a_run_was_resumed_is_in_its_metrics(folder):
+    state = RunState()
+    log = start(state)
+    update(log, state)
+    log.finish(state)
+    for lr in (2e-4, 3e-4, 3e-4):
+        log = start(state, resume=True, lr=lr)
+        log.finish(state)
+    records = read_records(log.metrics.path)
+    changes = [r["settings"] for r in records if r["event"] == "resume"]
+    assert changes == [{"lr": 2e-4}, {"lr": 3e-4}, {}]
+    known = run_as_known(records)
+    assert known["settings"] == {**records[0]["settings"], "lr": 3e-4}
+    assert first_difference(log.metrics.path, log.metrics.path) == ""
+    assert all(r["event"] != "resume" for r in comparable(log.metrics.path))
+
+
+def test_without_a_terminal_the_progress_is_said_every_ten_seconds(folder, capsys, monkeypatch):
+    clock, state = [100.0], RunState()
+    monkeypatch.setattr("reporting.log_output.time.monotonic", lambda: clock[0])
+    log = start(state, eval_steps=1000)
+    for _ in range(15):  # 0.0, 2.5, ... 35 s
+        update(log, state)
+        clock[0] += 2.5
+    steps = re.findall(r"^step (\d+) / 20 \| train loss: 2", capsys.readouterr().out, re.M)
+    assert steps == ["1", "5", "9", "13"]
+
+
+@pytest.mark.parametrize(
+    "train, val, shown",
+    [
+        ([9.0, 4.0, 3.0, 2.9, 2.8, 2.8, 2.7, 2.7, 2.6, 2.6, 2.5, 2.5], [(0, 9.5)], True),
+        ([3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3, 2.2, 2.1, 2.0, 1.9], [(0, 3.1)], False),
+        ([9.0, 1.0], [], False),
+        ([2.0] * 12, [(0, None), (12, 2.0)], False),
+    ],
+)
+def test_first_losses_that_hide_the_others_are_left_out_of_the_picture(train, val, shown):
+    records = [{"event": "train", "step": i + 1, "train_loss": x} for i, x in enumerate(train)]
+    records += [{"event": "eval", "step": step, "val_loss": x} for step, x in val]
+    found = _limits([*records, {"event": "resume", "step": 1}])
+    assert bool(found) is shown
+    if found:
+        assert found == pytest.approx((2.5 - 0.075, 4.0 + 0.075))
+
+
+def test_the_fields_of_the_metrics_are_those_of_the_document(folder):
+    state = RunState()
+    log = start(state)
+    update(log, state)
+    log.eval(state, RESULT)
+    log.finish(state)
+    start(state, resume=True).finish(state)
+    documented = {}
+    for line in (ROOT / "docs/metrics.md").read_text().splitlines():
+        if m := re.match(r"## `(\w+)`", line):
+            fields = documented.setdefault(m[1], set())
+        elif m := re.match(r"\| `(\w+)` \|", line):
+            fields.add(m[1])
+    written = {r["event"]: r.keys() - {"event"} for r in read_records(log.metrics.path)}
+    assert written == documented
 
 
 def test_the_picture_shows_both_losses(folder):
