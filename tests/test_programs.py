@@ -582,7 +582,7 @@ def test_interruption_ends_with_one_line(script, text, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dataset.Prefetch.__call__", interrupted)
+    monkeypatch.setattr("training.prefetch.Prefetch.__call__", interrupted)
     code, _, err = script("train_minimal.py", *SMALL.split(), "--train-data", text)
     assert code == 130 and "interrupted" in err and "Traceback" not in err
 

@@ -144,6 +144,14 @@ class Place:
         """The records, without what may differ between two equal runs."""
         return comparable(self.jsonl)
 
+    def reached(self, step: int) -> bool:
+        """Whether its metrics have a record of this step or a later one."""
+        try:
+            records = read_records(self.jsonl)
+        except (OSError, StopIteration):  # there is no file yet
+            return False
+        return any(r.get("step", 0) >= step for r in records)
+
     def clear(self) -> None:
         """Frees the disk."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -417,7 +425,7 @@ def signals(rig: Rig) -> None:
         reference, place = rig.reference(*flags, ranks=ranks), rig.place()
         process = place.start(*flags, ranks=ranks)
         outcome, note = "survived", ""
-        if not _until(lambda p=place: "step 25 /" in p.printed()):
+        if not _until(lambda p=place: p.reached(25)):
             outcome, note = "hung", "it never came to step 25"
         workers = place.workers()
         targets = {"process": workers, "one rank": workers[-1:], "all ranks": workers}
@@ -522,7 +530,7 @@ def hangs(rig: Rig) -> None:
         reference, place = rig.reference(*flags, ranks=2), rig.place()
         process = place.start(*flags, ranks=2, script=patched(place, body))
         if not body:
-            _until(lambda p=place: "step 25 /" in p.printed())
+            _until(lambda p=place: p.reached(25))
             os.kill(place.workers()[-1], signal.SIGSTOP)
         start = time.monotonic()
         code, left = place.end_of(process, 75), place.empty()
@@ -557,7 +565,7 @@ def restarts(rig: Rig) -> None:
     flags = _for_ranks([*TOY, "--arch", "gpt2"], 2)
     reference, place = rig.reference(*flags, ranks=2), rig.place()
     process = place.start(*flags, ranks=2, restarts=1)
-    _until(lambda: "step 45 /" in place.printed())
+    _until(lambda: place.reached(45))
     os.kill(place.workers()[-1], signal.SIGKILL)
     code = place.end_of(process)
     note = difference(place, reference) if code == 0 else f"exit code {code}"
@@ -637,7 +645,7 @@ def storage(rig: Rig) -> None:
 
     place = rig.place()
     first = place.start(*TOY, "--arch", "gpt2", "--num-steps", "2000")
-    _until(lambda: "step 25 /" in place.printed())
+    _until(lambda: place.reached(25))
     refused = all(
         place.run(*more) == 2 and f"in use by another run (process {first.pid}" in place.printed()
         for more in (flags, ["--resume"])
@@ -713,8 +721,8 @@ def _full_disks(rig: Rig) -> None:
         place = rig.place()
         # The check of free space would refuse at once; this is the case that it does not see.
         body = (
-            "import checkpoint\nfrom checkpointing import manager\n"
-            "checkpoint.check_space = manager.check_space = lambda *a: None"
+            "from checkpointing import manager, writing\n"
+            "writing.check_space = manager.check_space = lambda *a: None"
         )
         with _small_disk(
             place.folder / "checkpoints", str(int(size * (1 + point)) + 8192)
