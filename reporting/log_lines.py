@@ -80,12 +80,13 @@ def evaluation_line(
     update: Mapping[str, float],
     epoch: int,
     seconds: float,
+    seconds_left: float | None,
     world: int,
     amp: bool,
 ) -> str:
     """The one line that says how a run stands. update: the record of the last update that was
-    logged, empty before the first one; seconds: since the last such line; world: the number of
-    processes.
+    logged, empty before the first one; seconds: since the last such line; seconds_left: until the
+    end of the run, None if unknown; world: the number of processes.
     """
 
     def last(name: str, digits: int, scale: float = 1.0, unit: str = "") -> str:
@@ -102,7 +103,7 @@ def evaluation_line(
         "val bpb": "n/a" if result.bpb is None else f"{result.bpb:.4f}",
         "tokens": f"{state.tokens}",
         "dt": f"{seconds:.2f}s",
-        "eta": last("step_seconds", 2, (args.num_steps - state.step) / 3600, "h"),
+        "eta": "n/a" if seconds_left is None else f"{seconds_left / 3600:.2f}h",
         "amp": amp,
     }
     text = " | ".join(f"{name}: {value}" for name, value in fields.items())

@@ -13,9 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from config import Settings, to_dict
+from config import Settings
 from corpus.token_dataset import TokenDataset
 from model import GPTModel
 from parallel.process_group import Ranks
@@ -24,15 +22,16 @@ from reporting.log_output import Output
 from reporting.loss_spikes import SpikeDetector
 from reporting.metrics_file import MetricsFile, run_as_known
 from reporting.plots import draw_losses
+from reporting.profiler import PROFILED_STEPS, start_profiler
+from reporting.records import record_of_resume, record_of_run
 from reporting.wandb_log import WandB
-from runtime.device import Device, environment
+from runtime.console import duration
+from runtime.device import Device
 from runtime.setting_fields import UserError
 from settings.paths import log_base
 from training.evaluation import EvalResult
 from training.sampling import fitting_prompt
 from training.step import RunState, StepStats
-
-_PROFILED = 8  # steps until the profile is complete
 
 
 class RunLog:
@@ -62,6 +61,7 @@ class RunLog:
         self.epoch_windows = len(train)
         self.last_update: dict[str, float] = {}  # values of the last train() record
         self.steps_reported, self.skips_reported = state.step, 0
+        self.first_report: tuple[int, float] | None = None  # step and time of the first train()
         base = log_base(args)
         if base.name == "eval":
             raise UserError(
@@ -79,15 +79,15 @@ class RunLog:
         self._say_pending(state)
         for line in header(args, device, model, train, val, world):
             self.output.line(line)
-        run = _record_of_run(args, state, device, model, train, val, world)
+        run = record_of_run(args, state, device, model, train, val, world)
         if self.metrics.continued:
-            self._write(_record_of_resume(state, run, run_as_known(self.metrics.kept)))
+            self._write(record_of_resume(state, run, run_as_known(self.metrics.kept)))
         else:
             self._write({"event": "run", **run})
         for line in notes_at_start(args, state.step, model, val, device):
             self.output.line(line)
         self.wandb = WandB(args, state, run, self.output.line) if args.use_wandb else None
-        self.profiler = _start_profiler(base, device) if args.use_profiler else None
+        self.profiler = start_profiler(base, device) if args.use_profiler else None
         self.line_time = time.perf_counter()
         self._restart_clock()
 
@@ -142,12 +142,26 @@ class RunLog:
                 f"{norm:.4f}"
             )
         self._say_skipped(state)
+        self.first_report = self.first_report or (state.step, time.perf_counter())
         self.output.progress(state.step, f"train loss {loss:.4f}")
         if state.step % self.args.eval_steps and state.step < self.args.num_steps:
             self.output.short_line(
-                f"step {state.step} / {self.args.num_steps} | train loss: {loss:.4f}"
+                f"step {state.step} / {self.args.num_steps} | train loss: {loss:.4f} | "
+                f"{duration(self._seconds_left(state) or 0.0)} to go"
             )
         self._restart_clock()
+
+    def _seconds_left(self, state: RunState) -> float | None:
+        """Seconds until the last step, if the rest of the run goes as all of it since the first
+        report: with evaluations and saves, without compiling. None before that report.
+        """
+        if self.first_report is None:
+            return None
+        step, when = self.first_report
+        each = self.last_update["step_seconds"]
+        if state.step > step:
+            each = (time.perf_counter() - when) / (state.step - step)
+        return (self.args.num_steps - state.step) * each
 
     def _say_skipped(self, state: RunState) -> None:
         skipped = 0 if state.skipped is None else int(state.skipped)
@@ -174,7 +188,15 @@ class RunLog:
         seconds, self.line_time = now - self.line_time, now
         self.output.line(
             evaluation_line(
-                args, state, result, self.last_update, epoch, seconds, self.world, self.device.amp
+                args,
+                state,
+                result,
+                self.last_update,
+                epoch,
+                seconds,
+                self._seconds_left(state),
+                self.world,
+                self.device.amp,
             )
         )
         self._restart_clock()
@@ -210,7 +232,7 @@ class RunLog:
         if self.profiler:
             self.profiler.stop()
             if not Path(f"{path.with_suffix('')}_trace.json").exists():
-                output.line(f"no profile: it takes {_PROFILED} steps")
+                output.line(f"no profile: it takes {PROFILED_STEPS} steps")
         output.safely("a log file", self.metrics.close)
         output.close()
 
@@ -256,55 +278,3 @@ def open_log(
     if ranks.rank:
         return SilentLog()
     return RunLog(script, args, state, device, model, train, val, ranks.world)
-
-
-def _record_of_run(
-    args: Settings,
-    state: RunState,
-    device: Device,
-    model: GPTModel,
-    train: TokenDataset,
-    val: TokenDataset,
-    world: int,
-) -> dict[str, Any]:
-    """The first record of a metrics file: all that decides the numbers in it."""
-    return {
-        "run_id": state.run_id,
-        "settings": to_dict(args),
-        "parameters": model.num_parameters(),
-        "train": train.describe(),
-        "val": val.describe(),
-        "environment": environment(device, world),
-    }
-
-
-def _record_of_resume(
-    state: RunState, run: dict[str, Any], known: dict[str, Any]
-) -> dict[str, Any]:
-    """The record of a run that goes on: the settings and the parts of its environment that are not
-    as the metrics file knows them.
-    """
-    passing = ("resume", "allow_change")  # which are about this start, not about the run
-    changed = {
-        part: {
-            k: v
-            for k, v in run[part].items()
-            if k not in passing and known.get(part, {}).get(k) != v
-        }
-        for part in ("settings", "environment")
-    }
-    return {"event": "resume", "step": state.step, **changed}
-
-
-def _start_profiler(base: Path, device: Device) -> Any:
-    """Starts a profiler that writes updates 6 to 8 as a trace for chrome://tracing or Perfetto."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device.torch_device.type == "cuda":
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    profiler = torch.profiler.profile(
-        activities=kinds,
-        schedule=torch.profiler.schedule(wait=4, warmup=1, active=_PROFILED - 5, repeat=1),
-        on_trace_ready=lambda p: p.export_chrome_trace(f"{base}_trace.json"),
-    )
-    profiler.start()
-    return profiler

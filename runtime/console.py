@@ -43,6 +43,13 @@ def say(text: str) -> None:
     print(visible(text), flush=True)
 
 
+def duration(seconds: float) -> str:
+    """A time span in words, such as 45 s, 12 min or 3.2 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def command(script: str, processes: int = 0) -> str:
     """Returns the shell command that starts a script of this project from the current directory
     with the Python that runs now. python and torchrun appear by name where the shell finds those of

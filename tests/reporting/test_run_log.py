@@ -183,6 +183,30 @@ def test_a_run_cannot_have_the_logs_of_eval(folder):
         start(checkpoint_path="x/eval.pt")
 
 
+def test_the_time_left_counts_evaluations_but_not_the_first_step(folder, monkeypatch, capsys):
+    clock, state = [100.0], RunState()
+    monkeypatch.setattr("reporting.run_log.time.perf_counter", lambda: clock[0])
+    log = start(state, num_steps=1000, eval_steps=100)
+    log.eval(state, RESULT)
+    assert "eta: n/a" in capsys.readouterr().out
+    clock[0] += 5000.0  # the first step, in which a model is compiled
+    update(log, state)
+    for _ in range(4):
+        clock[0] += 100.0
+        update(log, state)
+    clock[0] += 1000.0
+    log.eval(state, RESULT)
+    log.sample("x")
+    clock[0] += 100.0
+    update(log, state)
+    clock[0] += 300.0
+    log.eval(state, RESULT)
+    # 1400 s for 4 steps after the first one, then 1800 s for 5: 360 s each, and 994 are left.
+    first, last = re.findall(r"eta: ([\d.]+)h", capsys.readouterr().out)
+    assert float(first) == pytest.approx(995 * 350 / 3600, abs=0.01)
+    assert float(last) == pytest.approx(994 * 360 / 3600, abs=0.01)
+
+
 def test_timings_cover_training_and_nothing_else(folder, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("reporting.run_log.time.perf_counter", lambda: clock[0])

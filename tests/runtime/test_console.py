@@ -6,9 +6,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from runtime.console import command, progress
+from runtime.console import command, duration, progress
 from runtime.setting_fields import UserError
 from settings.paths import checkpoint_in
+
+
+@pytest.mark.parametrize(
+    "seconds, said",
+    [(0, "0 s"), (99.4, "99 s"), (101, "2 min"), (5999, "100 min"), (6000, "1.7 h")],
+)
+def test_a_duration_is_said_in_the_unit_that_suits_it(seconds, said):
+    assert duration(seconds) == said
 
 
 def test_a_command_works_in_the_folder_where_it_is_printed(tmp_path, monkeypatch):
