@@ -59,7 +59,7 @@ def next_token_loss(
     """
     hidden, labels = _shifted(hidden, labels)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        total = _ChunkedSum.apply(hidden, weight, labels, _compute_dtype(hidden), part, fused)
+        total = _ChunkedSum.apply(hidden, weight, labels, compute_dtype(hidden), part, fused)
     else:
         total = _token_losses(hidden, weight, labels, part, fused).sum()
     return total, (labels != IGNORE).sum().float()
@@ -94,9 +94,10 @@ def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.reshape(-1, hidden.shape[-1]), following.reshape(-1)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a matrix product of x is computed here: that of autocast, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def chunk_logits(device: torch.device) -> int:
@@ -204,7 +205,7 @@ def _chunk_losses(
 def _token_losses(
     hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabShard, fused: bool
 ) -> Tensor:
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     rows, losses = _chunk_rows(len(labels), weight, part), []
     with torch.autocast(hidden.device.type, enabled=False):
         w = _padded(weight, dtype)

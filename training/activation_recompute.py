@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from loss import compute_dtype
 from model import GPTModel, Square
 
 # Modules that cost little, and whose input autograd keeps anyway.
@@ -85,8 +86,7 @@ def _recomputing_input(
     if not latest or storage_of(latest[0].output) != storage_of(x):
         return linear(x)
     module, source, _ = latest.pop()
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = compute_dtype(x)
     x = x.to(dtype)
     own = storage_of(x)
 
