@@ -190,15 +190,14 @@ def _activations(args: Settings, device: Device, batch_size: int) -> float:
     the head, autocast's copies of weights, and one chunk of logits.
     """
     c, split = args.model, args.tensor_parallel_size
-    compiled = not why_not_compiled(args, device)
-    sizes = (_kept_by_block(c, device.dtype, again) for again in (False, not compiled))
+    recompute = not c.use_activation_checkpoint and why_not_compiled(args, device) != ""
     # Under tensor parallelism a rank saves its part of what a block saves, except for the inputs of
     # the block's two halves, which every rank saves in full.
     inputs = 2 * 4 * c.d_model
-    whole, recomputing = (inputs + (size - inputs) / split for size in sizes)
-    layers = recomputing * c.n_layers
+    block = inputs + (_kept_by_block(c, device.dtype, recompute) - inputs) / split
+    layers = block * c.n_layers
     if c.use_activation_checkpoint:  # the inputs of all blocks, and one block's activations
-        layers = 4 * c.d_model * c.n_layers + whole
+        layers = 4 * c.d_model * c.n_layers + block
     ends = 16 * c.d_model  # the embedding, the last norm, and the gradient of what it gives
     head = 4.0 * c.vocab_size * c.d_model / split
     if device.amp:  # autocast's copies of the weights
