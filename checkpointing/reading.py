@@ -23,6 +23,7 @@ from checkpointing.file_format import (
 from checkpointing.safe_pickle import TensorRef, size_of
 from config import from_dict
 from model import GPTModel
+from runtime.files import target_of
 from runtime.setting_fields import NothingSaved, UserError
 from settings.paths import variant_path
 from training.optimizers import state_shapes
@@ -108,11 +109,13 @@ def _check_description(tree: Any) -> None:
 
 
 def summary(problems: list[str]) -> str:
+    """The first 20 problems in one line, and how many more there are."""
     more = f" (+{len(problems) - 20} more)" if len(problems) > 20 else ""
     return printable("; ".join(sorted(problems)[:20]) + more)
 
 
 def differences_of_model(model: GPTModel, tree: dict[str, Any]) -> list[str]:
+    """How names, shapes and types of the parameters in a checkpoint differ from the model's."""
     wanted, found = model.shapes, tree["model"]
     problems = [f"{k} is missing" for k in wanted.keys() - found.keys()]
     problems += [f"{k} is unknown" for k in found.keys() - wanted.keys()]
@@ -128,6 +131,7 @@ def differences_of_model(model: GPTModel, tree: dict[str, Any]) -> list[str]:
 def differences_of_optimizer(
     model: GPTModel, optimizer: torch.optim.Optimizer, tree: dict[str, Any]
 ) -> list[str]:
+    """How the optimizer state in a checkpoint differs from what the optimizer keeps."""
     saved, shapes = tree["optimizer"], model.shapes
     parameters = {
         name: state_shapes(optimizer, p, shapes[name]) for name, p in model.named_parameters()
@@ -160,6 +164,7 @@ def changes_of_data(recorded: dict[str, Any], now: dict[str, Any], part: str) ->
 
 
 def changes(recorded: dict[str, Any], now: dict[str, Any], label: str) -> list[str]:
+    """One line, after the label, for each recorded value that is another one now."""
     passing = ("resume", "allow_change", "checkpoint_path")
     return [
         f"{label}{k} was {recorded[k]!r}, is {now[k]!r}"
@@ -181,7 +186,7 @@ def latest_valid(
     Raises UserError if neither can be read, and NothingSaved if neither exists.
     """
     wrong: list[str] = []
-    target = Path(os.path.realpath(path))
+    target = target_of(path)
     for file in (Path(path), variant_path(target, "previous")):
         try:
             return use(file), file, wrong

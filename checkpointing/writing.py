@@ -35,7 +35,7 @@ def write_checkpoint(
     file that was at `path` becomes name.previous.pt, unless keep_previous keeps the one that has
     that name. Raises UserError; the file at `path` is then the old one, or the new one in full.
     """
-    target = Path(os.path.realpath(path))  # a symbolic link stays one
+    target = target_of(path)  # a symbolic link stays one
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     on_cpu = _on_cpu(content)
     broken = [name for name, t in named_tensors(on_cpu) if not _is_finite(t)]
@@ -76,6 +76,7 @@ def _on_cpu(tree: Any) -> Any:
 
 
 def named_tensors(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterates over the tensors in nested dicts, as (their keys joined by spaces, tensor)."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from named_tensors(value, f"{path}{key} ")

@@ -134,6 +134,7 @@ def _refuse_no_text(path: Path) -> None:
 
 
 def converting_command(path: Path, encoding: str) -> str:
+    """The advice, with the shell command, that turns a file into UTF-8."""
     good = shlex.quote(str(path.with_suffix(".utf8.txt")))
     return f"convert it first: iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {good}"
 

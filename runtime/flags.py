@@ -21,6 +21,7 @@ from runtime.setting_fields import UserError
 
 
 def flag_name(name: str) -> str:
+    """The flag of a field, such as --batch-size of batch_size."""
     return "--" + name.replace("_", "-")
 
 
