@@ -54,8 +54,9 @@ def next_token_loss(
 
     hidden (B, T, C) float; weight (V, C) float, or this process's rows of it, which `part`
     describes; labels (B, T) int64, -100 is not scored. Position t predicts label t + 1. fused: the
-    elementwise operations on each chunk of logits are compiled, which reads and writes the chunk
-    fewer times. Raises ValueError if hidden and labels differ in (B, T).
+    operations on each chunk of logits are compiled to one kernel, which reads and writes the chunk
+    fewer times; not with a part of the head. Raises ValueError if hidden and labels differ in
+    (B, T).
     """
     hidden, labels = _shifted(hidden, labels)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -155,26 +156,24 @@ def _room(rows: int, w: Tensor) -> Tensor:
     return w.new_empty(rows, len(w) + (-len(w) % 64 if w.device.type == "cpu" else 0))[:, : len(w)]
 
 
-def _row_sums(logits: Tensor, own: Tensor, size: int) -> Tensor:
-    """For each row of logits (rows, V), over its first `size` columns: the largest logit, the sum
-    of exp(logit - largest), and the logit of the label, 0 where another process has it. Returns (3,
-    rows) float32. own (rows,) int64: the column of the label.
+def _losses_and_gradients(logits: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """For each row of logits (rows, V), of which the first `size` columns count: its cross-entropy,
+    (rows,) float32, and the gradient of that, softmax - onehot(label), which replaces the logits;
+    both are 0 where labels (rows,) is -100. It is written to be compiled to one kernel.
     """
-    x = logits[:, :size].float()
-    here = (own >= 0) & (own < size)
-    label = x.gather(1, own.where(here, 0)[:, None]).squeeze(1) * here
+    column, scored = torch.arange(logits.shape[1], device=logits.device), labels != IGNORE
+    x = logits.float().where(column < size, -math.inf)
     top = x.amax(-1, keepdim=True)
-    z = (x - top).exp().sum(-1, keepdim=True)  # in this form the compiler reads x once for both
-    return torch.stack((top.squeeze(1), z.squeeze(1), label))
+    lse = top + (x - top).exp().sum(-1, keepdim=True).log()  # in this form, x is read once for both
+    is_label = column == labels[:, None]
+    losses = (lse.squeeze(1) - x.where(is_label, 0).sum(-1)).where(scored, 0)
+    gradients = ((x - lse).exp() - is_label.float()).where(scored[:, None], 0)
+    return losses, logits.copy_(gradients)
 
 
-def _into_gradients(logits: Tensor, own: Tensor, lse: Tensor, scored: Tensor, size: int) -> None:
-    """Turns logits into the gradient of their summed loss, in place: softmax - onehot(label). lse
-    (rows,): the logsumexp of each row; scored (rows,) float32: 1 where the row counts, else 0.
-    """
-    column = torch.arange(logits.shape[1], device=logits.device)
-    gradient = (logits.float() - lse[:, None]).exp() - (column == own[:, None]).float()
-    logits.copy_((gradient * scored[:, None]).where(column < size, 0))
+def _losses(logits: Tensor, labels: Tensor, size: int) -> Tensor:
+    """The first result of `_losses_and_gradients`, without the second."""
+    return F.cross_entropy(logits[:, :size].float(), labels, reduction="none")
 
 
 @functools.cache
@@ -183,23 +182,36 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _chunk_losses(
-    logits: Tensor, own: Tensor, size: int, part: VocabShard, fused: bool
+    logits: Tensor, own: Tensor, size: int, part: VocabShard
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (loss, logsumexp over all parts, largest logit of this part), each (rows,) float32.
-    Unless fused, it overwrites the float32 logits with exp(logits - largest): one pass less.
+    It overwrites the float32 logits (rows, V) with exp(logits - largest): one pass less. own
+    (rows,) int64: the column of the label, which may be another part's.
     """
-    if fused:
-        sums = _compiled(_row_sums)(logits, own, size)
-    else:
-        here = (own >= 0) & (own < size)
-        label = logits.gather(1, own.where(here, 0)[:, None]).squeeze(1) * here
-        logits[:, size:] = -math.inf
-        top = logits.amax(-1)
-        sums = torch.stack((top, logits.sub_(top[:, None]).exp_().sum(-1), label))
+    here = (own >= 0) & (own < size)
+    label = logits.gather(1, own.where(here, 0)[:, None]).squeeze(1) * here
+    logits[:, size:] = -math.inf
+    top = logits.amax(-1)
+    sums = torch.stack((top, logits.sub_(top[:, None]).exp_().sum(-1), label))
     tops, zs, label = part.gather(sums).unbind(1)  # (parts, rows) each
     highest = tops.amax(0)
     lse = highest + (zs * (tops - highest).exp()).sum(0).log()
-    return lse - label.sum(0), lse, sums[0]
+    return lse - label.sum(0), lse, top
+
+
+def _eager_losses_and_gradients(
+    logits: Tensor, labels: Tensor, size: int, part: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """The results of `_losses_and_gradients`, not compiled, and for logits of the part of the head
+    that `part` describes. The gradients replace the logits if those are float32.
+    """
+    own, scored = labels - part.start, (labels != IGNORE).float()
+    x = logits.float()
+    loss, lse, top = _chunk_losses(x, own, size, part)
+    x.mul_(((top - lse).exp() * scored)[:, None])  # probabilities now
+    here = (own >= 0) & (own < size)
+    x.scatter_add_(1, own.where(here, 0)[:, None], -(scored * here)[:, None])
+    return loss * scored, x.to(logits.dtype)
 
 
 def _token_losses(
@@ -212,8 +224,10 @@ def _token_losses(
         room = _room(rows, w)
         for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
             logits = torch.mm(h.to(dtype), w.T, out=room[: len(y)])
-            logits = logits if fused else logits.float()
-            loss = _chunk_losses(logits, y - part.start, len(weight), part, fused)[0]
+            if fused and part is WHOLE_VOCAB:
+                loss = _compiled(_losses)(logits, y, len(weight))
+            else:
+                loss = _chunk_losses(logits.float(), y - part.start, len(weight), part)[0]
             losses.append(loss.masked_fill(y == IGNORE, 0))
     return torch.cat(losses)
 
@@ -262,19 +276,12 @@ class _ChunkedSum(torch.autograd.Function):
             room = _room(rows, w)
             for start in range(0, len(labels), rows):
                 h, y = hidden[start : start + rows].to(dtype), labels[start : start + rows]
-                own, scored = y - part.start, (y != IGNORE).float()
                 logits = torch.mm(h, w.T, out=room[: len(y)])  # (rows, V), and the unused ones
-                logits = logits if fused else logits.float()
-                loss, lse, top = _chunk_losses(logits, own, size, part, fused)
-                total += (loss * scored).sum()
-                if fused:
-                    _compiled(_into_gradients)(logits, own, lse, scored, size)
+                if fused and part is WHOLE_VOCAB:
+                    loss, d_logits = _compiled(_losses_and_gradients)(logits, y, size)
                 else:
-                    here = (own >= 0) & (own < size)
-                    logits.mul_(((top - lse).exp() * scored)[:, None])  # probabilities now
-                    column = own.where(here, 0)[:, None]
-                    logits.scatter_add_(1, column, -(scored * here)[:, None])
-                d_logits = logits.to(dtype)
+                    loss, d_logits = _eager_losses_and_gradients(logits, y, size, part)
+                total += loss.sum()
                 if d_hidden is not None:
                     _multiply(d_hidden[start : start + rows], d_logits, w)
                 if d_w is not None:
