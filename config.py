@@ -156,11 +156,16 @@ class Settings:
                               metavar="TEXT")
     sample_tokens: int = flag(120, "tokens of each sample", at_least=1)
     use_profiler: bool = flag(False, "profile a few steps; the trace goes to log-dir")
+    check_reference: str = flag("", "reference curve that the validation loss must follow",
+                                metavar="FILE")
+    use_tensorboard: bool = flag(False, "write what Weights & Biases gets for TensorBoard too")
     use_wandb: bool = flag(False, "report to Weights & Biases")
     wandb_project: str = flag("", "Weights & Biases project; none = WANDB_PROJECT of the "
                               "environment, or else rosetrainer")
     wandb_run_name: str = flag("", "Weights & Biases run name; none = WANDB_NAME of the "
                                "environment, or else chosen by it")
+    wandb_group: str = flag("", "Weights & Biases group of the run", metavar="NAME")
+    wandb_tags: tuple[str, ...] = flag((), "Weights & Biases tags of the run", metavar="TAG")
     wandb_mode: str = flag("auto", "Weights & Biases mode; auto = WANDB_MODE of the environment, "
                            "or else online", "auto", "online", "offline", "disabled")
 
@@ -171,6 +176,7 @@ class Settings:
                                      short_for="--tensor-parallel-size with all processes")
     threads: int = flag(0, "CPU threads of each process; 0 = cores / processes of this machine",
                         at_least=0)
+    dry_run: bool = flag(False, "say what the run would take, after three measured steps, and end")
     deterministic: bool = flag(False, "GPUs: only kernels that give the same bits each time")
     timeout_seconds: int = flag(120, "longest wait of a rank for the others, seconds", at_least=1,
                                 at_most=604_800)
@@ -257,13 +263,6 @@ class Settings:
                 raise UserError(
                     f"{name}={getattr(self, name)} must be at least 0 and below 1; try 0.9"
                 )
-
-
-
-
-
-
-
 
 # fmt: on
 
