@@ -17,13 +17,20 @@ from config import Settings
 from corpus.token_dataset import TokenDataset
 from model import GPTModel
 from parallel.process_group import Ranks
-from reporting.log_lines import evaluation_line, header, next_commands, notes_at_start
+from reporting.log_lines import (
+    evaluation_line,
+    header,
+    next_commands,
+    notes_at_start,
+    short_evaluation_line,
+)
 from reporting.log_output import Output
 from reporting.loss_spikes import SpikeDetector
 from reporting.metrics_file import MetricsFile, run_as_known
 from reporting.plots import draw_losses
 from reporting.profiler import PROFILED_STEPS, start_profiler
 from reporting.records import record_of_resume, record_of_run
+from reporting.step_clock import StepClock
 from reporting.wandb_log import WandB
 from runtime.console import duration
 from runtime.device import Device
@@ -59,9 +66,8 @@ class RunLog:
         self.script, self.args, self.device, self.world = script, args, device, world
         self.prompt = shlex.quote(fitting_prompt(val)) if val.tokenizer else ""
         self.epoch_windows = len(train)
-        self.last_update: dict[str, float] = {}  # values of the last train() record
-        self.steps_reported, self.skips_reported = state.step, 0
-        self.first_report: tuple[int, float] | None = None  # step and time of the first train()
+        self.last_update: dict[str, Any] = {}  # values of the last train() record
+        self.skips_reported = 0
         base = log_base(args)
         if base.name == "eval":
             raise UserError(
@@ -75,7 +81,10 @@ class RunLog:
             raise UserError(
                 f"cannot write {reason.filename}: {reason.strerror}; try --log-dir"
             ) from reason
-        self.spikes = SpikeDetector(r["train_loss"] for r in self.metrics.kept if "train_loss" in r)
+        kept = self.metrics.kept
+        self.spikes = SpikeDetector(r["train_loss"] for r in kept if "train_loss" in r)
+        elapsed = max((r["time"].get("elapsed", 0.0) for r in kept if "time" in r), default=0.0)
+        self.clock = StepClock(args, state, device, world, elapsed)
         self._say_pending(state)
         for line in header(args, device, model, train, val, world):
             self.output.line(line)
@@ -89,11 +98,7 @@ class RunLog:
         self.wandb = WandB(args, state, run, self.output.line) if args.use_wandb else None
         self.profiler = start_profiler(base, device) if args.use_profiler else None
         self.line_time = time.perf_counter()
-        self._restart_clock()
-
-    def _restart_clock(self) -> None:
-        """Leaves out of the timings what was done since the last report."""
-        self.mark = time.perf_counter()
+        self.clock.restart()
 
     def _write(self, record: dict[str, Any]) -> None:
         self.output.safely("the metrics file", lambda: self.metrics.write(record))
@@ -101,6 +106,13 @@ class RunLog:
     def _say_pending(self, state: RunState) -> None:
         while state.pending_messages:
             self.output.line(state.pending_messages.pop(0))
+        while state.pending_warnings:
+            self._warn(state, state.pending_warnings.pop(0))
+
+    def _warn(self, state: RunState, text: str) -> None:
+        """Logs a line about something that went wrong, and records it."""
+        self.output.line(text)
+        self._write({"event": "warning", "step": state.step, "text": text})
 
     def after_step(self, state: RunState) -> None:
         """Called after each update: logs the lines that are left in state.pending_messages, such as
@@ -110,14 +122,15 @@ class RunLog:
         if self.profiler:  # it has to know where an update ends
             self.profiler.step()
 
-    def train(self, state: RunState, stats: StepStats) -> None:
-        """Records the update just finished. stats: already summed over ranks. Waits for the GPU."""
+    def train(self, state: RunState, stats: StepStats, waited: float) -> None:
+        """Records the update just finished. stats: already summed over ranks; waited: the seconds
+        for which this process has waited for data so far. Waits for the GPU.
+        """
         loss, norm = float(stats.nll_sum) / stats.n_tokens, float(stats.grad_norm)  # waits here
-        seconds, steps = time.perf_counter() - self.mark, state.step - self.steps_reported
-        rate = steps * stats.n_tokens / seconds
-        timing = {"step_seconds": seconds / steps, "tokens_per_sec": rate}
+        timing = self.clock.after_updates(state.step, stats.n_tokens, waited)
+        rate = timing["tokens_per_sec"] or 0.0
         values = {"train_loss": loss, "lr": stats.lr, "grad_norm": norm}
-        self.steps_reported, self.last_update = state.step, {**values, **timing}
+        self.last_update = {**values, **timing}
         self._write(
             {"event": "train", "step": state.step, "tokens": state.tokens, **values, "time": timing}
         )
@@ -137,38 +150,26 @@ class RunLog:
             )
         if spike := self.spikes.found(loss):
             guess = math.log(self.args.model.vocab_size)
-            self.output.line(
+            self._warn(
+                state,
                 f"step {state.step}: loss spike, {spike} and guessing has {guess:.4f}; grad norm "
-                f"{norm:.4f}"
+                f"{norm:.4f}",
             )
         self._say_skipped(state)
-        self.first_report = self.first_report or (state.step, time.perf_counter())
         self.output.progress(state.step, f"train loss {loss:.4f}")
         if state.step % self.args.eval_steps and state.step < self.args.num_steps:
             self.output.short_line(
                 f"step {state.step} / {self.args.num_steps} | train loss: {loss:.4f} | "
-                f"{duration(self._seconds_left(state) or 0.0)} to go"
+                f"{duration(self.clock.seconds_left(state.step) or 0.0)} to go"
             )
-        self._restart_clock()
-
-    def _seconds_left(self, state: RunState) -> float | None:
-        """Seconds until the last step, if the rest of the run goes as all of it since the first
-        report: with evaluations and saves, without compiling. None before that report.
-        """
-        if self.first_report is None:
-            return None
-        step, when = self.first_report
-        each = self.last_update["step_seconds"]
-        if state.step > step:
-            each = (time.perf_counter() - when) / (state.step - step)
-        return (self.args.num_steps - state.step) * each
+        self.clock.restart()
 
     def _say_skipped(self, state: RunState) -> None:
         skipped = 0 if state.skipped is None else int(state.skipped)
         if skipped > self.skips_reported:
             new, self.skips_reported = skipped - self.skips_reported, skipped
-            self.output.line(
-                f"step {state.step}: {new} updates skipped: loss or gradients not finite"
+            self._warn(
+                state, f"step {state.step}: {new} updates skipped: loss or gradients not finite"
             )
 
     def eval(self, state: RunState, result: EvalResult) -> None:
@@ -180,12 +181,22 @@ class RunLog:
             "bpb": result.bpb,
         }
         record = {f"val_{k}": v for k, v in {**values, "tokens": result.tokens}.items()}
-        self._write({"event": "eval", "step": state.step, "tokens": state.tokens, **record})
+        timing = {"elapsed": self.clock.elapsed()}
+        self._write(
+            {
+                "event": "eval",
+                "step": state.step,
+                "tokens": state.tokens,
+                **record,
+                "time": timing,
+            }
+        )
         if self.wandb:
             self.wandb.log({f"val/{k}": values[k] for k in ("loss", "ppl", "bpb")}, state)
         args, now = self.args, time.perf_counter()
         epoch = 1 + max(state.step * args.global_batch_size - 1, 0) // self.epoch_windows
         seconds, self.line_time = now - self.line_time, now
+        left = self.clock.seconds_left(state.step)
         self.output.line(
             evaluation_line(
                 args,
@@ -194,24 +205,26 @@ class RunLog:
                 self.last_update,
                 epoch,
                 seconds,
-                self._seconds_left(state),
+                left,
                 self.world,
                 self.device.amp,
-            )
+            ),
+            short_evaluation_line(args, state, result, self.last_update, left),
         )
-        self._restart_clock()
+        self.clock.restart()
 
-    def sample(self, text: str | None) -> None:
-        """Logs a text that the model wrote; None = there is none, for lack of a tokenizer."""
+    def sample(self, state: RunState, text: str | None) -> None:
+        """Logs and records a text that the model wrote; None = none, for lack of a tokenizer."""
         if text is not None:
             self.output.line("sample: " + text.replace("\n", "\n    "))
-            self._restart_clock()
+            self._write({"event": "sample", "step": state.step, "text": text})
+            self.clock.restart()
 
     def saved(self, seconds: float) -> None:
         """Called after a save: leaves the seconds that it took out of the timings, and fsyncs the
         metrics, so that they are as safe as the checkpoint.
         """
-        self.mark += seconds
+        self.clock.leave_out(seconds)
         self.output.safely("the metrics file", self.metrics.sync)
 
     def finish(self, state: RunState) -> None:
@@ -245,14 +258,15 @@ class SilentLog(RunLog):
 
     def after_step(self, state: RunState) -> None:
         state.pending_messages.clear()
+        state.pending_warnings.clear()
 
-    def train(self, state: RunState, stats: StepStats) -> None:
+    def train(self, state: RunState, stats: StepStats, waited: float) -> None:
         pass
 
     def eval(self, state: RunState, result: EvalResult) -> None:
         pass
 
-    def sample(self, text: str | None) -> None:
+    def sample(self, state: RunState, text: str | None) -> None:
         pass
 
     def saved(self, seconds: float) -> None:

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def start(state=None, rank=0, world=1, **changes):
 def update(log, state, loss=2.0, norm=0.5):
     state.step += 1
     state.tokens += 60
-    log.train(state, StepStats(torch.tensor(loss * 60), 60, torch.tensor(norm), 3.3e-5))
+    log.train(state, StepStats(torch.tensor(loss * 60), 60, torch.tensor(norm), 3.3e-5), waited=0.0)
 
 
 def test_the_evaluation_line_has_the_fields_of_the_design_in_order(folder, capsys):
@@ -80,7 +81,72 @@ def test_records_hold_the_numbers_and_timings_apart(folder):
     assert {k: v for k, v in train.items() if k != "time"} == {
         "event": "train", "step": 1, "tokens": 60, "train_loss": 2.0, "lr": 3.3e-5, "grad_norm": 0.5
     }  # fmt: skip
-    assert set(train["time"]) == {"step_seconds", "tokens_per_sec"}
+    assert set(train["time"]) == {
+        "step_seconds", "tokens_per_sec", "mfu", "data_wait_seconds", "memory_gb", "elapsed"
+    }  # fmt: skip
+    assert 0 < train["time"]["memory_gb"] < 100 and train["time"]["mfu"] > 0
+
+
+def test_what_went_wrong_and_what_was_written_is_recorded(folder, capsys):
+    state = RunState()
+    log = start(state)
+    for _ in range(30):
+        update(log, state)
+    update(log, state, loss=9.0)
+    state.pending_warnings.append("step 31 was not saved: disk full")
+    log.after_step(state)
+    log.sample(state, "one\x1b[2J")
+    log.sample(state, None)
+    log.finish(state)
+    records = read_records(log.metrics.path)
+    warnings = [r for r in records if r["event"] == "warning"]
+    assert [(r["step"], r["text"].split(",")[0]) for r in warnings] == [
+        (31, "step 31: loss spike"),
+        (31, "step 31 was not saved: disk full"),
+    ]
+    assert [r for r in records if r["event"] == "sample"] == [
+        {"event": "sample", "step": 31, "text": "one\x1b[2J"}
+    ]
+    assert all(r["text"] in text_log(folder) for r in warnings)
+    assert not state.pending_warnings and "warning" not in str(comparable(log.metrics.path))
+
+
+def text_log(folder):
+    return (folder / "logs/train_minimal.log").read_text()
+
+
+def test_the_elapsed_time_goes_on_where_a_run_is_resumed(folder, monkeypatch):
+    clock, state = [100.0], RunState()
+    monkeypatch.setattr("reporting.step_clock.peak_flops", lambda device: None)
+    monkeypatch.setattr("reporting.step_clock.time.perf_counter", lambda: clock[0])
+    log = start(state)
+    clock[0] += 7.0
+    update(log, state)
+    log.finish(state)
+    clock[0] = 5000.0
+    log = start(state, resume=True)
+    clock[0] += 3.0
+    log.eval(state, RESULT)
+    log.finish(state)
+    assert read_records(log.metrics.path)[-1]["time"] == {"elapsed": 10.0}
+
+
+@pytest.mark.parametrize("steps, bpb", [(20, 1.5), (10**8, None)])
+def test_a_terminal_gets_a_short_line_and_the_log_the_whole_one(
+    folder, monkeypatch, capsys, steps, bpb
+):
+    state = RunState(step=steps - 1)
+    log = start(state, num_steps=steps)
+    update(log, state, loss=1.25)
+    capsys.readouterr()
+    log.output.bar = types.SimpleNamespace(disable=False)
+    log.eval(state, dataclasses.replace(RESULT, loss=1.3, ppl=3.67e9, bpb=bpb))
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert f"step {steps}/{steps} | train 1.2500 | val 1.3000 +-0.0100" in shown
+    assert len(shown) <= 120 and ("bpb 1.5000" in shown) == (bpb is not None)
+    whole = (folder / "logs/train_minimal.log").read_text().splitlines()[-1]
+    assert f"epoch {1 + 4 * steps // log.epoch_windows} step {steps} / {steps} | lr: " in whole
+    assert "| mfu: " in whole and "| memory: " in whole and "| data wait: 0.0%" in whole
 
 
 def test_infinite_perplexity_is_shown_and_the_record_stays_json(folder, capsys):
@@ -185,7 +251,8 @@ def test_a_run_cannot_have_the_logs_of_eval(folder):
 
 def test_the_time_left_counts_evaluations_but_not_the_first_step(folder, monkeypatch, capsys):
     clock, state = [100.0], RunState()
-    monkeypatch.setattr("reporting.run_log.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("reporting.step_clock.peak_flops", lambda device: None)
+    monkeypatch.setattr("reporting.step_clock.time.perf_counter", lambda: clock[0])
     log = start(state, num_steps=1000, eval_steps=100)
     log.eval(state, RESULT)
     assert "eta: n/a" in capsys.readouterr().out
@@ -196,7 +263,7 @@ def test_the_time_left_counts_evaluations_but_not_the_first_step(folder, monkeyp
         update(log, state)
     clock[0] += 1000.0
     log.eval(state, RESULT)
-    log.sample("x")
+    log.sample(state, "x")
     clock[0] += 100.0
     update(log, state)
     clock[0] += 300.0
@@ -209,7 +276,8 @@ def test_the_time_left_counts_evaluations_but_not_the_first_step(folder, monkeyp
 
 def test_timings_cover_training_and_nothing_else(folder, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("reporting.run_log.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("reporting.step_clock.peak_flops", lambda device: None)
+    monkeypatch.setattr("reporting.step_clock.time.perf_counter", lambda: clock[0])
     state = RunState()
     log = start(state)
     for spent_on_step, spent_on_evaluation in ((2.0, 50.0), (2.0, 70.0)):
@@ -221,7 +289,9 @@ def test_timings_cover_training_and_nothing_else(folder, monkeypatch):
         log.saved(30.0)
     log.finish(state)
     timings = [r["time"] for r in read_records(log.metrics.path) if r["event"] == "train"]
-    assert timings == [{"step_seconds": 2.0, "tokens_per_sec": 30.0}] * 2
+    assert [t["step_seconds"] for t in timings] == [2.0, 2.0]
+    assert [t["tokens_per_sec"] for t in timings] == [30.0, 30.0]
+    assert [t["elapsed"] for t in timings] == [2.0, 2.0 + 50 + 30 + 2]
 
 
 def test_other_ranks_write_nothing(folder, capsys):
@@ -229,7 +299,7 @@ def test_other_ranks_write_nothing(folder, capsys):
     log = start(state, rank=1, world=2)
     update(log, state)
     log.eval(state, RESULT)
-    log.sample("x")
+    log.sample(state, "x")
     log.saved(3.0)
     log.after_step(state)
     log.finish(state)
@@ -437,6 +507,8 @@ def test_the_fields_of_the_metrics_are_those_of_the_document(folder):
     log = start(state)
     update(log, state)
     log.eval(state, RESULT)
+    log.sample(state, "x")
+    state.pending_warnings.append("step 1 was not saved")
     log.finish(state)
     start(state, resume=True).finish(state)
     documented = {}
