@@ -59,14 +59,14 @@ class Output:
             self.safely("the terminal", lambda: print(text, flush=True))
 
     def safely(self, what: str, write: Callable[[], object]) -> None:
-        """Calls write(). If that fails, a line says so, and later calls with the same `what` do
-        nothing. what: the output that write() writes to.
+        """Calls write(). If that fails in any way, a line says so, and later calls with the same
+        `what` do nothing. what: the output that write() writes to.
         """
         if what in self.broken:
             return
         try:
             write()
-        except (OSError, ValueError) as reason:
+        except Exception as reason:  # no report is worth a run
             self.broken.add(what)
             if what == "the terminal":  # or the interpreter would try again at its end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -30,6 +30,8 @@ from reporting.metrics_file import MetricsFile, run_as_known
 from reporting.plots import draw_losses
 from reporting.profiler import PROFILED_STEPS, start_profiler
 from reporting.records import record_of_resume, record_of_run
+from reporting.report_page import write_report
+from reporting.run_curves import read_run
 from reporting.step_clock import StepClock
 from reporting.wandb_log import WandB
 from runtime.console import duration
@@ -228,16 +230,17 @@ class RunLog:
         self.output.safely("the metrics file", self.metrics.sync)
 
     def finish(self, state: RunState) -> None:
-        """Draws the loss picture, logs the commands to go on with, and closes everything."""
+        """Draws the picture, writes the report, logs the commands to go on with, and closes all."""
         output, path = self.output, self.metrics.path
         output.bar.close()
         self._say_pending(state)
         stopped = state.stopped_by(self.args)
         if stopped:
             output.line(f"{signal.Signals(stopped).name}: stopped at step {state.step}")
-        picture = path.with_suffix(".png")
-        output.safely("the loss picture", lambda: draw_losses(path, picture))
-        output.line(f"wrote {path.with_suffix('.log')}, {path} and {picture}")
+        picture, page = path.with_suffix(".png"), path.with_suffix(".html")
+        output.safely("the loss picture", lambda: draw_losses([read_run(path)], picture))
+        output.safely("the report", lambda: write_report([read_run(path)], page))
+        output.line(f"wrote {path.with_suffix('.log')}, {path}, {picture} and {page}")
         for line in next_commands(self.script, self.args, state, self.world, self.prompt):
             output.line(line)
         if self.wandb:

@@ -11,7 +11,7 @@ from benchmarks import recipe, threads
 from benchmarks.common import BenchSettings, Side, medians, side_by_side
 from benchmarks.growth import growth_shapes
 from benchmarks.speed import Parts, gpt2_small
-from config import GPTConfig, to_dict
+from config import to_dict
 from model import GPTModel
 from runtime.setting_fields import UserError
 from settings.command_line import parse_settings
