@@ -13,6 +13,7 @@ from model import GPTModel
 from parallel.parallel_model import ParallelModel
 from parallel.process_group import Ranks, identity, process_group
 from parallel.rendezvous import is_first_reporter, mark_started, rendezvous
+from reporting.dry_run import dry_run
 from reporting.run_log import open_log
 from runtime.device import pick_device, tune
 from runtime.run_script import run_script
@@ -42,6 +43,10 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
     recompute_activations(model)  # saves fewer activations for the backward pass
     net = parallel.net  # the model, with a backward pass that averages gradients over ranks
     optimizer = make_optimizer(model, args, parallel)
+    if args.dry_run:
+        return dry_run(
+            model, net, optimizer, args, device, train, val, parallel, ranks.world, ranks.rank
+        )
     checkpoints = CheckpointManager(args, model, optimizer, state, data, device, ranks, parallel)
     if args.resume:
         checkpoints.load()

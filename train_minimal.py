@@ -8,6 +8,7 @@ from config import Settings
 from dataset import data_record, open_data
 from model import GPTModel
 from parallel.rendezvous import is_first_reporter, must_be_alone
+from reporting.dry_run import dry_run
 from reporting.run_log import RunLog
 from runtime.device import pick_device, tune, use_threads
 from runtime.run_script import run_script
@@ -34,6 +35,8 @@ def main(args: Settings, signals: StopSignals) -> int:
     state.pending_messages += compile_model(model, args, device)
     recompute_activations(model)  # saves fewer activations for the backward pass
     optimizer = make_optimizer(model, args)
+    if args.dry_run:
+        return dry_run(model, model, optimizer, args, device, train, val)
     checkpoints = CheckpointManager(args, model, optimizer, state, data, device)
     if args.resume:
         checkpoints.load()

@@ -19,9 +19,9 @@ _COLUMNS = (
 
 
 def sparkline(values: Sequence[float | None], width: int = _WIDTH) -> str:
-    """The values as `width` bars, each the mean of an equal part of them; the lowest value is the
-    lowest bar. Like the picture, it leaves out first values far above the others: they are shown
-    at full height.
+    """The values as at most `width` bars, each the mean of an equal part of them; the lowest value
+    is the lowest bar. Like the picture, it leaves out first values far above the others: they are
+    shown at full height.
     """
     finite = [x for x in values if x is not None]
     if not finite:
@@ -31,9 +31,26 @@ def sparkline(values: Sequence[float | None], width: int = _WIDTH) -> str:
         finite[len(finite) * i // width : len(finite) * (i + 1) // width] for i in range(width)
     ]
     means = [sum(part) / len(part) for part in parts]
-    low, high = min(means), max(means[len(means) // 10 :])
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[min(len(_BARS) - 1, round((x - low) * scale))] for x in means)
+    return sketch(means, 1, min(means), max(means[len(means) // 10 :]))[0]
+
+
+def sketch(
+    values: Sequence[float], rows: int, low: float = 0.0, high: float | None = None
+) -> list[str]:
+    """The values as a chart of bars, one column each, as lines from above: `low` is the lowest bar,
+    `high`, by default the largest value, fills all rows.
+    """
+    high = max(values) if high is None else high
+    heights = rows * len(_BARS) - 1
+    scale = heights / (high - low) if high > low else 0.0
+    bars = [min(heights, round((x - low) * scale)) for x in values]
+    lines = []
+    for row in reversed(range(rows)):
+        levels = [bar - row * len(_BARS) for bar in bars]
+        lines.append(
+            "".join(" " if n < 0 else _BARS[min(n, len(_BARS) - 1)] for n in levels).rstrip()
+        )
+    return lines
 
 
 def report_text(runs: Sequence[RunCurves]) -> str:

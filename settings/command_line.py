@@ -107,6 +107,8 @@ def _refuse_contradictions(typed: dict[str, Any], repeated: bool) -> None:
             "--preset with --resume: the run keeps its own settings; give single flags to "
             "change them, or --resume auto to start or continue with the same command"
         )
+    if typed.get("dry_run") and typed.get("resume"):
+        raise UserError("--dry-run is about a new run; leave out --resume")
     if typed.get("micro_batch") == "auto" and {"batch_size", "grad_accum_steps"} & typed.keys():
         raise UserError(
             "--micro-batch auto chooses batch_size and grad_accum_steps; give neither, or leave it "

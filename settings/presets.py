@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from config import Settings
+from config import GPTConfig, Settings, to_dict
 from runtime.setting_fields import choose
+
+_TOLD = (
+    *("arch", "n_layers", "n_heads", "d_model", "dropout", "seq_len", "global_batch_size"),
+    *("batch_size", "optimizer", "lr", "min_lr", "lr_scheduler", "warmup_steps", "weight_decay"),
+    *("beta1", "beta2", "muon_lr_ratio", "muon_momentum", "grad_clip_norm", "num_steps"),
+    *("eval_steps", "save_steps"),
+)
+_DEFAULTS = {f.name: f.default for kind in (GPTConfig, Settings) for f in dataclasses.fields(kind)}
 
 # fmt: off
 _GPT2 = dict(
@@ -47,7 +56,45 @@ WITH_ADAMW: dict[str, dict[str, Any]] = {
     "quickstart": dict(lr=3e-3, warmup_steps=50),
     "modern-small": dict(lr=9e-4, warmup_steps=1250),
 }
+# Why settings have the values that they have where no flag says otherwise.
+_ABOUT_PRESETS = {
+    "quickstart": "learns visibly in about a minute on two CPU cores; measured in docs/speed.md",
+    "toy": "small enough to try out commands",
+    "gpt2-small": "shape: Radford et al. 2019, table 2; rate: Brown et al. 2020, table 2.1",
+    "gpt2-medium": "shape: Radford et al. 2019, table 2; rate: Brown et al. 2020, table 2.1",
+    "gpt2-large": "shape: Radford et al. 2019, table 2; rate: Brown et al. 2020, table 2.1",
+    "gpt2-xl": "shape: Radford et al. 2019, table 2; rate: Brown et al. 2020, table 2.1",
+    "modern-small": "quickstart's recipe at the size of GPT-2 small; rates of public trainers",
+}
+_ABOUT_DEFAULTS = {
+    **dict.fromkeys(("beta1", "beta2", "weight_decay", "grad_clip_norm"),
+                    "Brown et al. 2020, appendix B"),
+    "lr_scheduler": "Loshchilov and Hutter 2017, eq. 5", "muon_momentum": "Jordan et al. 2024",
+    "min_lr": "-1 = a tenth of lr, as Brown et al. 2020, appendix B",
+}
 # fmt: on
+
+
+def origins_of_settings(args: Settings) -> list[list[str]]:
+    """Rows of a table about the settings that decide what is learned: name, value, and where the
+    value comes from: a flag, the preset, or a default, and why it was chosen.
+    """
+    preset = PRESETS.get(args.preset, {})
+    values = to_dict(args)
+    rows = []
+    for name in _TOLD:
+        if name.startswith("muon_") and args.optimizer != "muon":
+            continue
+        value, default = values[name], _DEFAULTS[name]
+        if name in preset and value == preset[name]:
+            origin = f"preset {args.preset}"
+        elif value == default and name not in preset:
+            about = _ABOUT_DEFAULTS.get(name, "")
+            origin = f"default{f': {about}' if about else ''}"
+        else:
+            origin = "given, or follows from what is given"
+        rows.append([name, f"{value:g}" if isinstance(value, float) else str(value), origin])
+    return [*rows, [f"preset {args.preset}", "", _ABOUT_PRESETS.get(args.preset, "")]]
 
 
 def preset_values(preset: str, typed: Mapping[str, Any]) -> dict[str, Any]:
