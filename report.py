@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reporting.plots import draw_losses
+from reporting.reference import write_reference
 from reporting.report_page import write_report
 from reporting.report_text import report_text
 from reporting.run_curves import RunCurves, read_run, runs_in
@@ -30,14 +31,19 @@ class ReportSettings:
     output: str = flag("report.html", "the page", metavar="PATH")
     png: str = flag("", "write the picture of the losses here, and no page", metavar="PATH")
     text: bool = flag(False, "print a table, and write no page")
+    make_reference: str = flag(
+        "", "write a curve for --check-reference, of runs with other seeds", metavar="PATH"
+    )
     watch: bool = flag(
         False, "write the page anew every few seconds, until Ctrl-C; it reloads itself"
     )
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.watch and (self.png or self.text):
-            raise UserError("--watch is about the page; leave out --png and --text")
+        if self.watch and (self.png or self.text or self.make_reference):
+            raise UserError("--watch is about the page; give it alone")
+        if self.png and self.make_reference:
+            raise UserError("--png and --make-reference are two files; give one at a time")
 
 
 def find_runs(given: Sequence[str]) -> list[RunCurves]:
@@ -61,15 +67,17 @@ def write(args: ReportSettings, reload_seconds: float = 0) -> None:
     runs = find_runs(args.metrics)
     if args.text:
         say(report_text(runs))
-    path = expanded(args.png or args.output, "--png" if args.png else "--output")
+    path = expanded(args.make_reference or args.png or args.output, "another path")
     try:
-        if args.png:
+        if args.make_reference:
+            write_reference(runs, path)
+        elif args.png:
             draw_losses(runs, path)
         elif not args.text:
             write_report(runs, path, reload_seconds)
     except OSError as reason:
         raise UserError(f"cannot write {path}: {reason.strerror}") from reason
-    if args.png or not args.text:
+    if args.png or args.make_reference or not args.text:
         say(f"wrote {path}")
 
 

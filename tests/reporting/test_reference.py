@@ -1,0 +1,84 @@
+import json
+import math
+
+import pytest
+from conftest import toy_settings
+from test_report import eval_record, write_metrics
+
+from reporting.reference import Reference, make_reference, read_reference, write_reference
+from reporting.run_curves import read_run
+from runtime.setting_fields import UserError
+
+
+def seeds(tmp_path, scales=(0.99, 1.0, 1.01), **changes):
+    """Runs whose losses at steps 100 and 200 are 2 and 1 times a number of their own."""
+    runs = []
+    for seed, scale in enumerate(scales):
+        more = [eval_record(100, 2 * scale), eval_record(200, 1 * scale)]
+        path = tmp_path / f"{seed}.jsonl"
+        runs.append(read_run(write_metrics(path, steps=0, more=more, seed=seed, **changes)))
+    return runs
+
+
+def test_a_reference_has_the_mean_and_the_spread_of_its_seeds(tmp_path):
+    found = make_reference(seeds(tmp_path))
+    assert found["val_loss"] == pytest.approx({"100": 2.0, "200": 1.0})
+    # At both steps the relative standard deviation is that of 0.99, 1, 1.01, which is 0.01.
+    assert found["tolerance"] == pytest.approx(0.05)
+    assert found["about"]["seeds"] == [0, 1, 2] and found["about"]["settings"] == {
+        "lr": 0.01, "num_steps": 0
+    }  # fmt: skip
+    assert make_reference(seeds(tmp_path, (1, 1, 1)))["tolerance"] == 0.002
+
+
+def test_what_makes_no_reference_is_refused(tmp_path):
+    runs = seeds(tmp_path)
+    with pytest.raises(UserError, match="needs three runs with other seeds; 2 given"):
+        make_reference(runs[:2])
+    other = read_run(write_metrics(tmp_path / "x.jsonl", steps=0, lr=0.5, seed=7))
+    with pytest.raises(UserError, match="differ in lr, too"):
+        make_reference([*runs, other])
+    with pytest.raises(UserError, match="no evaluation at a common step"):
+        make_reference([read_run(write_metrics(tmp_path / f"{i}", steps=0)) for i in range(3)])
+    with pytest.raises(UserError, match="step 100: a loss is not finite"):
+        make_reference(seeds(tmp_path, (1, 1, math.nan)))
+
+
+def test_a_run_is_told_where_it_first_leaves_the_curve(tmp_path):
+    write_reference(seeds(tmp_path), tmp_path / "ref.json")
+    reference = read_reference(str(tmp_path / "ref.json"), toy_settings(num_steps=200))
+    assert reference.told(100, 2.09) == "" and reference.told(150, 99.0) == ""
+    assert reference.told(100, 2.2) == (
+        "step 100: validation loss 2.2000 leaves the reference curve, 2.0000 +- 0.1000, by 0.1000"
+    )
+    assert reference.told(100, 1.8) and reference.distance(100, math.nan) == math.inf
+    fine, text = reference.verdict(seeds(tmp_path)[0])
+    assert fine and text.startswith(
+        "follows the reference curve at all 2 evaluations: within 1.00%"
+    )
+    fine, text = reference.verdict(seeds(tmp_path, (1.2, 1, 1))[0])
+    assert not fine and "at 2 of 2 evaluations, first at step 100: validation loss 2.4000" in text
+    nothing = read_run(write_metrics(tmp_path / "n.jsonl", steps=0))
+    assert reference.verdict(nothing) == (
+        False, "no evaluation was at a step of the reference curve"
+    )  # fmt: skip
+
+
+def test_a_reference_that_cannot_be_used_is_refused_at_the_start(tmp_path):
+    path = tmp_path / "ref.json"
+    with pytest.raises(UserError, match=r"cannot read .*No such file"):
+        read_reference(str(path), toy_settings())
+    for content in (
+        "[]",
+        "{",
+        '{"val_loss": {"a": 1}, "tolerance": 1, "about": {}}',
+        '{"val_loss": {}}',
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match="is no reference curve"):
+            read_reference(str(path), toy_settings())
+    write_reference(seeds(tmp_path), path)
+    with pytest.raises(UserError, match=r"at steps 100, 200, .* evaluated at none"):
+        read_reference(str(path), toy_settings(num_steps=99))
+    assert json.loads(path.read_text())["val_loss"]
+    assert isinstance(read_reference(str(path), toy_settings(num_steps=100)), Reference)
