@@ -142,7 +142,7 @@ def short_evaluation_line(
     if seconds_left is not None:
         parts.append(f"{duration(seconds_left)} to go")
     if "tokens_per_sec" in update:
-        parts.append(f"{update['tokens_per_sec']:,.0f} tokens/s")
+        parts.append(f"{update['tokens_per_sec'] / 1e3:,.1f}k tokens/s")
     if update.get("mfu") is not None:
         parts.append(f"mfu {update['mfu']:.0%}")
     if "lr" in update:

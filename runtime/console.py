@@ -16,6 +16,24 @@ _T = TypeVar("_T")
 _PATIENCE_SECONDS = 10.0  # until the first line of progress; the time doubles with each line
 
 
+def open_closed_streams() -> None:
+    """Opens standard output and standard error on nothing where this process was started without
+    them (`>&-` in a shell): print would fail, and the next file to be opened would get their number
+    and what others write there.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+        setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
 def accept_any_text() -> None:
     """Makes standard output and standard error write a character that their encoding lacks as an
     escape such as \\u4e16, where it would raise an error otherwise.

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from runtime.console import accept_any_text, visible
+from runtime.console import accept_any_text, open_closed_streams, visible
 from runtime.setting_fields import UserError
 
 _NO_MEMORY = ("out of memory", "can't allocate memory")  # parts of torch's error messages
@@ -25,6 +25,7 @@ def run_script(
     0. UserError and lack of memory end the script with one line on standard error and exit code 2.
     is_first_reporter(line): whether no other rank has printed this line.
     """
+    open_closed_streams()
     accept_any_text()
     try:
         code = body(sys.argv[1:])

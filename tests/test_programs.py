@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers import TINY
 
 from checkpointing.commands import differences
 from reporting.metrics_file import comparable, read_records
@@ -716,3 +718,18 @@ def test_the_weights_of_a_mixture_are_shown(script, text, tmp_path):
     out = train(script, "--train-data", f"{text}:3", "b.txt:1")
     assert f"0.75 of the sequences are from {text}: " in out
     assert "0.25 of the sequences are from b.txt: " in out and " epochs" in out
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&- <&-"])
+def test_a_run_goes_on_without_standard_output_or_error(program, closed):
+    words = f"{sys.executable} {ROOT}/train_minimal.py {TINY} --num-steps 3 {closed}"
+    ran = subprocess.run(["sh", "-c", words], cwd=program.folder, env=program.env, timeout=60)
+    assert ran.returncode == 0
+    assert "evaluate: " in (program.folder / "logs/train_minimal.log").read_text()
+    verify = program("checkpoint.py", "verify", "checkpoints/minigpt_single.pt")
+    assert ": whole, step 3" in verify
+    wrong = subprocess.run(
+        ["sh", "-c", f"{sys.executable} {ROOT}/train_minimal.py --no-such {closed}"],
+        cwd=program.folder, env=program.env, timeout=60,
+    )  # fmt: skip
+    assert wrong.returncode == 2
