@@ -33,6 +33,11 @@ class Server(ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def stop_listening(self):
+        """Closes the port; connections that are open stay."""
+        self.shutdown()
+        self.socket.close()
+
     def rows(self):
         """The rows of the history in their order, as dicts."""
         return [json.loads(self.history[i]) for i in sorted(self.history)]
