@@ -157,7 +157,7 @@ class Settings:
     sample_tokens: int = flag(120, "tokens of each sample", at_least=1)
     use_profiler: bool = flag(False, "profile a few steps; the trace goes to log-dir")
     check_reference: str = flag("", "reference curve that the validation loss must follow",
-                                metavar="FILE")
+                                metavar="PATH")
     use_tensorboard: bool = flag(False, "write what Weights & Biases gets for TensorBoard too")
     use_wandb: bool = flag(False, "report to Weights & Biases")
     wandb_project: str = flag("", "Weights & Biases project; none = WANDB_PROJECT of the "
@@ -165,7 +165,7 @@ class Settings:
     wandb_run_name: str = flag("", "Weights & Biases run name; none = WANDB_NAME of the "
                                "environment, or else chosen by it")
     wandb_group: str = flag("", "Weights & Biases group of the run", metavar="NAME")
-    wandb_tags: tuple[str, ...] = flag((), "Weights & Biases tags of the run", metavar="TAG")
+    wandb_tags: tuple[str, ...] = flag((), "Weights & Biases tags of the run", metavar="NAME")
     wandb_mode: str = flag("auto", "Weights & Biases mode; auto = WANDB_MODE of the environment, "
                            "or else online", "auto", "online", "offline", "disabled")
 

@@ -27,13 +27,14 @@ class TensorBoard:
         self.say = say
         self.writer: Any = None
         folder = Path(f"{base}_tensorboard") / state.run_id
-        resumed = folder.exists()
-        self.first = state.step + 1 if resumed else 0  # the first step to write
+        self.first = state.step + 1 if folder.exists() else 0  # the first step to write
 
         def start() -> None:
             from torch.utils.tensorboard import SummaryWriter  # here: an optional package
 
-            self.writer = SummaryWriter(folder, purge_step=self.first if resumed else None)
+            # A new run has a purge_step too: TensorBoard takes the first one that it finds for the
+            # beginning of the run, and leaves out points only at the ones after it.
+            self.writer = SummaryWriter(folder, purge_step=self.first)
 
         self._guarded(start)
         self.text("run", json.dumps(config, indent=2), self.first)

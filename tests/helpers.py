@@ -43,11 +43,11 @@ class Run:
         return {k: v.clone() for k, v in self.model.state_dict().items()}
 
 
-def logged_run(*flags, state=None):
+def logged_run(*flags, state=None, model=None):
     """The log of a run that computes nothing, and its state, which a given one resumes."""
     train, val, args = open_data(toy_settings(*flags, resume=state is not None))
     state = state or RunState()
-    model = GPTModel(args.model, seed=0)
+    model = model or GPTModel(args.model, seed=0)
     return RunLog("train_minimal", args, state, CPU, model, train, val), state
 
 

@@ -228,10 +228,10 @@ def _backward(
         with nullcontext() if i == len(micro_batches) - 1 else parallel.no_sync():
             with record_function("forward"), device.autocast():
                 nll = model(ids, labels=ids, reduction="sum", return_logits=False)[1]
-            # A non-finite loss makes the gradients NaN, and with them those of all ranks.
-            factor = torch.where(nll.detach().isfinite(), weight, math.nan)
-            scale = state.scaler.scale if state.scaler.enabled else 1.0
             with record_function("backward"):
+                # A non-finite loss makes the gradients NaN, and with them those of all ranks.
+                factor = torch.where(nll.detach().isfinite(), weight, math.nan)
+                scale = state.scaler.scale if state.scaler.enabled else 1.0
                 (nll * (factor * scale)).backward()
         nll_sum += nll.detach()
     return nll_sum
