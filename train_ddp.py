@@ -59,14 +59,14 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
         state.stop, save = ranks.agree(signals.signal, checkpoints.overdue)
         now = due(state, args, save)
         if now.log:
-            log.train(state, stats.summed(parallel))
+            log.train(state, stats.summed(parallel), batches.waited)
             check_finite(state, args, checkpoints.way_back)
         if now.eval:
             result = evaluate(model, val, args.batch_size, device, parallel)
             state.update_best(result.loss)
             log.eval(state, result)
         if now.sample:
-            log.sample(sample(model, train.tokenizer, args, device))
+            log.sample(state, sample(model, train.tokenizer, args, device))
         if now.save:
             log.saved(checkpoints.save())
         elif state.is_best:

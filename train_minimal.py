@@ -50,14 +50,14 @@ def main(args: Settings, signals: StopSignals) -> int:
         state.stop, save = signals.signal, checkpoints.overdue
         now = due(state, args, save)
         if now.log:
-            log.train(state, stats)
+            log.train(state, stats, batches.waited)
             check_finite(state, args, checkpoints.way_back)
         if now.eval:
             result = evaluate(model, val, args.batch_size, device)
             state.update_best(result.loss)
             log.eval(state, result)
         if now.sample:
-            log.sample(sample(model, train.tokenizer, args, device))
+            log.sample(state, sample(model, train.tokenizer, args, device))
         if now.save:
             log.saved(checkpoints.save())
         elif state.is_best:

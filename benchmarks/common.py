@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from config import GPTConfig
 from parallel.process_group import Ranks
 from runtime.setting_fields import check_fields, flag
 
@@ -212,13 +211,3 @@ def synchronize(device: str) -> None:
     """Waits until a GPU has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def flops_per_token(config: GPTConfig, seq_len: int) -> float:
-    """Of one training step, forward and backward, as Chowdhery et al. 2022, appendix B count: 6 for
-    each number of a matrix (the embedding counts as head only), 12 L C T for attention, as if it
-    were not causal.
-    """
-    c, ff = config.d_model, config.d_ff
-    matrices = config.n_layers * (4 * c * c + 2 * c * ff) + config.vocab_size * c
-    return 6.0 * matrices + 12.0 * config.n_layers * c * seq_len

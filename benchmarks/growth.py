@@ -10,11 +10,11 @@ from typing import Any
 from benchmarks.common import (
     BenchSettings,
     Side,
-    flops_per_token,
     side_by_side,
 )
 from benchmarks.speed import build_trainer
 from config import GPTConfig
+from training.flops import flops_per_token
 
 _BASE = {"batch": 4, "tokens": 256, "layers": 4, "channels": 256, "vocabulary": 8192}
 

@@ -16,7 +16,6 @@ from benchmarks.common import (
     BenchSettings,
     Side,
     build_matmul_peak,
-    flops_per_token,
     give_memory_back,
     medians,
     memory,
@@ -31,6 +30,7 @@ from model import GPTModel
 from runtime.device import pick_device, tune
 from settings.command_line import parse_settings
 from training.evaluation import evaluate
+from training.flops import flops_per_token
 from training.optimizers import Muon, make_optimizer
 from training.sampling import generate
 

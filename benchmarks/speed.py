@@ -14,7 +14,6 @@ from benchmarks.common import (
     BenchSettings,
     Side,
     build_matmul_peak,
-    flops_per_token,
     in_new_process,
     medians,
     memory,
@@ -30,13 +29,11 @@ from runtime.device import Device, pick_device, tune
 from settings.command_line import parse_settings
 from training.activation_recompute import recompute_activations
 from training.compilation import compile_model
+from training.flops import flops_per_token, peak_flops
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer
 from training.prefetch import Prefetch
 from training.step import RunState, train_step
-
-# Dense bfloat16 matrix products, FLOP/s, as their maker's data sheets say.
-_KNOWN_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
 def gpt2_small(batch: int, *flags: str, total: int = 0) -> list[str]:
@@ -202,7 +199,7 @@ def bench_train(args: BenchSettings) -> list[dict[str, Any]]:
 def _rows_of_train(
     runs: dict[str, Any], peak: float, settings: Settings, device: torch.device
 ) -> list[dict[str, Any]]:
-    sheet = next((v for k, v in _KNOWN_PEAKS.items() if k in _name_of(device)), None)
+    most = peak_flops(Device(device, device_of(settings)[1], ""))
     tokens = settings.global_batch_size * settings.seq_len
     work = flops_per_token(settings.model, settings.seq_len) * tokens
     figures = {name: medians(some) for name, some in runs.items() if type(some) is list}
@@ -217,7 +214,7 @@ def _rows_of_train(
         row: dict[str, Any] = {"side": name, "tokens_per_s": tokens / m["seconds"]}
         row |= {"times_hf": min(theirs) / m["seconds"] if theirs else "n/a"}
         row |= {"gflop_per_s": rate / 1e9, "of_matmul_peak": rate / peak}
-        row |= {"mfu": rate / sheet if sheet else "n/a", "peak_gb": m.pop("gb"), **m}
+        row |= {"mfu": rate / most if most else "n/a", "peak_gb": m.pop("gb"), **m}
         rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row))
     rows.append({"side": "matrix products alone", "gflop_per_s": peak / 1e9})
@@ -241,7 +238,3 @@ def bench_profile(args: BenchSettings) -> list[dict[str, Any]]:
     small = [*SMALL, "--compile", "on"] if args.small else []
     flags = gpt2_small(args.batch_size, "--device", args.device, *small, *args.trainer)
     return in_new_process(profile_of, flags, 3)
-
-
-def _name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else ""

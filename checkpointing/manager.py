@@ -238,12 +238,15 @@ class CheckpointManager:
                 write_checkpoint(self.path, step.content, *step.labels, keep_previous=again)
             except Exception as reason:  # in a thread of its own it would else be lost
                 self.state.unsaved = True
-                message = f"step {step.number} was not saved: {reason}; the run goes on"
+                self.state.pending_warnings.append(
+                    f"step {step.number} was not saved: {reason}; the run goes on"
+                )
             else:
                 self.state.unsaved, self.latest = False, step.number
                 names = [variant_path(target_of(self.path), label).name for label in step.labels]
-                message = f"saved {' and '.join([str(self.path), *names])} at step {step.number}"
-            self.state.pending_messages.append(message)
+                self.state.pending_messages.append(
+                    f"saved {' and '.join([str(self.path), *names])} at step {step.number}"
+                )
 
     def way_back(self, step: int) -> str:
         """The advice in an error message if the weights of this step are no good. If there is an

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
+from typing import Any
 
 from config import Settings
 from corpus.token_dataset import TokenDataset
 from model import GPTModel
-from runtime.console import command
+from runtime.console import command, duration
 from runtime.device import Device
 from settings.paths import default_checkpoint
 from settings.presets import notes_on_preset
@@ -77,7 +78,7 @@ def evaluation_line(
     args: Settings,
     state: RunState,
     result: EvalResult,
-    update: Mapping[str, float],
+    update: Mapping[str, Any],
     epoch: int,
     seconds: float,
     seconds_left: float | None,
@@ -92,6 +93,10 @@ def evaluation_line(
     def last(name: str, digits: int, scale: float = 1.0, unit: str = "") -> str:
         return f"{update[name] * scale:.{digits}f}{unit}" if name in update else "n/a"
 
+    def percent(name: str, of: str = "") -> str:
+        whole = update.get(of) if of else 1.0
+        return f"{update[name] / whole:.1%}" if update.get(name) is not None and whole else "n/a"
+
     fields = {
         "lr": last("lr", 6),
         "step time": last("step_seconds", 2),
@@ -105,9 +110,46 @@ def evaluation_line(
         "dt": f"{seconds:.2f}s",
         "eta": "n/a" if seconds_left is None else f"{seconds_left / 3600:.2f}h",
         "amp": amp,
+        "mfu": percent("mfu"),
+        "data wait": percent("data_wait_seconds", "step_seconds"),
+        "memory": last("memory_gb", 2, 1.0, "GB"),
     }
     text = " | ".join(f"{name}: {value}" for name, value in fields.items())
     return f"epoch {epoch} step {state.step} / {args.num_steps} | {text}"
+
+
+_COLUMNS = 109  # of a terminal of 120, without the time of day
+
+
+def short_evaluation_line(
+    args: Settings,
+    state: RunState,
+    result: EvalResult,
+    update: Mapping[str, Any],
+    seconds_left: float | None,
+) -> str:
+    """What a terminal shows of `evaluation_line`, in at most 120 columns with the time before it.
+    Of parts for which there is no room, the last are left out. Arguments are those of
+    `evaluation_line`.
+    """
+    parts = [f"step {state.step}/{args.num_steps}"]
+    if "train_loss" in update:
+        parts.append(f"train {update['train_loss']:.4f}")
+    parts.append(f"val {result.loss:.4f} +-{result.loss_se:.4f}")
+    if result.bpb is not None:
+        parts.append(f"bpb {result.bpb:.4f}")
+    parts.append(f"ppl {result.ppl:.4g}")
+    if seconds_left is not None:
+        parts.append(f"{duration(seconds_left)} to go")
+    if "tokens_per_sec" in update:
+        parts.append(f"{update['tokens_per_sec']:,.0f} tokens/s")
+    if update.get("mfu") is not None:
+        parts.append(f"mfu {update['mfu']:.0%}")
+    if "lr" in update:
+        parts.append(f"lr {update['lr']:.3g}")
+    while len(" | ".join(parts)) > _COLUMNS:
+        parts.pop()
+    return " | ".join(parts)
 
 
 def next_commands(

@@ -28,14 +28,20 @@ class Output:
         self.broken = set[str]()
         self.short_line_time = -math.inf  # of the last one
         self.text = open(text_path, "a", encoding="utf-8")  # noqa: SIM115
+        no_bar = True if os.environ.get("TERM") == "dumb" else None  # None: unless a terminal
         self.bar = tqdm(
-            total=num_steps, initial=step, unit="step", disable=None, dynamic_ncols=True
+            total=num_steps, initial=step, unit="step", disable=no_bar, dynamic_ncols=True
         )
 
-    def line(self, text: str) -> None:
-        """Writes one line, with the time before it."""
+    def line(self, text: str, short: str = "") -> None:
+        """Writes one line, with the time before it. short: what a terminal with a progress bar
+        shows in place of the text; the text log, a file and a pipe get the text.
+        """
         stamped = time.strftime("[%Y-%m-%d %H:%M:%S] ") + visible(text)
-        self.safely("the terminal", lambda: tqdm.write(stamped) or sys.stdout.flush())
+        shown = stamped
+        if short and not self.bar.disable:
+            shown = time.strftime("[%H:%M:%S] ") + visible(short)
+        self.safely("the terminal", lambda: tqdm.write(shown) or sys.stdout.flush())
         self.safely("the text log", lambda: print(stamped, file=self.text, flush=True))
 
     def progress(self, step: int, text: str) -> None:
@@ -53,14 +59,14 @@ class Output:
             self.safely("the terminal", lambda: print(text, flush=True))
 
     def safely(self, what: str, write: Callable[[], object]) -> None:
-        """Calls write(). If that fails, a line says so, and later calls with the same `what` do
-        nothing. what: the output that write() writes to.
+        """Calls write(). If that fails in any way, a line says so, and later calls with the same
+        `what` do nothing. what: the output that write() writes to.
         """
         if what in self.broken:
             return
         try:
             write()
-        except (OSError, ValueError) as reason:
+        except Exception as reason:  # no report is worth a run
             self.broken.add(what)
             if what == "the terminal":  # or the interpreter would try again at its end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -135,9 +135,9 @@ def run_as_known(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def comparable(path: Path) -> list[dict[str, Any]]:
     """The records without what may differ between two runs that compute the same: timings, where a
-    run was resumed, and of the first record all but the data.
+    run was resumed, warnings, and of the first record all but the data.
     """
-    records = [r for r in read_records(path) if r["event"] != "resume"]
+    records = [r for r in read_records(path) if r["event"] not in ("resume", "warning")]
     first = [{k: r[k] for k in ("event", "train", "val")} for r in records[:1]]
     return first + [{k: v for k, v in r.items() if k != "time"} for r in records[1:]]
 

@@ -1,22 +1,79 @@
-"""Pictures of runs, from their metrics files."""
+"""Pictures of runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting.metrics_file import read_records
+from reporting.run_curves import Column, RunCurves
 
 
-def _limits(records: list[dict[str, Any]]) -> tuple[float, float] | None:
+def draw_losses(runs: Sequence[RunCurves], picture: Path) -> None:
+    """Draws training and validation loss over steps, with tokens along the top, as a PNG: the
+    training loss of each record pale, its mean as a line, validation with its standard error.
+    """
+    from matplotlib.figure import Figure  # here, since only the end of a run needs it
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    many = len(runs) > 1
+    for i, run in enumerate(runs):
+        train, val = f"C{2 * i % 10}", f"C{2 * i % 10 if many else 1}"
+        name = f"{run.name}, " if many else ""
+        axes.plot(*_points(run.train, "train_loss"), color=train, alpha=0.3, linewidth=0.8)
+        axes.plot(*_points(run.train, "smoothed"), color=train, label=f"{name}train, smoothed")
+        if run.evals["step"]:
+            axes.errorbar(
+                *_points(run.evals, "val_loss"),
+                yerr=[x or 0.0 for x in run.evals["val_loss_se"]],
+                color=val,
+                fmt="o--" if many else "o-",
+                label=f"{name}validation",
+                linewidth=1,
+                markersize=3,
+            )
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)")
+    if limits := _limits(runs):
+        axes.set_ylim(limits)
+        axes.set_title("the first losses are above the picture", fontsize="small", loc="right")
+    if per_step := _tokens_per_step(runs):
+        to_tokens: Any = lambda steps: steps * per_step  # noqa: E731
+        to_steps: Any = lambda tokens: tokens / per_step  # noqa: E731
+        top = axes.secondary_xaxis("top", functions=(to_tokens, to_steps))
+        top.set_xlabel("tokens seen")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.savefig(picture, dpi=120, format="png")
+
+
+def _points(columns: dict[str, Column], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values; NaN, which leaves a gap, for a value that is missing."""
+    values = [float("nan") if y is None else y for y in columns[name]]
+    return [x or 0.0 for x in columns["step"]], values
+
+
+def _tokens_per_step(runs: Sequence[RunCurves]) -> float:
+    """The tokens of one step, if all runs have the same, else 0."""
+    found = set()
+    for run in runs:
+        steps, tokens = run.train["step"], run.train["tokens"]
+        if steps and steps[-1]:
+            found.add((tokens[-1] or 0) / steps[-1])
+    return found.pop() if len(found) == 1 else 0.0
+
+
+def _limits(runs: Sequence[RunCurves]) -> tuple[float, float] | None:
     """The lowest and the highest loss to show, if the losses in the first tenth of a run are so far
     above all later ones that these could not be told apart, else None.
     """
     losses = {
-        (r["step"], r[name])
-        for event, name in (("train", "train_loss"), ("eval", "val_loss"))
-        for r in records
-        if r["event"] == event and r[name] is not None
+        (step or 0.0, loss)
+        for run in runs
+        for columns, name in ((run.train, "train_loss"), (run.evals, "val_loss"))
+        for step, loss in zip(columns["step"], columns[name], strict=True)
+        if loss is not None
     }
     last = max((step for step, _ in losses), default=0)
     later = [loss for step, loss in losses if step > last / 10]
@@ -27,41 +84,3 @@ def _limits(records: list[dict[str, Any]]) -> tuple[float, float] | None:
         return None
     margin = (high - low) / 20
     return low - margin, high + margin
-
-
-def draw_losses(jsonl: Path, picture: Path) -> None:
-    """Draws train and validation loss over steps, with tokens along the top, as a PNG. jsonl: the
-    metrics file of the run; picture: the path of the PNG.
-    """
-    from matplotlib.figure import Figure  # here, since only the end of a run needs it
-
-    records = read_records(jsonl)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for event, name, style in (("train", "train_loss", "-"), ("eval", "val_loss", "o-")):
-        points = [
-            (r["step"], r[name]) for r in records if r["event"] == event and r[name] is not None
-        ]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True),
-                style,
-                label=name.replace("_", " "),
-                linewidth=1,
-                markersize=4,
-            )
-    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)")
-    if limits := _limits(records):
-        axes.set_ylim(limits)
-        axes.set_title("the first losses are above the picture", fontsize="small", loc="right")
-    last = max((r for r in records if r.get("step")), key=lambda r: r["step"], default=None)
-    if last:
-        per_step = last["tokens"] / last["step"]
-        top = axes.secondary_xaxis(
-            "top", functions=(lambda s: s * per_step, lambda t: t / per_step)
-        )
-        top.set_xlabel("tokens seen")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.savefig(picture, dpi=120)

@@ -57,7 +57,8 @@ def tracked_values(record: dict[str, Any], device: Device, world: int) -> dict[s
     if record["event"] == "eval":
         values = {f"val/{name}": record.get(f"val_{name}") for name in ("loss", "ppl", "bpb")}
     elif record["event"] == "train":
-        rate = record.get("time", {}).get("tokens_per_sec")
+        timing = record.get("time", {})
+        rate = timing.get("tokens_per_sec")
         values = {
             "train/loss": record.get("train_loss"),
             "grad_norm": record.get("grad_norm"),
@@ -65,6 +66,7 @@ def tracked_values(record: dict[str, Any], device: Device, world: int) -> dict[s
             "tokens": record.get("tokens"),
             "tokens_per_sec_per_rank": None if rate is None else rate / world,
             "global_tokens_per_sec": rate,
+            **{name: timing.get(name) for name in ("mfu", "data_wait_seconds", "memory_gb")},
             "amp": int(device.amp),
             "bf16": int(device.precision == "bf16"),
         }

@@ -20,13 +20,22 @@ from config import Settings
 from corpus.token_dataset import TokenDataset
 from model import GPTModel
 from parallel.process_group import Ranks
-from reporting.log_lines import evaluation_line, header, next_commands, notes_at_start
+from reporting.log_lines import (
+    evaluation_line,
+    header,
+    next_commands,
+    notes_at_start,
+    short_evaluation_line,
+)
 from reporting.log_output import Output
 from reporting.loss_spikes import SpikeDetector
 from reporting.metrics_file import MetricsFile, run_as_known
 from reporting.plots import draw_losses
 from reporting.profiler import Profile
 from reporting.records import record_of_resume, record_of_run, tracked_values
+from reporting.report_page import write_report
+from reporting.run_curves import read_run
+from reporting.step_clock import StepClock
 from reporting.tensorboard_log import TensorBoard
 from reporting.wandb_log import WandB
 from runtime.console import duration
@@ -63,9 +72,8 @@ class RunLog:
         self.script, self.args, self.device, self.world = script, args, device, world
         self.prompt = shlex.quote(fitting_prompt(val)) if val.tokenizer else ""
         self.epoch_windows = len(train)
-        self.last_update: dict[str, float] = {}  # values of the last train() record
-        self.steps_reported, self.skips_reported = state.step, 0
-        self.first_report: tuple[int, float] | None = None  # step and time of the first train()
+        self.last_update: dict[str, Any] = {}  # values of the last train() record
+        self.skips_reported = 0
         base = log_base(args)
         if base.name == "eval":
             raise UserError(
@@ -79,7 +87,11 @@ class RunLog:
             raise UserError(
                 f"cannot write {reason.filename}: {reason.strerror}; try --log-dir"
             ) from reason
-        self.spikes = SpikeDetector(r["train_loss"] for r in self.metrics.kept if "train_loss" in r)
+        kept = self.metrics.kept
+        self.spikes = SpikeDetector(r["train_loss"] for r in kept if "train_loss" in r)
+        elapsed = max((r["time"].get("elapsed", 0.0) for r in kept if "time" in r), default=0.0)
+        self.clock = StepClock(args, state, device, world, elapsed)
+        self.trackers: list[WandB | TensorBoard] = []
         self._say_pending(state)
         for line in header(args, device, model, train, val, world):
             self.output.line(line)
@@ -90,7 +102,6 @@ class RunLog:
             self._write({"event": "run", **run})
         for line in notes_at_start(args, state.step, model, val, device):
             self.output.line(line)
-        self.trackers: list[WandB | TensorBoard] = []
         if args.use_wandb:
             self.trackers.append(WandB(args, state, run, self.output.line))
         if args.use_tensorboard:
@@ -99,23 +110,30 @@ class RunLog:
             self._track(record)
         self.profile = Profile(base, device, self.output.line) if args.use_profiler else None
         self.line_time = time.perf_counter()
-        self._restart_clock()
-
-    def _restart_clock(self) -> None:
-        """Leaves out of the timings what was done since the last report."""
-        self.mark = time.perf_counter()
+        self.clock.restart()
 
     def _write(self, record: dict[str, Any]) -> None:
         self.output.safely("the metrics file", lambda: self.metrics.write(record))
+        self._track(record)
 
     def _track(self, record: dict[str, Any]) -> None:
-        if values := tracked_values(record, self.device, self.world):
-            for tracker in self.trackers:
+        values = tracked_values(record, self.device, self.world)
+        for tracker in self.trackers:
+            if values:
                 tracker.log(values, record["step"])
+            if record["event"] == "sample":
+                tracker.text("sample", record["text"], record["step"])
 
     def _say_pending(self, state: RunState) -> None:
         while state.pending_messages:
             self.output.line(state.pending_messages.pop(0))
+        while state.pending_warnings:
+            self._warn(state, state.pending_warnings.pop(0))
+
+    def _warn(self, state: RunState, text: str) -> None:
+        """Logs a line about something that went wrong, and records it."""
+        self.output.line(text)
+        self._write({"event": "warning", "step": state.step, "text": text})
 
     def after_step(self, state: RunState) -> None:
         """Called after each update: logs the lines that are left in state.pending_messages, such as
@@ -126,68 +144,51 @@ class RunLog:
             self.profile.step()
 
     @record_function("log")
-    def train(self, state: RunState, stats: StepStats) -> None:
-        """Records the update just finished. stats: already summed over ranks. Waits for the GPU."""
+    def train(self, state: RunState, stats: StepStats, waited: float) -> None:
+        """Records the update just finished. stats: already summed over ranks; waited: the seconds
+        for which this process has waited for data so far. Waits for the GPU.
+        """
         loss, norm = float(stats.nll_sum) / stats.n_tokens, float(stats.grad_norm)  # waits here
-        seconds, steps = time.perf_counter() - self.mark, state.step - self.steps_reported
-        rate = steps * stats.n_tokens / seconds
-        timing = {"step_seconds": seconds / steps, "tokens_per_sec": rate}
+        timing = self.clock.after_updates(state.step, stats.n_tokens, waited)
         values = {"train_loss": loss, "lr": stats.lr, "grad_norm": norm}
-        self.steps_reported, self.last_update = state.step, {**values, **timing}
-        record = {"event": "train", "step": state.step, "tokens": state.tokens, **values}
-        self._write(record | {"time": timing})
-        self._track(record | {"time": timing})
+        self.last_update = {**values, **timing}
+        self._write(
+            {"event": "train", "step": state.step, "tokens": state.tokens, **values, "time": timing}
+        )
         if spike := self.spikes.found(loss):
             guess = math.log(self.args.model.vocab_size)
-            self.output.line(
+            self._warn(
+                state,
                 f"step {state.step}: loss spike, {spike} and guessing has {guess:.4f}; grad norm "
-                f"{norm:.4f}"
+                f"{norm:.4f}",
             )
         self._say_skipped(state)
-        self.first_report = self.first_report or (state.step, time.perf_counter())
         self.output.progress(state.step, f"train loss {loss:.4f}")
         if state.step % self.args.eval_steps and state.step < self.args.num_steps:
             self.output.short_line(
                 f"step {state.step} / {self.args.num_steps} | train loss: {loss:.4f} | "
-                f"{duration(self._seconds_left(state) or 0.0)} to go"
+                f"{duration(self.clock.seconds_left(state.step) or 0.0)} to go"
             )
-        self._restart_clock()
-
-    def _seconds_left(self, state: RunState) -> float | None:
-        """Seconds until the last step, if the rest of the run goes as all of it since the first
-        report: with evaluations and saves, without compiling. None before that report.
-        """
-        if self.first_report is None:
-            return None
-        step, when = self.first_report
-        each = self.last_update["step_seconds"]
-        if state.step > step:
-            each = (time.perf_counter() - when) / (state.step - step)
-        return (self.args.num_steps - state.step) * each
+        self.clock.restart()
 
     def _say_skipped(self, state: RunState) -> None:
         skipped = 0 if state.skipped is None else int(state.skipped)
         if skipped > self.skips_reported:
             new, self.skips_reported = skipped - self.skips_reported, skipped
-            self.output.line(
-                f"step {state.step}: {new} updates skipped: loss or gradients not finite"
+            self._warn(
+                state, f"step {state.step}: {new} updates skipped: loss or gradients not finite"
             )
 
     def eval(self, state: RunState, result: EvalResult) -> None:
         """Records an evaluation and logs the one line that says how the run stands."""
-        values = {
-            "loss": result.loss,
-            "loss_se": result.loss_se,
-            "ppl": result.ppl,
-            "bpb": result.bpb,
-        }
-        record: dict[str, Any] = {"event": "eval", "step": state.step, "tokens": state.tokens}
-        record |= {f"val_{k}": v for k, v in {**values, "tokens": result.tokens}.items()}
-        self._write(record)
-        self._track(record)
+        names = ("loss", "loss_se", "ppl", "bpb", "tokens")
+        record = {"event": "eval", "step": state.step, "tokens": state.tokens}
+        record |= {f"val_{name}": getattr(result, name) for name in names}
+        self._write(record | {"time": {"elapsed": self.clock.elapsed()}})
         args, now = self.args, time.perf_counter()
         epoch = 1 + max(state.step * args.global_batch_size - 1, 0) // self.epoch_windows
         seconds, self.line_time = now - self.line_time, now
+        left = self.clock.seconds_left(state.step)
         self.output.line(
             evaluation_line(
                 args,
@@ -196,39 +197,40 @@ class RunLog:
                 self.last_update,
                 epoch,
                 seconds,
-                self._seconds_left(state),
+                left,
                 self.world,
                 self.device.amp,
-            )
+            ),
+            short_evaluation_line(args, state, result, self.last_update, left),
         )
-        self._restart_clock()
+        self.clock.restart()
 
-    def sample(self, text: str | None) -> None:
-        """Logs a text that the model wrote; None = there is none, for lack of a tokenizer."""
+    def sample(self, state: RunState, text: str | None) -> None:
+        """Logs and records a text that the model wrote; None = none, for lack of a tokenizer."""
         if text is not None:
             self.output.line("sample: " + text.replace("\n", "\n    "))
-            for tracker in self.trackers:
-                tracker.text("sample", text, self.steps_reported)
-            self._restart_clock()
+            self._write({"event": "sample", "step": state.step, "text": text})
+            self.clock.restart()
 
     def saved(self, seconds: float) -> None:
         """Called after a save: leaves the seconds that it took out of the timings, and fsyncs the
         metrics, so that they are as safe as the checkpoint.
         """
-        self.mark += seconds
+        self.clock.leave_out(seconds)
         self.output.safely("the metrics file", self.metrics.sync)
 
     def finish(self, state: RunState) -> None:
-        """Draws the loss picture, logs the commands to go on with, and closes everything."""
+        """Draws the picture, writes the report, logs the commands to go on with, and closes all."""
         output, path = self.output, self.metrics.path
         output.bar.close()
         self._say_pending(state)
         stopped = state.stopped_by(self.args)
         if stopped:
             output.line(f"{signal.Signals(stopped).name}: stopped at step {state.step}")
-        picture = path.with_suffix(".png")
-        output.safely("the loss picture", lambda: draw_losses(path, picture))
-        output.line(f"wrote {path.with_suffix('.log')}, {path} and {picture}")
+        picture, page = path.with_suffix(".png"), path.with_suffix(".html")
+        output.safely("the loss picture", lambda: draw_losses([read_run(path)], picture))
+        output.safely("the report", lambda: write_report([read_run(path)], page))
+        output.line(f"wrote {path.with_suffix('.log')}, {path}, {picture} and {page}")
         for line in next_commands(self.script, self.args, state, self.world, self.prompt):
             output.line(line)
         for tracker in self.trackers:
@@ -249,14 +251,15 @@ class SilentLog(RunLog):
 
     def after_step(self, state: RunState) -> None:
         state.pending_messages.clear()
+        state.pending_warnings.clear()
 
-    def train(self, state: RunState, stats: StepStats) -> None:
+    def train(self, state: RunState, stats: StepStats, waited: float) -> None:
         pass
 
     def eval(self, state: RunState, result: EvalResult) -> None:
         pass
 
-    def sample(self, text: str | None) -> None:
+    def sample(self, state: RunState, text: str | None) -> None:
         pass
 
     def saved(self, seconds: float) -> None:

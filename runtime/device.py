@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import platform
+import resource
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -47,6 +48,16 @@ class Device:
     def amp(self) -> bool:
         """Whether matrix products run in a lower precision than float32 (mixed precision)."""
         return self.precision != "fp32"
+
+
+def peak_memory(device: Device) -> int:
+    """The most bytes of memory that this process has taken so far: of the GPU's, or else of the
+    machine's.
+    """
+    if device.torch_device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device.torch_device)
+    unit = 1 if platform.system() == "Darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def pick_device(name: str = "auto", precision: str = "auto", local_rank: int = 0) -> Device:

@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         arch="modern", vocab_size=0, max_position_embeddings=0, n_layers=2, n_heads=2, d_model=64,
         ngram_rows=10_500, seq_len=128, batch_size=24, global_batch_size=24, num_steps=800,
         optimizer="muon", lr=0.02, muon_lr_ratio=0.4, min_lr=0.0, lr_scheduler="linear",
-        warmup_steps=0, eval_steps=200, save_steps=200, val_max_tokens=100_000,
+        warmup_steps=0, eval_steps=100, save_steps=200, val_max_tokens=100_000,
     ),
     "toy": dict(
         arch="gpt2", vocab_size=10_000, max_position_embeddings=0, n_layers=2, n_heads=4,

@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-SCRIPTS = {"train_minimal", "train_ddp", "eval", "generate", "bench"}
+SCRIPTS = {"train_minimal", "train_ddp", "eval", "generate", "report", "bench"}
 FOLDERS = {"runtime", "settings", "corpus", "parallel", "training", "checkpointing", "reporting"}
 # From the lowest floor up: a file imports from its own floor and from those below.
 FLOORS = [

@@ -167,7 +167,7 @@ def test_token_shards_train_evaluate_and_sample(script, own_validation):
 def test_gpt2_tokenizer_trains_with_bits_per_byte(script, text, gpt2_files):
     out = train(script, "--train-data", text, "--tokenizer-name", "gpt2", "--sample-prompt", "line")
     assert "vocabulary 50,257" in out and "sample: line" in out
-    last = read_records_of()[-1]
+    last = [r for r in read_records_of() if r["event"] == "eval"][-1]
     content = open(text).read()
     import tiktoken
 
@@ -444,7 +444,7 @@ def test_prepare_describe_and_train_on_the_result(script, text, tmp_path):
 def test_trained_tokenizer_from_a_file_that_is_gone_is_in_the_checkpoint(script, text, tmp_path):
     script("data/train_tokenizer.py", "--vocab-size", "300", "--out", "t.json", text)
     train(script, "--train-data", text, "--tokenizer-name", "t.json")
-    last = read_records_of()[-1]
+    last = [r for r in read_records_of() if r["event"] == "eval"][-1]
     (tmp_path / "t.json").unlink()
     code, out, err = script("eval.py", "--checkpoint-path", "checkpoints/minigpt_single.pt")
     assert code == 0 and f"bpb: {last['val_bpb']:.6f}" in out, err

@@ -13,6 +13,7 @@ from conftest import ROOT
 from bench import VERBS as BENCHMARKS
 from bench import BenchSettings
 from checkpointing.commands import VERBS, CheckpointSettings
+from report import ReportSettings, short_flags
 from runtime.flags import parse_flags
 from settings.command_line import parse_settings
 from settings.eval_and_generate import EvalSettings, SampleSettings
@@ -34,6 +35,8 @@ def test_command_is_accepted(command):
         EvalSettings(**parse_flags(EvalSettings, script, flags))
     elif script == "generate.py":
         SampleSettings(**parse_flags(SampleSettings, script, flags))
+    elif script == "report.py":
+        ReportSettings(**parse_flags(ReportSettings, script, short_flags(flags)))
     elif script == "checkpoint.py":
         assert CheckpointSettings(**parse_flags(CheckpointSettings, script, flags)).verb[0] in VERBS
     elif script == "bench.py":
@@ -48,7 +51,7 @@ def test_command_is_accepted(command):
 
 def test_there_are_commands_of_every_script():
     words = {word for command in COMMANDS for word in command}
-    assert {"train_minimal.py", "train_ddp.py", "eval.py", "generate.py"} <= words
+    assert {"train_minimal.py", "train_ddp.py", "eval.py", "generate.py", "report.py"} <= words
 
 
 def test_make_targets_exist():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
@@ -33,14 +34,16 @@ class Prefetch:
             ThreadPoolExecutor(1, "prefetch"),
         )
         self._next: tuple[int, Future[Tensor]] | None = None
+        self.waited = 0.0  # seconds, in all calls
 
     def __call__(self, step: int) -> Tensor:
         """This rank's rows of the global batch of optimizer step `step`: (rows, T) int64. Starts to
         read those of the step after it.
         """
-        ahead = self._next
+        ahead, start = self._next, time.perf_counter()
         with record_function("data"):
             batch = ahead[1].result() if ahead and ahead[0] == step else self._fetch(step)
+        self.waited += time.perf_counter() - start
         self._next = (step + 1, self._pool.submit(self._fetch, step + 1))
         return batch
 

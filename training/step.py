@@ -78,6 +78,7 @@ class RunState:
     home: str = ""  # the path that a resumed checkpoint was written to
     unsaved: bool = False  # whether the last save failed
     pending_messages: list[str] = field(default_factory=list)  # lines for the log, not logged yet
+    pending_warnings: list[str] = field(default_factory=list)  # likewise, of what went wrong
 
     def stopped_by(self, args: Settings) -> int:
         """The signal that ended the run before its last step; 0 = none did."""

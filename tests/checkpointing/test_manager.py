@@ -531,12 +531,12 @@ def test_a_save_that_fails_is_noted_and_the_next_one_makes_it_good(
     said = "step 1 was not saved: the disk is full"
     s.finish()
     assert run.state.unsaved and run.state.exit_code(s.args) == 2
-    assert run.state.pending_messages == [f"{said}; the run goes on"]
+    assert run.state.pending_warnings == [f"{said}; the run goes on"]
     run.step()
     s.save()
     s.finish()
     assert not run.state.unsaved and run.state.exit_code(s.args) == 0
-    assert run.state.pending_messages[1:] == [f"saved {tmp_path}/c.pt at step 2"]
+    assert run.state.pending_messages == [f"saved {tmp_path}/c.pt at step 2"]
     failing_once(monkeypatch, UserError("the disk is full"))
     run.step()
     s.save()
@@ -551,7 +551,7 @@ def test_no_failure_in_the_background_is_lost(run, saver, monkeypatch, error):
     failing_once(monkeypatch, error)
     s.save()
     s.finish()
-    assert run.state.pending_messages == [f"step 1 was not saved: {error}; the run goes on"]
+    assert run.state.pending_warnings == [f"step 1 was not saved: {error}; the run goes on"]
 
 
 def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, run, saver):
@@ -561,7 +561,7 @@ def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, run, save
     run.model.wpe.weight.data[3, 3] = float("nan")
     s.save()
     s.finish()
-    assert "step 2 was not saved: model wpe.weight is not finite" in run.state.pending_messages[-1]
+    assert "step 2 was not saved: model wpe.weight is not finite" in run.state.pending_warnings[-1]
     assert step_of(tmp_path / "c.pt") == 1 and names(tmp_path) == ["c.pt"]
 
 

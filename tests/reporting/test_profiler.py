@@ -29,7 +29,7 @@ def profiled(steps, *flags):
         stats = train_step(run.model, run.optimizer, batch, run.args, run.state, CPU)
         log.after_step(run.state)
         if due(run.state, run.args).log:
-            log.train(run.state, stats)
+            log.train(run.state, stats, batches.waited)
     log.finish(run.state)
 
 

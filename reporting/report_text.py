@@ -1,0 +1,64 @@
+"""The report as a table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reporting.run_curves import RunCurves, differences, summary_of
+
+_BARS, _WIDTH = "▁▂▃▄▅▆▇█", 24
+_COLUMNS = (
+    "steps",
+    "validation loss",
+    "best",
+    "bits per byte",
+    "training loss",
+    "tokens/s",
+    "time",
+)
+
+
+def sparkline(values: Sequence[float | None], width: int = _WIDTH) -> str:
+    """The values as `width` bars, each the mean of an equal part of them; the lowest value is the
+    lowest bar. Like the picture, it leaves out first values far above the others: they are shown
+    at full height.
+    """
+    finite = [x for x in values if x is not None]
+    if not finite:
+        return ""
+    width = min(width, len(finite))
+    parts = [
+        finite[len(finite) * i // width : len(finite) * (i + 1) // width] for i in range(width)
+    ]
+    means = [sum(part) / len(part) for part in parts]
+    low, high = min(means), max(means[len(means) // 10 :])
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[min(len(_BARS) - 1, round((x - low) * scale))] for x in means)
+
+
+def report_text(runs: Sequence[RunCurves]) -> str:
+    """The runs as a table, with the course of their losses and the settings that differ."""
+    different = differences(runs)[:8] if len(runs) > 1 else []
+    rows = [["run", *_COLUMNS, "loss over steps"]]
+    for run in runs:
+        summary = summary_of(run)
+        cells = [summary[name] for name in _COLUMNS]
+        rows.append([run.name, *cells, sparkline(run.train["smoothed"])])
+    lines = aligned(rows)
+    if different:
+        lines += ["", *aligned([["run", *different], *(_values(run, different) for run in runs)])]
+    for run in runs:
+        lines += [f"{run.name}: {warning['text']}" for warning in run.warnings]
+    return "\n".join(lines)
+
+
+def _values(run: RunCurves, names: Sequence[str]) -> list[str]:
+    return [run.name, *(str(run.settings.get(name, "")) for name in names)]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows as lines, with cells below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
