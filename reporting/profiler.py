@@ -15,7 +15,7 @@ from runtime.device import Device
 _WAIT, _WARM_UP, _ACTIVE = 4, 1, 3  # steps
 PROFILED_STEPS = _WAIT + _WARM_UP + _ACTIVE  # until the profile is complete
 _ROWS = 20  # of the table
-RANGES = ("data", "forward", "backward", "optimizer", "log")
+RANGES = ("data", "forward", "backward", "optimizer", "agree", "log")
 
 
 class Profile:

@@ -116,6 +116,7 @@ class StepStats:
     grad_norm: Tensor  # () float32: global norm before clipping
     lr: float
 
+    @record_function("agree")
     def summed(self, parallel: ParallelContext) -> StepStats:
         """The statistics over all ranks; n_tokens, lr and grad_norm are global already."""
         return dataclasses.replace(self, nll_sum=parallel.sum(self.nll_sum))

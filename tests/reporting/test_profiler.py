@@ -33,9 +33,9 @@ def profiled(steps, *flags):
     log.finish(run.state)
 
 
-def trace():
-    """The ranges in the trace: of each profiled step, its milliseconds, and those of each range."""
-    events = json.loads(open("logs/train_minimal_trace.json").read())["traceEvents"]
+def trace(path="logs/train_minimal_trace.json"):
+    """The ranges in a trace: of each profiled step, its milliseconds, and those of each range."""
+    events = json.loads(open(path).read())["traceEvents"]
     ranges = [e for e in events if e.get("cat") == "user_annotation" and e["ph"] == "X"]
     found = {}
     for step in ranges:
@@ -107,3 +107,12 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(folder, capsys, mon
     monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", full)
     profiled(9)
     assert "the profile can't be written ([Errno 28] No space" in capsys.readouterr().out
+
+
+def test_the_ranges_of_one_of_two_processes_add_up_too(program, folder):
+    flags = "--use-toy-data --preset toy --num-steps 9 --eval-steps 100 --use-profiler --device cpu"
+    program("train_ddp.py", *flags.split(), ranks=2)
+    found = trace("logs/train_ddp_trace.json")
+    assert len(found) == 3
+    for step, parts in found.values():
+        assert parts["agree"] > 0 and 0.95 * step <= sum(parts.values()) <= step
