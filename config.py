@@ -165,8 +165,7 @@ class Settings:
     wandb_run_name: str = flag("", "Weights & Biases run name; none = WANDB_NAME of the "
                                "environment, or else chosen by it")
     wandb_group: str = flag("", "Weights & Biases group of the run", metavar="NAME")
-    wandb_tags: tuple[str, ...] = flag((), "Weights & Biases tags of the run",
-                                      metavar="NAME")
+    wandb_tags: tuple[str, ...] = flag((), "Weights & Biases tags of the run", metavar="NAME")
     wandb_mode: str = flag("auto", "Weights & Biases mode; auto = WANDB_MODE of the environment, "
                            "or else online", "auto", "online", "offline", "disabled")
 

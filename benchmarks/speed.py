@@ -24,6 +24,7 @@ from benchmarks.common import (
 from config import Settings
 from dataset import open_data
 from model import GPTModel
+from reporting.profiler import activities, costliest
 from runtime.device import Device, pick_device, tune
 from settings.command_line import parse_settings
 from training.activation_recompute import recompute_activations
@@ -224,24 +225,12 @@ def profile_of(flags: list[str], steps: int) -> list[dict[str, Any]]:
     """The kernels, or on a CPU the operators, that take most of the time of our trainer's step."""
     step, parts, _ = make_trainer(flags)
     cuda = parts.device == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     for _ in range(2):
         step()
-    with torch.profiler.profile(activities=kinds if cuda else kinds[:1]) as profiler:
+    with torch.profiler.profile(activities=activities(cuda)) as profiler:
         whole = sum(parts.time(step)["seconds"] for _ in range(steps)) * 1e3 / steps
-    events = profiler.key_averages()
-    found = [
-        (e.self_device_time_total if cuda else e.self_cpu_time_total, e.count, e.key)
-        for e in events
-        if not cuda or str(e.device_type).endswith("CUDA")
-    ]
-    rows: list[dict[str, Any]] = [{"kernel": "whole step", "ms": whole, "share": 1.0, "calls": 1}]
-    busy = sum(us for us, _, _ in found) / 1e3 / steps
-    rows.append({"kernel": "all kernels", "ms": busy, "share": busy / whole, "calls": ""})
-    for us, count, name in sorted(found, reverse=True)[:20]:
-        ms = us / 1e3 / steps
-        rows.append({"kernel": name[:90], "ms": ms, "share": ms / whole, "calls": count / steps})
-    return rows
+    first = {"kernel": "whole step", "ms": whole, "share": 1.0, "calls": 1}
+    return [first, *costliest(profiler, cuda, steps, whole)]
 
 
 def bench_profile(args: BenchSettings) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from config import Settings, to_dict
 from parallel.context import ParallelContext
@@ -53,6 +54,7 @@ class Ranks:
         if self.patient is not None:
             dist.barrier(group=self.patient)
 
+    @record_function("agree")
     def agree(self, *wishes: int) -> list[int]:
         """All-reduces each number to its maximum over the ranks, so that they all do the same after
         the same step. Runs on the CPU, so that it does not wait for a GPU.

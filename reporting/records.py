@@ -1,4 +1,6 @@
-"""The records of a metrics file that say what a run is: its first one, and one for each resume."""
+"""The records of a metrics file that say what a run is: its first one, and one for each resume; and
+what of the others Weights & Biases and TensorBoard get.
+"""
 
 from __future__ import annotations
 
@@ -45,3 +47,27 @@ def record_of_resume(state: RunState, run: dict[str, Any], known: dict[str, Any]
         for part in ("settings", "environment")
     }
     return {"event": "resume", "step": state.step, **changed}
+
+
+def tracked_values(record: dict[str, Any], device: Device, world: int) -> dict[str, float]:
+    """What Weights & Biases and TensorBoard get of a record, under the names that they show; empty
+    for a record that is neither of an update nor of an evaluation. world: the number of processes.
+    """
+    values: dict[str, float | None] = {}
+    if record["event"] == "eval":
+        values = {f"val/{name}": record.get(f"val_{name}") for name in ("loss", "ppl", "bpb")}
+    elif record["event"] == "train":
+        timing = record.get("time", {})
+        rate = timing.get("tokens_per_sec")
+        values = {
+            "train/loss": record.get("train_loss"),
+            "grad_norm": record.get("grad_norm"),
+            "lr": record.get("lr"),
+            "tokens": record.get("tokens"),
+            "tokens_per_sec_per_rank": None if rate is None else rate / world,
+            "global_tokens_per_sec": rate,
+            **{name: timing.get(name) for name in ("mfu", "data_wait_seconds", "memory_gb")},
+            "amp": int(device.amp),
+            "bf16": int(device.precision == "bf16"),
+        }
+    return {name: value for name, value in values.items() if value is not None}

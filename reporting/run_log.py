@@ -1,4 +1,5 @@
-"""The log of a run: terminal, text log, metrics (JSONL), loss picture and Weights & Biases.
+"""The log of a run: terminal, text log, metrics (JSONL), loss picture, Weights & Biases and
+TensorBoard.
 
 Metrics are made here and nowhere else. The metrics file is the truth: all else shows numbers of its
 records.
@@ -12,6 +13,8 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+
+from torch.profiler import record_function
 
 from config import Settings
 from corpus.token_dataset import TokenDataset
@@ -28,11 +31,12 @@ from reporting.log_output import Output
 from reporting.loss_spikes import SpikeDetector
 from reporting.metrics_file import MetricsFile, run_as_known
 from reporting.plots import draw_losses
-from reporting.profiler import PROFILED_STEPS, start_profiler
-from reporting.records import record_of_resume, record_of_run
+from reporting.profiler import Profile
+from reporting.records import record_of_resume, record_of_run, tracked_values
 from reporting.report_page import write_report
 from reporting.run_curves import read_run
 from reporting.step_clock import StepClock
+from reporting.tensorboard_log import TensorBoard
 from reporting.wandb_log import WandB
 from runtime.console import duration
 from runtime.device import Device
@@ -87,6 +91,7 @@ class RunLog:
         self.spikes = SpikeDetector(r["train_loss"] for r in kept if "train_loss" in r)
         elapsed = max((r["time"].get("elapsed", 0.0) for r in kept if "time" in r), default=0.0)
         self.clock = StepClock(args, state, device, world, elapsed)
+        self.trackers: list[WandB | TensorBoard] = []
         self._say_pending(state)
         for line in header(args, device, model, train, val, world):
             self.output.line(line)
@@ -97,13 +102,27 @@ class RunLog:
             self._write({"event": "run", **run})
         for line in notes_at_start(args, state.step, model, val, device):
             self.output.line(line)
-        self.wandb = WandB(args, state, run, self.output.line) if args.use_wandb else None
-        self.profiler = start_profiler(base, device) if args.use_profiler else None
+        if args.use_wandb:
+            self.trackers.append(WandB(args, state, run, self.output.line))
+        if args.use_tensorboard:
+            self.trackers.append(TensorBoard(base, state, run, self.output.line))
+        for record in self.metrics.kept:  # a tracker takes what a killed run did not give it
+            self._track(record)
+        self.profile = Profile(base, device, self.output.line) if args.use_profiler else None
         self.line_time = time.perf_counter()
         self.clock.restart()
 
     def _write(self, record: dict[str, Any]) -> None:
         self.output.safely("the metrics file", lambda: self.metrics.write(record))
+        self._track(record)
+
+    def _track(self, record: dict[str, Any]) -> None:
+        values = tracked_values(record, self.device, self.world)
+        for tracker in self.trackers:
+            if values:
+                tracker.log(values, record["step"])
+            if record["event"] == "sample":
+                tracker.text("sample", record["text"], record["step"])
 
     def _say_pending(self, state: RunState) -> None:
         while state.pending_messages:
@@ -121,35 +140,21 @@ class RunLog:
         that of a finished background save.
         """
         self._say_pending(state)
-        if self.profiler:  # it has to know where an update ends
-            self.profiler.step()
+        if self.profile:  # it has to know where an update ends
+            self.profile.step()
 
+    @record_function("log")
     def train(self, state: RunState, stats: StepStats, waited: float) -> None:
         """Records the update just finished. stats: already summed over ranks; waited: the seconds
         for which this process has waited for data so far. Waits for the GPU.
         """
         loss, norm = float(stats.nll_sum) / stats.n_tokens, float(stats.grad_norm)  # waits here
         timing = self.clock.after_updates(state.step, stats.n_tokens, waited)
-        rate = timing["tokens_per_sec"] or 0.0
         values = {"train_loss": loss, "lr": stats.lr, "grad_norm": norm}
         self.last_update = {**values, **timing}
         self._write(
             {"event": "train", "step": state.step, "tokens": state.tokens, **values, "time": timing}
         )
-        if self.wandb:
-            self.wandb.log(
-                {
-                    "train/loss": loss,
-                    "grad_norm": norm,
-                    "lr": stats.lr,
-                    "tokens": state.tokens,
-                    "tokens_per_sec_per_rank": rate / self.world,
-                    "global_tokens_per_sec": rate,
-                    "amp": int(self.device.amp),
-                    "bf16": int(self.device.precision == "bf16"),
-                },
-                state,
-            )
         if spike := self.spikes.found(loss):
             guess = math.log(self.args.model.vocab_size)
             self._warn(
@@ -176,25 +181,10 @@ class RunLog:
 
     def eval(self, state: RunState, result: EvalResult) -> None:
         """Records an evaluation and logs the one line that says how the run stands."""
-        values = {
-            "loss": result.loss,
-            "loss_se": result.loss_se,
-            "ppl": result.ppl,
-            "bpb": result.bpb,
-        }
-        record = {f"val_{k}": v for k, v in {**values, "tokens": result.tokens}.items()}
-        timing = {"elapsed": self.clock.elapsed()}
-        self._write(
-            {
-                "event": "eval",
-                "step": state.step,
-                "tokens": state.tokens,
-                **record,
-                "time": timing,
-            }
-        )
-        if self.wandb:
-            self.wandb.log({f"val/{k}": values[k] for k in ("loss", "ppl", "bpb")}, state)
+        names = ("loss", "loss_se", "ppl", "bpb", "tokens")
+        record = {"event": "eval", "step": state.step, "tokens": state.tokens}
+        record |= {f"val_{name}": getattr(result, name) for name in names}
+        self._write(record | {"time": {"elapsed": self.clock.elapsed()}})
         args, now = self.args, time.perf_counter()
         epoch = 1 + max(state.step * args.global_batch_size - 1, 0) // self.epoch_windows
         seconds, self.line_time = now - self.line_time, now
@@ -243,12 +233,12 @@ class RunLog:
         output.line(f"wrote {path.with_suffix('.log')}, {path}, {picture} and {page}")
         for line in next_commands(self.script, self.args, state, self.world, self.prompt):
             output.line(line)
-        if self.wandb:
-            self.wandb.finish()
-        if self.profiler:
-            self.profiler.stop()
-            if not Path(f"{path.with_suffix('')}_trace.json").exists():
-                output.line(f"no profile: it takes {PROFILED_STEPS} steps")
+        for tracker in self.trackers:
+            if "the loss picture" not in output.broken:
+                tracker.picture("losses", picture, state.step)
+            tracker.finish()
+        if self.profile:
+            self.profile.stop()
         output.safely("a log file", self.metrics.close)
         output.close()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from config import BEFORE, GPTConfig, Settings, from_dict, to_dict
@@ -132,7 +133,7 @@ _READ: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] = (
     (("bin_dtype",), lambda a: a.data_mode == "fineweb_npy", "--train-npy"),
     (("document_separator",), lambda a: a.data_mode == "text", "text, as of --train-data"),
     (
-        ("wandb_project", "wandb_run_name", "wandb_mode"),
+        ("wandb_project", "wandb_run_name", "wandb_mode", "wandb_group", "wandb_tags"),
         lambda a: a.use_wandb or a.wandb_mode == "disabled",
         "--use-wandb",
     ),
@@ -140,8 +141,8 @@ _READ: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] = (
 
 
 def _refuse_unread(typed: Mapping[str, Any], args: Settings) -> None:
-    """Raises UserError if a typed flag has no effect together with the other settings, or if min_lr
-    or WANDB_MODE has no allowed value.
+    """Raises UserError if a typed flag has no effect together with the other settings, if min_lr or
+    WANDB_MODE has no allowed value, or if a package is missing.
     """
     if -1 < typed.get("min_lr", 0) < 0:
         raise UserError(
@@ -149,6 +150,11 @@ def _refuse_unread(typed: Mapping[str, Any], args: Settings) -> None:
         )
     if args.use_wandb:
         wandb_mode(args)
+    if args.use_tensorboard and find_spec("tensorboard") is None:
+        raise UserError(
+            "--use-tensorboard needs the package tensorboard: pip install tensorboard, or leave it "
+            "out"
+        )
     for names, is_read, where in _READ:
         given = [flag_name(name) for name in names if name in typed]
         if given and not is_read(args):

@@ -9,10 +9,11 @@ from conftest import CPU, toy_settings
 from checkpoint import build_checkpoint
 from dataset import open_data
 from model import GPTModel
+from reporting.run_log import RunLog
 from runtime.device import Device
 from training.activation_recompute import recompute_activations
 from training.optimizers import make_optimizer
-from training.step import RunState, train_step
+from training.step import RunState, StepStats, train_step
 
 DATA = {"train": {"fingerprint": "a", "tokens": 9}, "val": {"fingerprint": "b"}, "tokenizer": ""}
 FP16 = Device(torch.device("cpu"), "fp16", "test")
@@ -40,6 +41,21 @@ class Run:
 
     def weights(self):
         return {k: v.clone() for k, v in self.model.state_dict().items()}
+
+
+def logged_run(*flags, state=None, model=None):
+    """The log of a run that computes nothing, and its state, which a given one resumes."""
+    train, val, args = open_data(toy_settings(*flags, resume=state is not None))
+    state = state or RunState()
+    model = model or GPTModel(args.model, seed=0)
+    return RunLog("train_minimal", args, state, CPU, model, train, val), state
+
+
+def update(log, state, loss=2.0, norm=0.5):
+    """Tells the log of one more update."""
+    state.step += 1
+    state.tokens += 60
+    log.train(state, StepStats(torch.tensor(loss * 60), 60, torch.tensor(norm), 3.3e-5), waited=0.0)
 
 
 def equal(a, b):

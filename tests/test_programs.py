@@ -537,6 +537,7 @@ LOOKING = {
     "sampling": ["--eval-steps", "2", "--sample-prompt", "line"],
     "profiling": ["--use-profiler"],
     "WandB": ["--use-wandb", "--wandb-mode", "offline"],
+    "TensorBoard": ["--use-tensorboard"],
     "saving in the background": ["--save-steps", "1", "--checkpoint-async", "on"],
     "saving at once": ["--save-steps", "2", "--keep-every", "1", "--checkpoint-async", "off"],
     "saving by the clock": ["--save-minutes", "0.0001"],

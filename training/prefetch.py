@@ -6,6 +6,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from config import Settings
 from corpus.token_dataset import TokenDataset
@@ -40,7 +41,8 @@ class Prefetch:
         read those of the step after it.
         """
         ahead, start = self._next, time.perf_counter()
-        batch = ahead[1].result() if ahead and ahead[0] == step else self._fetch(step)
+        with record_function("data"):
+            batch = ahead[1].result() if ahead and ahead[0] == step else self._fetch(step)
         self.waited += time.perf_counter() - start
         self._next = (step + 1, self._pool.submit(self._fetch, step + 1))
         return batch

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from config import Settings
 from corpus.hashing import hash_of
@@ -115,6 +116,7 @@ class StepStats:
     grad_norm: Tensor  # () float32: global norm before clipping
     lr: float
 
+    @record_function("agree")
     def summed(self, parallel: ParallelContext) -> StepStats:
         """The statistics over all ranks; n_tokens, lr and grad_norm are global already."""
         return dataclasses.replace(self, nll_sum=parallel.sum(self.nll_sum))
@@ -174,15 +176,16 @@ def train_step(
         nll_sum = _backward(
             model, batch, args, state, device, parallel, parallel.dp_size / n_tokens
         )
-        if state.scaler.enabled:
-            for p in model.parameters():
-                if p.grad is not None:
-                    p.grad.mul_(1.0 / state.scaler.scale)
-        norm = parallel.clip(model.parameters(), limit)
-        found_inf = (~norm.isfinite()).float()
-        optimizer.grad_scale, optimizer.found_inf = None, found_inf  # type: ignore[attr-defined]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with record_function("optimizer"):
+            if state.scaler.enabled:
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p.grad.mul_(1.0 / state.scaler.scale)
+            norm = parallel.clip(model.parameters(), limit)
+            found_inf = (~norm.isfinite()).float()
+            optimizer.grad_scale, optimizer.found_inf = None, found_inf  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if not state.scaler.enabled:
             break
         state.scaler.update(bool(found_inf))
@@ -225,12 +228,13 @@ def _backward(
             )
         ids = ids.to(device.torch_device, non_blocking=True)  # (B, T)
         with nullcontext() if i == len(micro_batches) - 1 else parallel.no_sync():
-            with device.autocast():
+            with record_function("forward"), device.autocast():
                 nll = model(ids, labels=ids, reduction="sum", return_logits=False)[1]
-            # A non-finite loss makes the gradients NaN, and with them those of all ranks.
-            factor = torch.where(nll.detach().isfinite(), weight, math.nan)
-            scale = state.scaler.scale if state.scaler.enabled else 1.0
-            (nll * (factor * scale)).backward()
+            with record_function("backward"):
+                # A non-finite loss makes the gradients NaN, and with them those of all ranks.
+                factor = torch.where(nll.detach().isfinite(), weight, math.nan)
+                scale = state.scaler.scale if state.scaler.enabled else 1.0
+                (nll * (factor * scale)).backward()
         nll_sum += nll.detach()
     return nll_sum
 

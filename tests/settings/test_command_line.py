@@ -383,6 +383,8 @@ def test_tensor_parallelism_of_all_ends_with_a_typed_size():
         ("--train-npy a --document-separator x", "--document-separator goes with text"),
         ("--wandb-project p", "--wandb-project goes with --use-wandb"),
         ("--wandb-mode offline", "--wandb-mode goes with --use-wandb"),
+        ("--wandb-group g", "--wandb-group goes with --use-wandb"),
+        ("--wandb-tags a b", "--wandb-tags goes with --use-wandb"),
     ],
 )
 def test_what_nothing_would_read_is_refused(flags, said):
