@@ -20,6 +20,14 @@ from runtime.setting_fields import UserError
 # three seeds and eight evaluations the t distribution has 16 degrees of freedom, and 5 is beyond
 # its 99.98th percentile.
 _DEVIATIONS = 5.0
+# Settings that do not decide what is learned, or that the runs of a curve have of their own.
+_FREE = (
+    *("seed", "data_seed", "checkpoint_path", "log_dir", "cache_dir", "threads", "device"),
+    *("check_reference", "sample_tokens", "sample_prompt", "train_data", "val_data", "train_npy"),
+    *("val_npy", "timeout_seconds", "batch_size", "grad_accum_steps", "checkpoint_async"),
+    *("save_steps", "save_minutes", "keep_every", "log_steps", "use_profiler", "use_tensorboard"),
+    *("use_wandb", "wandb_project", "wandb_run_name", "wandb_group", "wandb_tags", "wandb_mode"),
+)
 _LEAST = 0.002  # of the loss: other machines and versions add up in another order
 
 
@@ -29,9 +37,21 @@ class Reference:
     tolerance: the part of it by which a run may differ; about: command, machine, data, seeds.
     """
 
-    losses: dict[int, float]
-    tolerance: float
+    losses: dict[int, float] = field(default_factory=dict)
+    tolerance: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
+
+    def notes(self, run: dict[str, Any]) -> list[str]:
+        """Lines for the log about what is not as in the runs of the curve. run: the first record of
+        this run's metrics.
+        """
+        known, now = self.about.get("settings", {}), run.get("settings", {})
+        other = [f"{k} {v} -> {now.get(k)}" for k, v in known.items() if now.get(k, v) != v]
+        notes = [f"not as in the reference: {', '.join(other)}"] if other else []
+        ours = run.get("val", {}).get("fingerprint")
+        if self.about and self.about.get("val", {}).get("fingerprint") != ours:
+            notes.append("the reference was validated on other data: losses may differ for that")
+        return notes
 
     def distance(self, step: int, loss: float) -> float:
         """By how many nats a loss differs from the curve beyond the tolerance; 0.0 if it does not,
@@ -74,9 +94,11 @@ class Reference:
 
 
 def read_reference(name: str, args: Settings) -> Reference:
-    """The reference curve of a file. Raises UserError if it cannot be read, or if the run is never
-    evaluated at one of its steps.
+    """The reference curve of a file; one without losses if `name` is empty. Raises UserError if it
+    cannot be read, or if the run is never evaluated at one of its steps.
     """
+    if not name:
+        return Reference()
     path = expanded(name, "--check-reference")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -104,8 +126,7 @@ def make_reference(runs: Sequence[RunCurves]) -> dict[str, Any]:
     """
     if len(runs) < 3:
         raise UserError(f"a reference curve needs three runs with other seeds; {len(runs)} given")
-    fine = ("seed", "data_seed", "checkpoint_path", "log_dir", "threads", "cache_dir")
-    other = [name for name in differences(runs) if name not in fine]
+    other = [name for name in differences(runs) if name not in _FREE]
     if other:
         raise UserError(f"the runs of a reference curve differ in {', '.join(other)}, too")
     curves = [
@@ -127,7 +148,7 @@ def make_reference(runs: Sequence[RunCurves]) -> dict[str, Any]:
     about = {
         "seeds": [run.settings.get("seed") for run in runs],
         "relative_deviation": deviation,
-        "settings": {k: v for k, v in first.settings.items() if k not in fine},
+        "settings": {k: v for k, v in first.settings.items() if k not in _FREE},
         "environment": first.about.get("environment", {}),
         "val": {k: v for k, v in first.about.get("val", {}).items() if k != "source"},
     }

@@ -33,6 +33,7 @@ from reporting.metrics_file import MetricsFile, run_as_known
 from reporting.plots import draw_losses
 from reporting.profiler import Profile
 from reporting.records import record_of_resume, record_of_run, tracked_values
+from reporting.reference import read_reference
 from reporting.report_page import write_report
 from reporting.run_curves import read_run
 from reporting.step_clock import StepClock
@@ -74,6 +75,7 @@ class RunLog:
         self.epoch_windows = len(train)
         self.last_update: dict[str, Any] = {}  # values of the last train() record
         self.skips_reported = 0
+        self.reference = read_reference(args.check_reference, args)
         base = log_base(args)
         if base.name == "eval":
             raise UserError(
@@ -100,7 +102,8 @@ class RunLog:
             self._write(record_of_resume(state, run, run_as_known(self.metrics.kept)))
         else:
             self._write({"event": "run", **run})
-        for line in notes_at_start(args, state.step, model, val, device):
+        notes = notes_at_start(args, state.step, model, val, device)
+        for line in [*notes, *self.reference.notes(run)]:
             self.output.line(line)
         if args.use_wandb:
             self.trackers.append(WandB(args, state, run, self.output.line))
@@ -185,6 +188,8 @@ class RunLog:
         record = {"event": "eval", "step": state.step, "tokens": state.tokens}
         record |= {f"val_{name}": getattr(result, name) for name in names}
         self._write(record | {"time": {"elapsed": self.clock.elapsed()}})
+        if told := self.reference.told(state.step, result.loss):
+            self._warn(state, told)
         args, now = self.args, time.perf_counter()
         epoch = 1 + max(state.step * args.global_batch_size - 1, 0) // self.epoch_windows
         seconds, self.line_time = now - self.line_time, now
@@ -231,6 +236,10 @@ class RunLog:
         output.safely("the loss picture", lambda: draw_losses([read_run(path)], picture))
         output.safely("the report", lambda: write_report([read_run(path)], page))
         output.line(f"wrote {path.with_suffix('.log')}, {path}, {picture} and {page}")
+        if self.args.check_reference:
+            fine, verdict = self.reference.verdict(read_run(path))
+            state.left_reference = not fine
+            output.line(verdict)
         for line in next_commands(self.script, self.args, state, self.world, self.prompt):
             output.line(line)
         for tracker in self.trackers:

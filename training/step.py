@@ -77,6 +77,7 @@ class RunState:
     stop: int = 0  # the signal that ends the run, on all ranks after the same step
     home: str = ""  # the path that a resumed checkpoint was written to
     unsaved: bool = False  # whether the last save failed
+    left_reference: bool = False  # whether the losses left the curve of check_reference
     pending_messages: list[str] = field(default_factory=list)  # lines for the log, not logged yet
     pending_warnings: list[str] = field(default_factory=list)  # likewise, of what went wrong
 
@@ -85,9 +86,13 @@ class RunState:
         return self.stop if self.step < args.num_steps else 0
 
     def exit_code(self, args: Settings) -> int:
-        """2 where the last step is not saved, 128 + n where signal n ended the run, else 0."""
+        """128 + n where signal n ended the run; 2 where the last step is not saved, and where a run
+        left its reference curve; else 0.
+        """
         stopped = self.stopped_by(args)
-        return 2 if self.unsaved else 128 + stopped if stopped else 0
+        if stopped and not self.unsaved:
+            return 128 + stopped
+        return 2 if self.unsaved or self.left_reference else 0
 
     def update_best(self, val_loss: float) -> None:
         """Records the validation loss of this step, nats per token; a NaN is never the best."""

@@ -3,8 +3,10 @@ import math
 
 import pytest
 from conftest import toy_settings
+from helpers import TINY
 from test_report import eval_record, write_metrics
 
+from reporting.metrics_file import read_records
 from reporting.reference import Reference, make_reference, read_reference, write_reference
 from reporting.run_curves import read_run
 from runtime.setting_fields import UserError
@@ -82,3 +84,35 @@ def test_a_reference_that_cannot_be_used_is_refused_at_the_start(tmp_path):
         read_reference(str(path), toy_settings(num_steps=99))
     assert json.loads(path.read_text())["val_loss"]
     assert isinstance(read_reference(str(path), toy_settings(num_steps=100)), Reference)
+
+
+def test_what_is_not_as_in_the_reference_is_said_at_the_start(tmp_path):
+    write_reference(seeds(tmp_path), tmp_path / "ref.json")
+    reference = read_reference(str(tmp_path / "ref.json"), toy_settings(num_steps=200))
+    same = {"settings": {"lr": 0.01, "num_steps": 0, "seed": 9}, "val": {}}
+    assert reference.notes(same) == [] == Reference().notes(same)
+    other = {"settings": {"lr": 0.03, "num_steps": 0}, "val": {"fingerprint": "x"}}
+    lr, data = reference.notes(other)
+    assert lr == "not as in the reference: lr 0.01 -> 0.03" and "on other data" in data
+
+
+@pytest.mark.parametrize("scale, code", [(1.0, 0), (1.2, 2)])
+def test_a_run_that_leaves_its_reference_says_so_and_ends_with_2(program, scale, code):
+    words = f"{TINY} --num-steps 4 --warmup-steps 0 --eval-steps 2".split()
+    for seed in (1, 2, 3):
+        program("train_minimal.py", *words, "--seed", str(seed), "--checkpoint-path", f"{seed}.pt")
+    files = [f"logs/{seed}.jsonl" for seed in (1, 2, 3)]
+    program("report.py", *files, "--make-reference", "ref.json")
+    path = program.folder / "ref.json"
+    stored = json.loads(path.read_text())
+    assert set(stored["val_loss"]) == {"2", "4"}
+    stored["val_loss"]["4"] *= scale
+    path.write_text(json.dumps(stored))
+    checked = [*words, "--seed", "4", "--checkpoint-path", "4.pt", "--check-reference", "ref.json"]
+    out = program("train_minimal.py", *checked, ok=not code)
+    assert ("follows the reference curve at all 2 evaluations" in out) == (code == 0)
+    said = "left the reference curve at 1 of 2 evaluations, first at step 4: validation loss 4.5"
+    assert (said in out) == (code == 2)
+    records = read_records(program.folder / "logs/4.jsonl")
+    assert sum(r["event"] == "warning" for r in records) == (code == 2)
+    assert (program.folder / "4.pt").exists()
