@@ -1,6 +1,7 @@
 import builtins
 import importlib.util
 import json
+import time
 
 import pytest
 from conftest import CPU, toy_settings
@@ -62,6 +63,9 @@ def expected_of(log):
 
 def test_the_event_file_holds_the_metrics_file(folder):
     log, state = logged_run(*FLAGS)
+    writer = log.trackers[0].writer.file_writer.event_writer._async_writer._writer
+    write = writer.write
+    writer.write = lambda data: time.sleep(0.01) or write(data)  # nothing may wait in a queue
     log.eval(state, RESULT)
     for _ in range(5):
         update(log, state, loss=3.0 / (1 + state.step))
@@ -97,6 +101,18 @@ def test_what_lies_beyond_the_checkpoint_is_not_shown_after_a_resume(folder):
         (s, 9.0) for s in range(6, 10)
     ]
     assert shown_texts(log, state, "sample") == [(9, "    new\n")]
+
+
+def test_points_of_a_resumed_run_stay_where_its_metrics_are_gone(folder):
+    log, state = logged_run(*FLAGS)
+    for _ in range(3):
+        update(log, state)
+    log.finish(state)
+    log.metrics.path.unlink()
+    log, _ = logged_run(*FLAGS, state=state)
+    update(log, state)
+    log.finish(state)
+    assert [step for step, _ in scalars(events_of(log, state))["lr"]] == [1, 2, 3, 4]
 
 
 def test_a_resumed_run_that_had_no_tensorboard_shows_its_metrics_from_the_start(folder):

@@ -188,7 +188,7 @@ def test_the_file_of_an_offline_run_holds_the_metrics_file_step_by_step(here):
     assert picture.read_bytes() == log.metrics.path.with_suffix(".png").read_bytes()
 
 
-def test_the_server_gets_each_step_of_a_resumed_run_once(server):
+def test_the_server_gets_each_step_of_a_resumed_run_once(server, capfd):
     first = RunState()
     log = WandB(toy_settings(wandb_mode="online"), first, {}, lambda text: None)
     for step in range(1, 8):  # two of them beyond the checkpoint
@@ -205,6 +205,7 @@ def test_the_server_gets_each_step_of_a_resumed_run_once(server):
     assert [row["train/loss"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 108, 109]
     assert [row["val/loss"] for row in rows[:7]] == [1, 2, 3, 4, 5, 6, 7]
     assert len(said) == 1 and resumed.wandb_run_id == first.wandb_run_id
+    assert "Tried to log to step" not in capfd.readouterr().err  # what the client says of a second
 
 
 KILLED = """

@@ -12,9 +12,10 @@ KEY = "0123456789" * 4
 class Server(ThreadingHTTPServer):
     """Listens on a free port of this machine.
 
-    mood: "well" answers; "silent" accepts and never answers; "broken" answers 500 to everything.
-    It can be changed at any time. history: the rows of the run, by their place, as the client sent
-    them; asked: names of the GraphQL requests; bucket: what the client has said about the run.
+    mood: "well" answers; "silent" accepts and never answers; "broken" answers 500 to everything;
+    "gone" closes connections without an answer. It can be changed at any time. history: the rows of
+    the run, by their place, as the client sent them; asked: names of the GraphQL requests; bucket:
+    what the client has said about the run; files: the paths of uploads.
     """
 
     daemon_threads = True
