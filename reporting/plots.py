@@ -1,11 +1,15 @@
-"""Pictures of runs, from their metrics files."""
+"""Pictures of runs, from their metrics files, and of evaluated checkpoints."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reporting.evaluation_table import Evaluation
 from reporting.metrics_file import read_records
+from runtime.files import write_atomically
 
 
 def _limits(records: list[dict[str, Any]]) -> tuple[float, float] | None:
@@ -65,3 +69,31 @@ def draw_losses(jsonl: Path, picture: Path) -> None:
     if axes.lines:
         axes.legend()
     figure.savefig(picture, dpi=120)
+
+
+def draw_evaluations(curves: Sequence[Sequence[Evaluation]], picture: Path) -> None:
+    """Draws loss over steps with its standard error, one line for each curve, which is one run on
+    one data set, by step. Writes a PNG at once. Raises OSError.
+    """
+    from matplotlib.figure import Figure  # here, since one checkpoint has no curve
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for curve in curves:
+        first = min((e.checkpoint for e in curve), key=len)
+        axes.errorbar(
+            [e.step for e in curve],
+            [e.result.loss for e in curve],
+            yerr=[e.result.loss_se for e in curve],
+            fmt="o-",
+            label=f"{first} (run {curve[0].run_id})",
+            linewidth=1,
+            markersize=4,
+            capsize=2,
+        )
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token), with its standard error")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    write_atomically(picture, drawn.getvalue())
