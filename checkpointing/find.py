@@ -136,10 +136,8 @@ def _is_whole_archive(file: IO[bytes]) -> bool:
     file.seek(max(size - 1000, 0))
     rest = file.read()
     end = rest.rfind(b"PK\5\6")  # 22 bytes, the last two of them the length of the comment
-    missing = (
-        end >= 0 and int.from_bytes(rest[end + 20 : end + 22], "little") > len(rest) - end - 22
-    )
-    return zipfile.is_zipfile(file) and not missing
+    comment = int.from_bytes(rest[end + 20 : end + 22], "little") if end >= 0 else 0
+    return zipfile.is_zipfile(file) and end + 22 + comment <= len(rest)
 
 
 class Watch:

@@ -209,6 +209,12 @@ def result(loss):
     return EvalResult(loss, 0.1, 1.0, None, 9)
 
 
+def test_the_fields_of_the_records_are_those_of_the_document():
+    page = (ROOT / "docs/metrics.md").read_text().split("\n# eval.jsonl\n")[1]
+    record = Evaluation("a.pt", "a", 1, result(1.0), sources={"b.npy": result(2.0)}).record
+    assert record.keys() - {"event"} == set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+
+
 def test_runs_stay_together_in_the_order_in_which_they_came():
     found = [
         Evaluation(f"{run}{step}", run, step, result(1.0))
