@@ -168,8 +168,8 @@ def watch(args: EvalSettings, evaluator: Evaluator, report: EvalReport) -> int:
     failed += _said(waiting.damaged())
     seconds, reads = duration(time.monotonic() - start), waiting.failed_reads
     done = f"evaluated {len(evaluator.found)} states in {seconds}; {reads} reads failed"
-    notes = [left_out(waiting.foreign)] if waiting.foreign else []
-    report.finish(evaluator.evaluations, [*notes, *failed, done])
+    notes = [line for line in (left_out(waiting.foreign()), *failed, done) if line]
+    report.finish(evaluator.evaluations, notes)
     return 2 if failed else 0
 
 

@@ -58,18 +58,18 @@ def choose_checkpoints(paths: Iterable[str]) -> tuple[list[CheckpointFile], str]
     files = files_of(paths)
     foreign = [f for f in files if not f.named and is_foreign(f.path)]
     chosen = [f for f in files if f not in foreign]
-    note = left_out([f.path for f in foreign])
+    note = left_out(foreign)
     if not chosen:
         raise UserError(f"{' '.join(paths)}: no checkpoint there" + (f"; {note}" if note else ""))
     return chosen, note
 
 
-def left_out(names: list[str]) -> str:
+def left_out(foreign: list[CheckpointFile]) -> str:
     """The line about files that are no checkpoints; "" if there are none."""
-    if not names:
+    if not foreign:
         return ""
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"files left out, since no run of this program has saved them ({len(names)}): {shown}"
+    shown = ", ".join(f.path for f in foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+    return f"files left out, since no run of this program has saved them ({len(foreign)}): {shown}"
 
 
 def files_of(paths: Iterable[str]) -> list[CheckpointFile]:
@@ -151,7 +151,6 @@ class Watch:
         self.read: set[Stamp] = set()  # what need not be looked at again
         self.suspects: dict[Stamp, str] = {}  # what could not be read, and why
         self.failed_reads = 0  # of files that were there; each is a suspect
-        self.foreign: list[str] = []  # names of files that are no checkpoints
         self.runs: dict[str, tuple[int, int]] = {}  # run: its latest step, and its num_steps
         self.growing: set[str] = set()  # the runs that have saved since the first look
         self.newest = (0, "")  # time and run of the newest checkpoint
@@ -171,7 +170,6 @@ class Watch:
             if file.named or not is_foreign(file.path):
                 return file
             self.read.add(file.stamp)
-            self.foreign.append(file.path)
         return None
 
     def note(self, stamp: Stamp, run_id: str, step: int, num_steps: int) -> None:
@@ -200,6 +198,10 @@ class Watch:
         self.read |= self.suspects.keys() & there
         self.suspects.clear()
         return reasons
+
+    def foreign(self) -> list[CheckpointFile]:
+        """The files there that are no checkpoints."""
+        return [f for f in files_of(self.paths) if not f.named and is_foreign(f.path)]
 
     def finished(self) -> bool:
         """Whether the runs that are watched have done all their steps: the one with the newest

@@ -20,6 +20,8 @@ from checkpointing.find import Watch, choose_checkpoints, files_of, is_foreign
 from checkpointing.writing import write_checkpoint
 from reporting.evaluation_table import Evaluation, in_order
 from reporting.evaluations import EvalReport
+from reporting.metrics_file import read_records
+from runtime.files import write_atomically
 from runtime.setting_fields import UserError
 from training.evaluation import EvalResult
 
@@ -241,6 +243,23 @@ def test_tables_that_cannot_be_written_are_said_before_anything_is_evaluated(pro
     assert not (program.folder / "logs/eval.jsonl").exists()
 
 
+def test_a_table_is_the_old_one_or_the_new_one_and_a_link_stays(tmp_path, monkeypatch):
+    (tmp_path / "t.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to("t.csv")
+
+    def fails(*paths):
+        assert (tmp_path / "t.csv").read_text() == "old"  # until the rename
+        raise OSError(5, "no rename", "t.csv")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "replace", fails)
+        with pytest.raises(OSError, match="no rename"):
+            write_atomically(tmp_path / "link.csv", b"new")
+    assert sorted(os.listdir(tmp_path)) == ["link.csv", "t.csv"]
+    write_atomically(tmp_path / "link.csv", b"new")
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "t.csv").read_text() == "new"
+
+
 def looks(watch):
     """The paths that a look finds, each noted as read from its own header."""
     found = []
@@ -295,6 +314,9 @@ def test_a_file_that_is_still_being_copied_is_read_again_and_a_damaged_one_is_sa
     assert watch.failed_reads == 3
     (there / "copied.pt").write_bytes(whole)
     (there / "gone.pt").unlink()
+    (there / "text.txt").write_text("a text")
+    assert watch.next().path == str(there / "copied.pt")  # a new stamp, so it is looked at
+    assert [f.path for f in watch.foreign()] == [str(there / "text.txt")]
     (reason,) = watch.damaged()
     assert "cut.pt: no checksum" in reason
     assert looks(watch) == ["copied.pt"] and watch.damaged() == [] and watch.finished()
@@ -311,7 +333,7 @@ def test_a_training_that_saves_every_step_is_watched_without_a_torn_read(program
     watch = started(program, "runs", "--json", "t.json")
     try:
         assert watch.stdout.readline().startswith("watching runs until")
-        flags = "--num-steps 150 --save-steps 1 --eval-steps 150 --keep-every 50".split()
+        flags = "--num-steps 150 --save-steps 1 --eval-steps 1 --keep-every 50".split()
         program("train_minimal.py", *FLAGS.split(), *flags, "--checkpoint-path", "runs/a.pt")
         out, _ = watch.communicate(timeout=60)
     finally:
@@ -323,6 +345,8 @@ def test_a_training_that_saves_every_step_is_watched_without_a_torn_read(program
     assert re.search(rf"^evaluated {len(done)} states in .*; 0 reads failed$", out, re.M)
     table = json.loads((program.folder / "t.json").read_text())
     assert [r["step"] for r in table] == sorted(done)
+    own = {r["step"]: r for r in read_records(program.folder / "logs/a.jsonl") if "val_loss" in r}
+    assert [r["avg_loss"] for r in table] == [own[r["step"]]["val_loss"] for r in table]
     lines = [x for x in out.splitlines() if re.match(r"runs/\S+\.pt  ", x)]
     assert len(lines) == 2 * len(done)  # as they came, and in the table at the end
 
