@@ -87,11 +87,13 @@ class Evaluator:
         self.ranks.must_agree({f"the state in {path}": file.state})
         return file
 
-    def evaluate(self, file: _Opened, names: tuple[str, ...]) -> Evaluation | None:
-        """Evaluates what is in a file, which has these names. None if that was done before: then
-        the names are only added to the result. Raises UserError.
+    def evaluate(self, file: _Opened, listed: CheckpointFile) -> Evaluation | None:
+        """Evaluates what is in a file that was opened as `listed`. None if that was done before:
+        then its names are only added to the result. Raises UserError.
         """
         args, settings = self.args, file.run.settings
+        same = file.stamp == listed.stamp  # else another one has taken its name since
+        names = listed.names if same else (listed.path,)
         if known := self.found.get(file.state):
             also = dict.fromkeys((*known.also, *names))
             also.pop(known.checkpoint, None)
@@ -133,7 +135,7 @@ def evaluate_all(
     failed = []
     for file in files:
         try:
-            found = evaluator.evaluate(evaluator.open(file.path), file.names)
+            found = evaluator.evaluate(evaluator.open(file.path), file)
         except UserError as reason:
             alike = reason.of_all or ranks.world == 1  # else the other ranks would not go on
             if len(files) == 1 or not alike:
@@ -184,8 +186,7 @@ def _evaluate_next(
     try:
         opened = _open(file.path, args.tokenizer_name)
         waiting.note(opened.stamp, opened.run_id, opened.step, opened.run.settings.num_steps)
-        names = file.names if opened.stamp == file.stamp else (file.path,)  # replaced meanwhile
-        found = evaluator.evaluate(opened, names)
+        found = evaluator.evaluate(opened, file)
     except Unreadable as reason:
         waiting.suspect(file, str(reason))
         return []

@@ -322,6 +322,24 @@ def test_a_file_that_is_still_being_copied_is_read_again_and_a_damaged_one_is_sa
     assert looks(watch) == ["copied.pt"] and watch.damaged() == [] and watch.finished()
 
 
+def test_a_file_that_is_replaced_while_it_is_read_stays_the_one_that_was_opened(
+    tmp_path, saved, monkeypatch
+):
+    import eval as script
+
+    def meanwhile(contents, name, read=script.model_in):
+        saved(tmp_path / "a.pt", 2)
+        return read(contents, name)
+
+    path = saved(tmp_path / "a.pt", 1)
+    (listed,) = files_of([path])
+    monkeypatch.setattr(script, "model_in", meanwhile)
+    opened = script._open(path, "")
+    assert (opened.step, opened.stamp) == (1, listed.stamp)
+    assert opened.run.model.wte.weight.unique().tolist() == pytest.approx([0.1])
+    assert [f.stamp == listed.stamp for f in files_of([path])] == [False]
+
+
 def started(program, *flags):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "eval.py"), "--watch", "--checkpoint-path", *flags],
