@@ -253,12 +253,16 @@ def load_model(path: str | Path, tokenizer_name: str = "") -> TrainedModel:
     `build_tokenizer`) for a checkpoint that holds no tokenizer. Raises UserError.
     """
     with open_checkpoint(path) as contents:
-        settings, data = from_dict(contents.tree["settings"]), contents.tree["data"]
-        tensors = contents.read(contents.tree["model"])
+        return model_in(contents, tokenizer_name)
+
+
+def model_in(contents: CheckpointReader, tokenizer_name: str = "") -> TrainedModel:
+    """The model in an open checkpoint, as `load_model` returns it. Raises UserError."""
+    settings, data = from_dict(contents.tree["settings"]), contents.tree["data"]
     model = GPTModel(settings.model)
-    model.load_state_dict(tensors)
+    model.load_state_dict(contents.read(contents.tree["model"]))
     stored, vocab_size = data.get("tokenizer", ""), model.config.vocab_size
-    tokenizer = stored_tokenizer(stored, tokenizer_name, str(path), vocab_size)
+    tokenizer = stored_tokenizer(stored, tokenizer_name, str(contents.path), vocab_size)
     return TrainedModel(model.eval(), tokenizer, settings, data)
 
 

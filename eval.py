@@ -5,129 +5,233 @@ from __future__ import annotations
 import settings.before_torch  # noqa: F401  # before torch loads
 
 import dataclasses
+import hashlib
+import os
+import time
+from dataclasses import dataclass
 from typing import Any
 
-from checkpoint import TrainedModel, load_model, saved_settings
-from checkpointing.reading import changes_of_data
-from config import BEFORE, Settings, from_dict
+import torch
+
+from checkpoint import TrainedModel, model_in
+from checkpointing.file_format import Unreadable
+from checkpointing.find import (
+    CheckpointFile,
+    Stamp,
+    Watch,
+    choose_checkpoints,
+    left_out,
+    stamp_of,
+)
+from checkpointing.reading import open_checkpoint
+from checkpointing.validation import validation_of
+from config import Settings
 from corpus.token_dataset import TokenDataset
-from dataset import open_validation, refuse_missing
-from parallel.process_group import DataParallel, process_group
-from reporting.evaluations import report_evaluations
-from runtime.console import say
+from parallel.process_group import DataParallel, Ranks, process_group
+from parallel.rendezvous import is_first_reporter
+from reporting.evaluation_table import Evaluation
+from reporting.evaluations import EvalReport
+from runtime.console import duration, say
 from runtime.device import pick_device, tune
 from runtime.flags import parse_flags
 from runtime.run_script import run_script
 from runtime.setting_fields import UserError
+from runtime.signals import StopSignals
 from settings.eval_and_generate import EvalSettings
-from settings.paths import checkpoint_in
 from training.evaluation import evaluate
 
+_LOOK_SECONDS = 2.0  # between two looks for new checkpoints
 
-def validation_of(
-    args: EvalSettings, settings: Settings, run: TrainedModel, where: str
-) -> TokenDataset:
-    """The data to evaluate a checkpoint on: the validation data that it recorded, or the files that
-    the flags name. settings, run: of the checkpoint; where: its path, for messages. Raises
-    UserError if the data are missing, too short, or not those recorded.
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model out of a checkpoint file. state: the same for the same weights of a run at a step,
+    whatever the file is called.
     """
-    if args.val_data and not run.tokenizer:
-        raise UserError(f"{where} names no tokenizer for --val-data; say which: --tokenizer-name")
-    now = _changed(args, settings, where)
-    other_files = bool(args.val_data or args.val_npy)
-    if not other_files:
-        other = "--val-npy" if settings.data_mode == "fineweb_npy" else "--val-data"
-        refuse_missing(
-            now.val_data or now.val_npy or now.train_data or now.train_npy,
-            f"this name is from {where}: start eval.py in the folder where that was trained, or "
-            f"give other data to evaluate on with {other}",
+
+    run: TrainedModel
+    run_id: str
+    step: int
+    stamp: Stamp
+    state: str
+
+
+def _open(path: str, tokenizer_name: str) -> _Opened:
+    """Reads one file, which stays the same one if another takes its name meanwhile."""
+    with open_checkpoint(path) as contents:
+        run = model_in(contents, tokenizer_name)
+        run_id, step = contents.tree["run_id"], contents.tree["step"]
+        stamp = stamp_of(os.fstat(contents.file.fileno()))
+    weights = hashlib.sha256()
+    for tensor in run.model.state_dict().values():
+        weights.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return _Opened(run, run_id, step, stamp, f"{run_id} {step} {weights.hexdigest()[:16]}")
+
+
+class Evaluator:
+    """Evaluates checkpoints on all ranks together, each state once, and keeps the results."""
+
+    def __init__(self, args: EvalSettings, ranks: Ranks) -> None:
+        self.args, self.ranks, self.parallel = args, ranks, DataParallel(ranks)
+        self.found: dict[str, Evaluation] = {}  # by state
+        self.opened: tuple[Settings, dict[str, Any], TokenDataset] | None = None
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """The results so far, in the order in which they were found."""
+        return list(self.found.values())
+
+    def open(self, path: str) -> _Opened:
+        """Reads a checkpoint on each rank. Raises UserError on all of them."""
+        file = self.ranks.each(_open, path, self.args.tokenizer_name)
+        self.ranks.must_agree({f"the state in {path}": file.state})
+        return file
+
+    def evaluate(self, file: _Opened, listed: CheckpointFile) -> Evaluation | None:
+        """Evaluates what is in a file that was opened as `listed`. None if that was done before:
+        then its names are only added to the result. Raises UserError.
+        """
+        args, settings = self.args, file.run.settings
+        same = file.stamp == listed.stamp  # else another one has taken its name since
+        names = listed.names if same else (listed.path,)
+        if known := self.found.get(file.state):
+            also = dict.fromkeys((*known.also, *names))
+            also.pop(known.checkpoint, None)
+            self.found[file.state] = dataclasses.replace(known, also=tuple(also))
+            return None
+        precision = "fp32" if args.no_amp else settings.precision
+        device = pick_device(args.device, precision, self.ranks.local_rank)
+        tune(device)
+        model = file.run.model.to(device.torch_device)
+        val = self._validation(file.run, names[0])
+        size, start = args.batch_size or settings.batch_size, time.perf_counter()
+        result = evaluate(model, val, size, device, self.parallel)
+        seconds = time.perf_counter() - start
+        parts = [p for p in val.parts if args.by_source and p.num_tokens > 1]
+        sources = {p.source.name: evaluate(model, p, size, device, self.parallel) for p in parts}
+        self.found[file.state] = Evaluation(
+            names[0], file.run_id, file.step, result, seconds, val.describe(), sources, names[1:]
         )
-    val = open_validation(now, run.tokenizer)
-    if not other_files:
-        problems = changes_of_data(run.data.get("val", {}), val.describe(), "validation")
-        if problems:
-            raise UserError(f"{where} recorded other data: {'; '.join(problems)}")
-    val = val.limited(args.max_tokens)
-    if val.num_tokens < 2:
-        raise UserError(f"{val.num_tokens} tokens leave none to score; raise --max-tokens")
-    val.notes += _note_on_trained(val, run.data.get("train", {}), where)
-    return val
+        return self.found[file.state]
 
-
-def _changed(args: EvalSettings, settings: Settings, where: str) -> Settings:
-    """The settings of the run, with those about its data replaced by what the flags of eval.py say.
-    Raises UserError if a flag does not suit the model or the recorded data.
-    """
-    longest = settings.model.max_position_embeddings
-    if args.seq_len > longest:
-        raise UserError(
-            f"seq_len={args.seq_len} is beyond the {longest} positions of the model of {where}; "
-            f"give at most --seq-len {longest}, or leave it out"
-        )
-    changes: dict[str, Any] = {
-        k: getattr(args, k) for k in ("seq_len", "cache_dir") if getattr(args, k)
-    }
-    if args.bin_dtype != "auto":
-        changes["bin_dtype"] = args.bin_dtype
-    if args.val_data or args.val_npy:
-        changes |= {
-            "data_mode": "text" if args.val_data else "fineweb_npy",
-            "val_data": args.val_data,
-            "val_npy": args.val_npy,
-            "val_max_tokens": 0,
-            "train_data": (),
-            "train_npy": args.val_npy,
-            "use_toy_data": False,
-        }
-    elif args.data_mode not in ("auto", settings.data_mode):
-        raise UserError(
-            f"data_mode={args.data_mode}, but the checkpoint recorded {settings.data_mode} data; "
-            "name the files with --val-data or --val-npy"
-        )
-    return dataclasses.replace(settings, **changes)
-
-
-def _note_on_trained(val: TokenDataset, trained: dict[str, Any], where: str) -> list[str]:
-    """A list with one line of warning if tokens of `val` were trained on, else an empty list.
-    trained: the checkpoint's record of its training data; where: its path.
-    """
-    if trained.get("fingerprint") != val.describe()["fingerprint"]:
-        return []
-    both = min(trained["stop"], val.stop) - max(trained["start"], val.start)
-    if both <= 0:
-        return []
-    return [
-        f"{both:,} of {val.num_tokens:,} tokens are from what {where} was trained on; without "
-        "--val-data and --val-npy it is evaluated on what was held out"
-    ]
-
-
-def main(args: EvalSettings) -> None:
-    """Evaluates each checkpoint, alone or under torchrun; rank 0 prints and logs the results."""
-    paths = [checkpoint_in(path) for path in args.checkpoint_path]
-    saved = [from_dict(BEFORE | saved_settings(path)) for path in paths]  # all readable?
-    results, data_of, by_source = [], [], []
-    with process_group(args) as ranks:
-        parallel = DataParallel(ranks)
-        for path, settings in zip(paths, saved, strict=True):
-            precision = "fp32" if args.no_amp else settings.precision
-            device = pick_device(args.device, precision, ranks.local_rank)
-            tune(device)
-            run = ranks.each(load_model, path, args.tokenizer_name)
-            model = run.model.to(device.torch_device)
-            val = ranks.each(validation_of, args, settings, run, path)
-            for note in val.notes if ranks.rank == 0 else ():
+    def _validation(self, run: TrainedModel, where: str) -> TokenDataset:
+        """The data for a checkpoint, which stay open for the next one of its run."""
+        if self.opened is None or self.opened[:2] != (run.settings, run.data):
+            val = self.ranks.each(validation_of, self.args, run.settings, run, where)
+            for note in val.notes if self.ranks.rank == 0 else ():
                 say(note)
-            size = args.batch_size or settings.batch_size
-            results.append(evaluate(model, val, size, device, parallel))
-            data_of.append(val.describe())
-            parts = [p for p in val.parts if args.by_source and p.num_tokens > 1]
-            by_source.append(
-                {p.source.name: evaluate(model, p, size, device, parallel) for p in parts}
-            )
-        if ranks.rank == 0:
-            report_evaluations(args.log_dir, paths, results, data_of, by_source)
+            self.opened = run.settings, run.data, val
+        return self.opened[2]
+
+
+def evaluate_all(
+    files: list[CheckpointFile], evaluator: Evaluator, report: EvalReport | None, note: str
+) -> int:
+    """Evaluates each file and reports the results with the note. Returns the exit code: 2 if one of
+    several could not be evaluated. Raises UserError if a single one could not. report: None on the
+    ranks but 0.
+    """
+    ranks, notes = evaluator.ranks, [note] if note else []
+    failed = []
+    for file in files:
+        try:
+            found = evaluator.evaluate(evaluator.open(file.path), file)
+        except UserError as reason:
+            alike = reason.of_all or ranks.world == 1  # else the other ranks would not go on
+            if len(files) == 1 or not alike:
+                raise
+            if file.named or ranks.from_first(os.path.lexists, file.path):
+                failed.append(f"not evaluated: {reason}")
+            continue
+        if report and found:
+            report.record(found)
+    if report:
+        report.finish(evaluator.evaluations, [*notes, *failed])
+    return 2 if failed else 0
+
+
+def watch(args: EvalSettings, evaluator: Evaluator, report: EvalReport) -> int:
+    """Evaluates what is there and then what runs add, until they have finished or a signal comes.
+    Returns the exit code: 2 if a checkpoint could not be evaluated.
+    """
+    waiting, start, failed = Watch(args.checkpoint_path), time.monotonic(), list[str]()
+    say(f"watching {' '.join(args.checkpoint_path)} until its runs are finished, or Ctrl-C")
+    with StopSignals("this evaluation") as signals:
+        signals.install()
+        while not signals.signal:
+            if file := waiting.next():
+                failed += _evaluate_next(args, evaluator, report, waiting, file)
+            elif waiting.finished():
+                say("all steps are done")
+                break
+            else:
+                _pause(signals)
+                failed += _said(waiting.damaged())
+    failed += _said(waiting.damaged())
+    seconds, reads = duration(time.monotonic() - start), waiting.failed_reads
+    done = f"evaluated {len(evaluator.found)} states in {seconds}; {reads} reads failed"
+    notes = [line for line in (left_out(waiting.foreign()), *failed, done) if line]
+    report.finish(evaluator.evaluations, notes)
+    return 2 if failed else 0
+
+
+def _evaluate_next(
+    args: EvalSettings,
+    evaluator: Evaluator,
+    report: EvalReport,
+    waiting: Watch,
+    file: CheckpointFile,
+) -> list[str]:
+    """Evaluates a file and shows its row. Returns the line that says why it can't, if it can't."""
+    try:
+        opened = _open(file.path, args.tokenizer_name)
+        waiting.note(opened.stamp, opened.run_id, opened.step, opened.run.settings.num_steps)
+        found = evaluator.evaluate(opened, file)
+    except Unreadable as reason:
+        waiting.suspect(file, str(reason))
+        return []
+    except UserError as reason:
+        waiting.read.add(file.stamp)
+        return _said([str(reason)])
+    if found:
+        report.say_row(found)
+        report.record(found)
+        report.write_tables(evaluator.evaluations, last=False)
+    return []
+
+
+def _said(problems: list[str]) -> list[str]:
+    """Prints a line for each problem, and returns the lines for the end."""
+    lines = [f"not evaluated: {problem}" for problem in problems]
+    for line in lines:
+        say(line)
+    return lines
+
+
+def _pause(signals: StopSignals) -> None:
+    """Waits before the next look for checkpoints, or until a signal comes."""
+    end = time.monotonic() + _LOOK_SECONDS
+    while not signals.signal and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def main(args: EvalSettings) -> int:
+    """Evaluates checkpoints, alone or under torchrun; rank 0 prints and logs the results."""
+    with process_group(args) as ranks:
+        if args.watch and ranks.world > 1:
+            raise UserError("--watch works in one process; start eval.py without torchrun", True)
+        pick_device(args.device, local_rank=ranks.local_rank)  # is there one?
+        evaluator = Evaluator(args, ranks)
+        tables = (args.log_dir, args.csv, args.json)
+        if args.watch:
+            return watch(args, evaluator, EvalReport(*tables))
+        files, note = ranks.from_first(choose_checkpoints, args.checkpoint_path)
+        report = ranks.each(lambda: None if ranks.rank else EvalReport(*tables))
+        return evaluate_all(files, evaluator, report, note)
 
 
 if __name__ == "__main__":
-    run_script(lambda argv: main(EvalSettings(**parse_flags(EvalSettings, "eval.py", argv))))
+    run_script(
+        lambda argv: main(EvalSettings(**parse_flags(EvalSettings, "eval.py", argv))),
+        is_first_reporter,
+    )

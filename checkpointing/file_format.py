@@ -129,10 +129,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def is_sealed(file: IO[bytes]) -> bool:
+    """Whether an open file ends in a checksum, as a checkpoint does; not whether that is right."""
+    return _seal_of(file)[1].startswith(_CHECKSUM_MARK)
+
+
+def _seal_of(file: IO[bytes]) -> tuple[int, bytes]:
+    """The number of bytes before the checksum (below 0 in a file that is too short) and those at
+    the place of the checksum.
+    """
+    before = file.seek(0, os.SEEK_END) - _CHECKSUM_BYTES
+    file.seek(max(before, 0))
+    return before, file.read(_CHECKSUM_BYTES)
+
+
 def _verify_checksum(file: IO[bytes]) -> None:
-    left = file.seek(0, os.SEEK_END) - _CHECKSUM_BYTES
-    file.seek(max(left, 0))
-    seal = file.read(_CHECKSUM_BYTES)
+    left, seal = _seal_of(file)
     if left < 0 or not seal.startswith(_CHECKSUM_MARK):
         raise UserError("no checksum at its end: cut off, or not a checkpoint of this program")
     file.seek(0)

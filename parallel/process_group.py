@@ -90,6 +90,22 @@ class Ranks:
             raise UserError(f"rank {first} on {found[first][1]}: {failed[first]}{hint}", True)
         return result  # type: ignore[return-value]
 
+    def from_first(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Calls work(*arguments) on rank 0 alone and returns its result, or raises its UserError,
+        on all ranks, so that they go on alike where what they see could differ.
+        """
+        result, mistake = None, ""
+        if self.rank == 0:
+            try:
+                with may_take_long():
+                    result = work(*arguments)
+            except UserError as reason:
+                mistake = str(reason)
+        result, mistake = self._all((result, mistake))[0]
+        if mistake:
+            raise UserError(mistake, of_all=True)
+        return result
+
     def must_agree(self, mine: Mapping[str, object]) -> None:
         """Raises UserError on all ranks unless all have the same value under each name of `mine`.
         All ranks must call it together.

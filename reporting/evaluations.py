@@ -1,119 +1,113 @@
-"""Prints and records the results of eval.py."""
+"""Prints and records the results of eval.py. What is in a record or a row is in
+evaluation_table.py.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import math
+import os
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from reporting.evaluation_table import (
+    Evaluation,
+    Row,
+    aligned,
+    as_csv,
+    as_json,
+    as_shown,
+    curves,
+    evaluation_lines,
+    in_order,
+)
 from reporting.metrics_file import to_json
+from reporting.plots import draw_evaluations
 from runtime.console import say
+from runtime.files import write_atomically
 from runtime.setting_fields import UserError
-from training.evaluation import EvalResult
+
+_DRAW_SECONDS = 10.0  # between two pictures of checkpoints that are watched
+_OTHER_TABLE = "another name for the table"
 
 
-def report_evaluations(
-    log_dir: str,
-    paths: Sequence[str],
-    results: Sequence[EvalResult],
-    data_of: Sequence[dict[str, Any]] = (),
-    by_source: Sequence[dict[str, EvalResult]] = (),
-) -> None:
-    """Prints the results of eval.py, as lines for one checkpoint, as a table for several; appends
-    them to eval.log and eval.jsonl. Raises UserError if those cannot be written.
-
-    For each path: data_of, what it was evaluated on, as `TokenDataset.describe` returns it;
-    by_source, the results of the single sources in that, by name.
+class EvalReport:
+    """The output of eval.py: the terminal, eval.log, eval.jsonl and eval.png in the log folder, and
+    the files of --csv and --json.
     """
-    lines = _evaluation_lines(paths, results, data_of, by_source)
-    say("\n".join(lines))
-    folder = Path(log_dir)
+
+    def __init__(self, log_dir: str, csv_file: str = "", json_file: str = "") -> None:
+        """Raises UserError if a file cannot be written, before anything is evaluated."""
+        self.folder = Path(log_dir)
+        self.tables: dict[str, Callable[[list[Row]], str]] = {}
+        self.tables |= {csv_file: as_csv} if csv_file else {}
+        self.tables |= {json_file: as_json} if json_file else {}
+        self.widths: dict[str, int] = {}  # of the columns of `say_row`
+        self.drawn_at = -math.inf
+        for name in ("eval.log", "eval.jsonl"):
+            _said(partial(_try_to_write, self.folder / name), "--log-dir")
+        for file in self.tables:
+            _said(partial(_try_to_write, Path(file)), _OTHER_TABLE)
+
+    def record(self, evaluation: Evaluation) -> None:
+        """Appends the record to eval.jsonl. Raises UserError if that fails."""
+        _said(lambda: self._append("eval.jsonl", [to_json(evaluation.record)]), "--log-dir")
+
+    def say_row(self, evaluation: Evaluation) -> None:
+        """Prints the row of one checkpoint, the first time with the names of the columns above."""
+        row = as_shown(evaluation)
+        first = not self.widths
+        self.widths = {k: max(len(k), len(v), self.widths.get(k, 0)) for k, v in row.items()}
+        for line in ({k: k for k in row}, row) if first else (row,):
+            say(aligned(line, self.widths))
+
+    def write_tables(self, evaluations: Sequence[Evaluation], last: bool = True) -> None:
+        """Writes the files of --csv and --json anew, and draws the picture; if these are not the
+        last evaluations, only where the one before is 10 s old. Raises UserError if that fails.
+        """
+        rows = [e.row for e in in_order(evaluations)]
+        for file, text in self.tables.items():
+            _said(partial(write_atomically, file, text(rows).encode()), _OTHER_TABLE)
+        if last or time.monotonic() - self.drawn_at >= _DRAW_SECONDS:
+            long = [curve for curve in curves(evaluations) if len(curve) > 2]
+            if long:
+                _said(lambda: draw_evaluations(long, self.folder / "eval.png"), "--log-dir")
+            self.drawn_at = time.monotonic()
+
+    def finish(self, evaluations: Sequence[Evaluation], notes: Sequence[str] = ()) -> None:
+        """Prints the results: lines for one checkpoint, a table for several, then the notes; the
+        same goes to eval.log. Writes the tables. Raises UserError if that fails.
+        """
+        lines = [*evaluation_lines(in_order(evaluations)), *notes]
+        say("\n".join(lines))
+        stamped = [time.strftime("[%Y-%m-%d %H:%M:%S] ") + line for line in lines]
+        _said(lambda: self._append("eval.log", stamped), "--log-dir")
+        self.write_tables(evaluations)
+
+    def _append(self, name: str, lines: list[str]) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+
+
+def _said(write: Callable[[], object], instead: str) -> None:
+    """Calls write(), and makes an OSError of it a UserError. instead: what to try."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "eval.log", "a", encoding="utf-8") as text:
-            text.writelines(time.strftime("[%Y-%m-%d %H:%M:%S] ") + line + "\n" for line in lines)
-        with open(folder / "eval.jsonl", "a", encoding="utf-8") as jsonl:
-            for i, (path, r) in enumerate(zip(paths, results, strict=True)):
-                record = {"event": "eval", "checkpoint": path, **dataclasses.asdict(r)}
-                if data_of:
-                    record["data"] = data_of[i]
-                if by_source and by_source[i]:
-                    parts = {k: dataclasses.asdict(v) for k, v in by_source[i].items()}
-                    record["sources"] = {k: json.loads(to_json(v)) for k, v in parts.items()}
-                jsonl.write(to_json(record) + "\n")
+        write()
     except OSError as reason:
         raise UserError(
-            f"cannot write {reason.filename}: {reason.strerror}; try --log-dir"
+            f"cannot write {reason.filename}: {reason.strerror}; try {instead}"
         ) from reason
 
 
-def _evaluation_lines(
-    paths: Sequence[str],
-    results: Sequence[EvalResult],
-    data_of: Sequence[dict[str, Any]],
-    by_source: Sequence[dict[str, EvalResult]],
-) -> list[str]:
-    labels = _data_labels(data_of)
-    rows = [
-        {
-            "checkpoint": path,
-            "avg_loss": f"{r.loss:.6f}",
-            "loss_se": f"{r.loss_se:.6f}",
-            "ppl": f"{r.ppl:.4f}",
-            "bpb": "n/a" if r.bpb is None else f"{r.bpb:.6f}",
-            "tokens": str(r.tokens),
-        }
-        for path, r in zip(paths, results, strict=True)
-    ]
-    if len(set(labels)) > 1:
-        rows = [{**row, "data": label} for row, label in zip(rows, labels, strict=True)]
-    if len(rows) == 1:
-        lines = [f"{name}: {value}" for name, value in rows[0].items()]
-    else:
-        widths = {k: max(len(k), *(len(row[k]) for row in rows)) for k in rows[0]}
-        header = {k: k for k in widths}
-        lines = [
-            "  ".join(row[k].ljust(widths[k]) for k in widths).rstrip() for row in (header, *rows)
-        ]
-    for path, sources in zip(paths, by_source, strict=False):
-        lines += [
-            f"{path} on {name}: avg_loss {r.loss:.6f}, ppl {r.ppl:.4f}, tokens {r.tokens}"
-            for name, r in sources.items()
-        ]
-    return lines + _data_lines(data_of, labels)
-
-
-def _data_labels(data_of: Sequence[dict[str, Any]]) -> list[str]:
-    """A number for each description of data: the same number where the same tokens were scored,
-    wherever they lie on disk.
-    """
-    names: dict[str, str] = {}
-    keys = [repr([v for k, v in sorted(d.items()) if k != "source"]) for d in data_of]
-    return [names.setdefault(key, str(len(names) + 1)) for key in keys]
-
-
-def _data_lines(data_of: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
-    """The lines that say what data the labels stand for, and whether rows can be compared."""
-    tokenizers = {d.get("tokenizer", "") for d in data_of}
-    about = {
-        label: f"{d['source']}, tokens {d['start']}..{d['stop'] - 1}"
-        + (f" of tokenizer {d['tokenizer'][:12] or 'unknown'}" if len(tokenizers) > 1 else "")
-        for label, d in reversed(list(zip(labels, data_of, strict=True)))
-    }
-    if len(about) < 2:
-        return [f"data: {text}" for text in about.values()]
-    lines = [f"data {label}: {about[label]}" for label in sorted(about, key=int)]
-    if len(tokenizers) > 1:
-        advice = (
-            "loss and ppl are per token, and these tokenizers make other tokens; bits per byte "
-            "(bpb) can be compared, where the whole of the same text was scored"
-        )
-    else:
-        advice = (
-            "rows of different data can't be compared; --val-data or --val-npy gives all "
-            "checkpoints the same"
-        )
-    return [*lines, advice]
+def _try_to_write(file: Path) -> None:
+    """Raises OSError unless a file of this name can be written. Makes its folder, and no file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(file):
+        open(file, "a").close()
+        return
+    try:
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as reason:
+        raise OSError(reason.errno, reason.strerror, str(file)) from None

@@ -1,12 +1,15 @@
-"""Pictures of runs."""
+"""Pictures of runs, from their metrics, and of evaluated checkpoints."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reporting.evaluation_table import Evaluation
 from reporting.run_curves import Column, RunCurves
+from runtime.files import write_atomically
 
 
 def draw_losses(runs: Sequence[RunCurves], picture: Path) -> None:
@@ -84,3 +87,31 @@ def _limits(runs: Sequence[RunCurves]) -> tuple[float, float] | None:
         return None
     margin = (high - low) / 20
     return low - margin, high + margin
+
+
+def draw_evaluations(curves: Sequence[Sequence[Evaluation]], picture: Path) -> None:
+    """Draws loss over steps with its standard error, one line for each curve, which is one run on
+    one data set, by step. Writes a PNG at once. Raises OSError.
+    """
+    from matplotlib.figure import Figure  # here, since one checkpoint has no curve
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for curve in curves:
+        first = min((e.checkpoint for e in curve), key=len)
+        axes.errorbar(
+            [e.step for e in curve],
+            [e.result.loss for e in curve],
+            yerr=[e.result.loss_se for e in curve],
+            fmt="o-",
+            label=f"{first} (run {curve[0].run_id})",
+            linewidth=1,
+            markersize=4,
+            capsize=2,
+        )
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token), with its standard error")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    write_atomically(picture, drawn.getvalue())

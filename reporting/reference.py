@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 
 from config import Settings
 from reporting.run_curves import RunCurves, differences
-from runtime.files import expanded
+from runtime.files import expanded, write_atomically
 from runtime.setting_fields import UserError
 
 # A loss that a run of the command has with another seed is within so many standard deviations: with
@@ -158,7 +157,4 @@ def make_reference(runs: Sequence[RunCurves]) -> dict[str, Any]:
 
 def write_reference(runs: Sequence[RunCurves], path: Path) -> None:
     """Writes the reference curve of the runs. Raises OSError, and UserError as `make_reference`."""
-    text = json.dumps(make_reference(runs), indent=1) + "\n"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, (json.dumps(make_reference(runs), indent=1) + "\n").encode())

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from reporting.run_curves import Column, RunCurves, differences, summary_of, thinned
+from runtime.files import write_atomically
 
 _POINTS = 2000  # of a line; more could not be told apart, and the page would grow
 _SAMPLES = 20  # of a run, the last ones
@@ -29,12 +29,7 @@ def write_report(runs: Sequence[RunCurves], path: Path, reload_seconds: float = 
     """Writes the report of the runs; a browser that loads it meanwhile gets the page of before.
     reload_seconds: after how long the page loads itself anew; 0 = never. Raises OSError.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(report_page(runs, reload_seconds), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, report_page(runs, reload_seconds).encode())
 
 
 def report_page(runs: Sequence[RunCurves], reload_seconds: float = 0) -> str:

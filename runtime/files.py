@@ -1,4 +1,4 @@
-"""Paths of files: the home directory and symbolic links in them."""
+"""Paths of files: the home directory and symbolic links in them; files that change at once."""
 
 from __future__ import annotations
 
@@ -24,3 +24,16 @@ def expanded(path: str | Path, flag: str) -> Path:
 def target_of(path: str | Path) -> Path:
     """The path with all symbolic links resolved: where a file at `path` really lies."""
     return Path(os.path.realpath(path))
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Writes a file under another name and renames it, so that whoever reads `path` meanwhile gets
+    the old content or the new one, whole. A symbolic link stays one. Raises OSError.
+    """
+    target = target_of(path)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -28,7 +28,9 @@ class StopSignals:
     finished a long computation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, after: str = "this step") -> None:
+        """after: what is done before the program ends, for the line about a signal."""
+        self.after = after
         self.signal = 0  # number of the signal that was noted; 0 = none
         self._heard_at = 0.0
         self._one_event = _ONE_EVENT_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
@@ -75,7 +77,7 @@ class StopSignals:
             if not self.signal:
                 self.signal, self._heard_at = number, time.monotonic()
                 print_stderr(
-                    f"{signal.Signals(number).name}: stopping after this step; again = at once"
+                    f"{signal.Signals(number).name}: stopping after {self.after}; again = at once"
                 )
             elif number == self.signal and time.monotonic() - self._heard_at > self._one_event:
                 os._exit(128 + number)

@@ -11,7 +11,12 @@ from runtime.setting_fields import UserError, check_fields, flag
 class EvalSettings:
     """Settings of eval.py; what is not given comes from the checkpoint."""
 
-    checkpoint_path: tuple[str, ...] = flag((), "checkpoint files, or folders")
+    checkpoint_path: tuple[str, ...] = flag(
+        (), "checkpoint files, quoted patterns such as 'runs/*.pt', or folders: all in them"
+    )
+    watch: bool = flag(False, "go on with the checkpoints that a training adds, until it ends")
+    csv: str = flag("", "file for the table as CSV; none = not written", metavar="PATH")
+    json: str = flag("", "file for the table as JSON; none = not written", metavar="PATH")
     data_mode: str = flag("auto", "kind of data", "auto", "text", "fineweb_npy", "toy")
     val_data: tuple[str, ...] = flag((), "text files to evaluate on, whole")
     val_npy: tuple[str, ...] = flag((), "token shards to evaluate on, whole")
@@ -36,7 +41,7 @@ class EvalSettings:
     cache_dir: str = flag(
         "", "folder of the tokenized texts; none = as in training", metavar="PATH"
     )
-    log_dir: str = flag("logs", "folder of eval.log and eval.jsonl", metavar="PATH")
+    log_dir: str = flag("logs", "folder of eval.log, eval.jsonl and eval.png", metavar="PATH")
     threads: int = flag(
         0, "CPU threads of each process; 0 = cores / processes of this machine", at_least=0
     )
@@ -52,6 +57,8 @@ class EvalSettings:
             raise UserError("seq_len=1 leaves nothing to predict; try the length used in training")
         if self.val_data and self.val_npy:
             raise UserError("--val-data and --val-npy are two data sets; evaluate one at a time")
+        if self.csv and self.csv == self.json:
+            raise UserError(f"--csv and --json are both {self.csv}; give two files")
 
 
 @dataclass(frozen=True)

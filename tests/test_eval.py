@@ -11,7 +11,8 @@ from corpus.token_dataset import TokenDataset
 from dataset import TextDatasetForCausalLM, build_tokenizer, open_data
 from model import GPTModel
 from parallel.context import ParallelContext
-from reporting.evaluations import report_evaluations
+from reporting.evaluation_table import Evaluation
+from reporting.evaluations import EvalReport
 from runtime.device import Device
 from training.evaluation import EvalResult, evaluate, perplexity, starts_with_evaluation
 
@@ -113,28 +114,46 @@ def test_perplexity_overflows_to_inf_and_keeps_nan():
     assert perplexity(0.0) == 1.0
 
 
+def report(folder, capsys, *evaluations):
+    """The lines that eval.py prints about them at its end."""
+    log = EvalReport(str(folder))
+    for evaluation in evaluations:
+        log.record(evaluation)
+    log.finish(evaluations)
+    return capsys.readouterr().out.splitlines()
+
+
 def test_several_checkpoints_make_a_table(tmp_path, capsys):
-    results = [EvalResult(2.5, 0.1, 12.18, 3.6, 99), EvalResult(800.0, 0.0, math.inf, None, 99)]
-    report_evaluations(str(tmp_path), ["a.pt", "longer.pt"], results)
-    rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 3 and rows[0].split()[:2] == ["checkpoint", "avg_loss"]
-    assert rows[1].index("2.5") == rows[2].index("800")
+    one = Evaluation("a.pt", "r", 5, EvalResult(2.5, 0.1, 12.18, 3.6, 99), 1.26)
+    other = Evaluation("longer.pt", "r", 10, EvalResult(800.0, 0.0, math.inf, None, 99), 60.0)
+    rows = report(tmp_path, capsys, one, other)
+    head = ["checkpoint", "step", "avg_loss", "loss_se", "ppl", "bpb", "tokens", "seconds"]
+    assert len(rows) == 3 and rows[0].split() == head
+    assert rows[1].index("2.5") == rows[2].index("800") and rows[1].endswith(" 1.3")
     assert "inf" in rows[2] and "n/a" in rows[2]
     assert (tmp_path / "eval.log").read_text().count("\n") == 3
     assert len((tmp_path / "eval.jsonl").read_text().splitlines()) == 2
 
 
+def test_one_checkpoint_makes_the_lines_that_scripts_know(tmp_path, capsys):
+    one = Evaluation("a.pt", "r", 5, EvalResult(2.5, 0.1, 12.18, 3.6, 99), 1.26)
+    expected = "checkpoint: a.pt|avg_loss: 2.500000|loss_se: 0.100000|ppl: 12.1800|bpb: 3.600000"
+    assert report(tmp_path, capsys, one) == [*expected.split("|"), "tokens: 99"]
+
+
 def test_data_are_named_and_rows_of_different_data_are_marked(tmp_path, capsys):
     one = {"source": "a.txt", "fingerprint": "f", "start": 5, "stop": 105, "tokenizer": ""}
     moved, other = {**one, "source": "b/a.txt"}, {**one, "start": 55}
-    results = [EvalResult(2.5, 0.1, 12.18, 3.6, 99)] * 3
-    report_evaluations(str(tmp_path), ["x.pt"], results[:1], [one])
-    assert capsys.readouterr().out.splitlines()[-1] == "data: a.txt, tokens 5..104"
-    report_evaluations(str(tmp_path), ["x.pt", "y.pt"], results[:2], [one, moved])
-    same = capsys.readouterr().out.splitlines()
+    result = EvalResult(2.5, 0.1, 12.18, 3.6, 99)
+
+    def shown(*data):
+        found = [Evaluation(f"{d}.pt", "r", d, result, data=x) for d, x in enumerate(data)]
+        return report(tmp_path, capsys, *found)
+
+    assert shown(one)[-1] == "data: a.txt, tokens 5..104"
+    same = shown(one, moved)
     assert len(same) == 4 and "data" not in same[0]
-    report_evaluations(str(tmp_path), ["x.pt", "y.pt", "z.pt"], results, [one, other, moved])
-    head, *rows = capsys.readouterr().out.splitlines()
+    head, *rows = shown(one, other, moved)
     assert [row.split()[-1] for row in (head, *rows[:3])] == ["data", "1", "2", "1"]
     assert rows[3:5] == ["data 1: a.txt, tokens 5..104", "data 2: a.txt, tokens 55..104"]
     assert "can't be compared" in rows[5]

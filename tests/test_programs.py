@@ -701,7 +701,7 @@ def test_the_checkpoints_of_a_folder_are_named_where_none_has_the_usual_name(
     script, text, tmp_path
 ):
     train(script, "--train-data", text, "--checkpoint-path", "runs/a.pt")
-    code, _, err = script("eval.py", "--checkpoint-path", "runs")
+    code, _, err = script("generate.py", "--checkpoint-path", "runs")
     assert code == 2 and "runs has no minigpt_single.pt; name one of its checkpoints: a" in err
 
 
