@@ -89,15 +89,17 @@ def first_decides(ranks):
     def fails(path):
         raise UserError(f"{path}: seen by rank {ranks.rank}")
 
-    found = ranks.from_first(lambda word: f"{word} {ranks.rank}", "rank")
+    called = []
+    found = ranks.from_first(lambda word: called.append(1) or f"{word} {ranks.rank}", "rank")
     try:
         ranks.from_first(fails, "a.pt")
     except UserError as mistake:
-        return ranks._all((found, str(mistake), mistake.of_all))
+        return ranks._all((found, len(called), str(mistake), mistake.of_all))
 
 
 def test_all_ranks_get_what_the_first_one_found_or_its_mistake():
-    assert on_ranks(2, first_decides) == [("rank 0", "a.pt: seen by rank 0", True)] * 2
+    said = ("a.pt: seen by rank 0", True)
+    assert on_ranks(2, first_decides) == [("rank 0", 1, *said), ("rank 0", 0, *said)]
 
 
 def test_a_rank_may_take_long_for_what_each_does_alone(group):
