@@ -31,6 +31,7 @@ from parallel.process_group import DataParallel, Ranks, process_group
 from parallel.rendezvous import is_first_reporter
 from reporting.evaluation_table import Evaluation
 from reporting.evaluations import EvalReport
+from reporting.wandb_log import log_evaluations
 from runtime.console import duration, say
 from runtime.device import pick_device, tune
 from runtime.flags import parse_flags
@@ -51,6 +52,7 @@ class _Opened:
 
     run: TrainedModel
     run_id: str
+    wandb_run_id: str
     step: int
     stamp: Stamp
     state: str
@@ -60,12 +62,12 @@ def _open(path: str, tokenizer_name: str) -> _Opened:
     """Reads one file, which stays the same one if another takes its name meanwhile."""
     with open_checkpoint(path) as contents:
         run = model_in(contents, tokenizer_name)
-        run_id, step = contents.tree["run_id"], contents.tree["step"]
+        ids, step = (contents.tree["run_id"], contents.tree["wandb_run_id"]), contents.tree["step"]
         stamp = stamp_of(os.fstat(contents.file.fileno()))
     weights = hashlib.sha256()
     for tensor in run.model.state_dict().values():
         weights.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return _Opened(run, run_id, step, stamp, f"{run_id} {step} {weights.hexdigest()[:16]}")
+    return _Opened(run, *ids, step, stamp, f"{ids[0]} {step} {weights.hexdigest()[:16]}")
 
 
 class Evaluator:
@@ -74,6 +76,7 @@ class Evaluator:
     def __init__(self, args: EvalSettings, ranks: Ranks) -> None:
         self.args, self.ranks, self.parallel = args, ranks, DataParallel(ranks)
         self.found: dict[str, Evaluation] = {}  # by state
+        self.wandb: dict[str, tuple[Settings, str]] = {}  # settings and WandB run of each run id
         self.opened: tuple[Settings, dict[str, Any], TokenDataset] | None = None
 
     @property
@@ -109,6 +112,7 @@ class Evaluator:
         seconds = time.perf_counter() - start
         parts = [p for p in val.parts if args.by_source and p.num_tokens > 1]
         sources = {p.source.name: evaluate(model, p, size, device, self.parallel) for p in parts}
+        self.wandb[file.run_id] = settings, file.wandb_run_id
         self.found[file.state] = Evaluation(
             names[0], file.run_id, file.step, result, seconds, val.describe(), sources, names[1:]
         )
@@ -147,6 +151,7 @@ def evaluate_all(
             report.record(found)
     if report:
         report.finish(evaluator.evaluations, [*notes, *failed])
+        to_wandb(evaluator)
     return 2 if failed else 0
 
 
@@ -172,7 +177,17 @@ def watch(args: EvalSettings, evaluator: Evaluator, report: EvalReport) -> int:
     done = f"evaluated {len(evaluator.found)} states in {seconds}; {reads} reads failed"
     notes = [line for line in (left_out(waiting.foreign()), *failed, done) if line]
     report.finish(evaluator.evaluations, notes)
+    to_wandb(evaluator)
     return 2 if failed else 0
+
+
+def to_wandb(evaluator: Evaluator) -> None:
+    """Adds the results to the runs of Weights & Biases, if that was asked for."""
+    for run_id, (trained, wandb_run_id) in evaluator.wandb.items():
+        if evaluator.args.use_wandb:
+            found = sorted(evaluator.evaluations, key=lambda e: e.step)
+            results = [(e.step, e.result) for e in found if e.run_id == run_id]
+            log_evaluations(trained, wandb_run_id, results, say)
 
 
 def _evaluate_next(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +90,21 @@ class WandB:
             self.say(f"wandb stopped: {_first_line(reason)}; training goes on without it")
 
 
-def log_evaluation(
-    args: Settings, wandb_run_id: str, step: int, result: EvalResult, say: Callable[[str], None]
+def log_evaluations(
+    args: Settings,
+    wandb_run_id: str,
+    results: Sequence[tuple[int, EvalResult]],
+    say: Callable[[str], None],
 ) -> None:
-    """Adds an evaluation of a checkpoint to the Weights & Biases run that the checkpoint belongs
-    to, as eval/loss, eval/ppl and eval/bpb over eval/step. It never raises, and takes no longer
-    than a start and an end of a run may.
+    """Adds evaluations of a run's checkpoints to its run of Weights & Biases, as eval/loss,
+    eval/ppl and eval/bpb over eval/step. It never raises, and takes no longer than a start and an
+    end of a run may.
 
-    args: the settings in the checkpoint, with their project and mode. wandb_run_id: of the
-    checkpoint; "" if it has none, which is said. step: updates finished in it. say: prints a line.
+    args: the settings in the checkpoints, with their project and mode. wandb_run_id: in them; "" if
+    there is none, which is said. results: updates finished, and the result. say: prints a line.
     """
     if not wandb_run_id:
-        say("wandb: this checkpoint belongs to no run of Weights & Biases; nothing is sent")
+        say("wandb: the checkpoint belongs to no run of Weights & Biases; nothing is sent")
         return
     run = None
     try:
@@ -109,11 +112,12 @@ def log_evaluation(
         if run is None:
             return
         run.define_metric("eval/*", step_metric="eval/step")
-        values = {"loss": result.loss, "ppl": result.ppl, "bpb": result.bpb, "step": step}
-        # Without step=: the next row after those that the run has, else the client would ignore it.
-        run.log({f"eval/{name}": value for name, value in values.items() if value is not None})
+        for step, result in results:
+            values = {"loss": result.loss, "ppl": result.ppl, "bpb": result.bpb, "step": step}
+            # Without step=: the next row after those that the run has; the client ignores others.
+            run.log({f"eval/{name}": value for name, value in values.items() if value is not None})
     except Exception as reason:
-        say(f"wandb: the evaluation was not sent: {_first_line(reason)}")
+        say(f"wandb: the evaluations were not sent: {_first_line(reason)}")
     if run is not None:
         _finish(run, say)
 

@@ -17,6 +17,7 @@ class EvalSettings:
     watch: bool = flag(False, "go on with the checkpoints that a training adds, until it ends")
     csv: str = flag("", "file for the table as CSV; none = not written", metavar="PATH")
     json: str = flag("", "file for the table as JSON; none = not written", metavar="PATH")
+    use_wandb: bool = flag(False, "add the results to the Weights & Biases runs of the checkpoints")
     data_mode: str = flag("auto", "kind of data", "auto", "text", "fineweb_npy", "toy")
     val_data: tuple[str, ...] = flag((), "text files to evaluate on, whole")
     val_npy: tuple[str, ...] = flag((), "token shards to evaluate on, whole")

@@ -1,3 +1,4 @@
+import json
 import signal
 import subprocess
 import sys
@@ -5,14 +6,14 @@ import time
 
 import pytest
 from conftest import CPU, ROOT, toy_settings
-from helpers import logged_run, update
+from helpers import TINY, logged_run, update
 from wandb_file import history_of, read_records, run_of
 from wandb_server import KEY, serving
 
 from reporting import wandb_log
 from reporting.metrics_file import read_records as read_metrics
 from reporting.records import tracked_values
-from reporting.wandb_log import WandB, log_evaluation
+from reporting.wandb_log import WandB, log_evaluations
 from runtime.setting_fields import UserError
 from training.evaluation import EvalResult
 from training.step import RunState
@@ -311,7 +312,7 @@ def test_an_evaluation_is_added_to_the_run_of_its_checkpoint(here, server):
     log.log({"train/loss": 3.0}, 20)
     log.finish()
     for step in (10, 20):  # older than the last row, or the same
-        log_evaluation(args, state.wandb_run_id, step, RESULT, said.append)
+        log_evaluations(args, state.wandb_run_id, [(step, RESULT)], said.append)
     rows = server.rows()
     assert [row["train/loss"] for row in rows if "train/loss" in row] == [3.0]
     found = [{k: v for k, v in row.items() if k.startswith("eval/")} for row in rows[1:]]
@@ -328,11 +329,11 @@ def test_an_evaluation_is_added_to_the_run_of_its_checkpoint(here, server):
 
 def test_no_trouble_of_an_evaluation_is_raised(here, monkeypatch):
     said = []
-    log_evaluation(toy_settings(), "", 10, RESULT, said.append)
+    log_evaluations(toy_settings(), "", [(10, RESULT)], said.append)
     monkeypatch.setenv("WANDB_MODE", "offlin")
-    log_evaluation(toy_settings(), "abc", 10, RESULT, said.append)
+    log_evaluations(toy_settings(), "abc", [(10, RESULT)], said.append)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    log_evaluation(toy_settings(wandb_mode="offline"), "abc", 10, RESULT, said.append)
+    log_evaluations(toy_settings(wandb_mode="offline"), "abc", [(10, RESULT)], said.append)
     assert ["belongs to no run" in said[0], "not sent: UserError" in said[1]] == [True, True]
     assert "offline did not start" in said[2] and len(said) == 3
 
@@ -342,3 +343,18 @@ def test_a_client_that_lacks_a_setting_starts_all_the_same(here, monkeypatch):
     assert set(wandb_log._client_settings(known)) == set(
         wandb_log._client_settings(wandb.Settings.model_fields)
     ) - {"x_transaction_log_flush_interval"}
+
+
+def test_eval_adds_its_results_to_the_run_of_the_training(program):
+    words = f"{TINY} --num-steps 4 --keep-every 2 --use-wandb --wandb-mode offline".split()
+    program("train_minimal.py", *words)
+    first = set(program.folder.glob("wandb/offline-run-*/*.wandb"))
+    out = program("eval.py", "--checkpoint-path", "checkpoints", "--use-wandb")
+    (file,) = set(program.folder.glob("wandb/offline-run-*/*.wandb")) - first
+    rows = [row for row in history_of(read_records(file)) if "eval/loss" in row]
+    assert [row["eval/step"] for row in rows] == [2, 4] and "wandb: offline run in" in out
+    assert file.name == first.pop().name  # which holds the id
+    results = [json.loads(x) for x in (program.folder / "logs/eval.jsonl").read_text().splitlines()]
+    assert {r["step"]: r["loss"] for r in results} == {
+        row["eval/step"]: row["eval/loss"] for row in rows
+    }
