@@ -9,6 +9,10 @@ from runtime.device import Device, peak_memory
 from training.flops import flops_per_token, peak_flops
 from training.step import RunState
 
+# Seconds of a run until it measures its peak: that takes a moment on a CPU, which should be warm by
+# then, and a run that ends sooner does without.
+_BEFORE_PEAK = 5.0
+
 
 class StepClock:
     """Times updates, without what is done between them, and the whole run.
@@ -19,16 +23,14 @@ class StepClock:
     def __init__(
         self, args: Settings, state: RunState, device: Device, world: int, elapsed: float
     ) -> None:
-        """Starts the clock. On a CPU it first measures how fast that is. elapsed: the seconds that
-        the run took before it was resumed.
-        """
-        self.args, self.device, peak = args, device, peak_flops(device)
-        per_token = flops_per_token(args.model, args.seq_len)
-        self.mfu_of_rate = per_token / (peak * world) if peak else None
+        """Starts the clock. elapsed: the seconds that the run took before it was resumed."""
+        self.args, self.device, self.world = args, device, world
+        self.mfu_of_rate: float | None = None  # FLOPs per token over the FLOP/s of all processes
         self.steps, self.waited = state.step, 0.0  # at the last report
         self.first: tuple[int, float] | None = None  # step and time of the first report
         self.step_seconds = 0.0
         self.mark = time.perf_counter()
+        self.started = self.mark
         self.began = self.mark - elapsed
 
     def restart(self) -> None:
@@ -53,6 +55,10 @@ class StepClock:
         wait, self.waited, self.steps = (waited - self.waited) / steps, waited, step
         if self.first is None:
             self.first = (step, now)
+        warm = self.mfu_of_rate is None and now - self.started > _BEFORE_PEAK
+        if warm and (peak := peak_flops(self.device)):
+            per_token = flops_per_token(self.args.model, self.args.seq_len)
+            self.mfu_of_rate = per_token / (peak * self.world)
         return {
             "step_seconds": self.step_seconds,
             "tokens_per_sec": rate,

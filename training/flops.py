@@ -16,7 +16,7 @@ _SHEETS = {
     "L40S": 362e12, "L4": 121e12, "A10": 125e12, "V100": 125e12, "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }  # fmt: skip
-_PRODUCTS = 5  # timed to measure a CPU: 0.1 s at 100 GFLOP/s
+_PRODUCTS = 12  # timed to measure a CPU: 0.25 s at 100 GFLOP/s
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> float:
