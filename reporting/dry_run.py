@@ -12,6 +12,7 @@ from config import Settings
 from corpus.token_dataset import TokenDataset
 from model import GPTModel
 from parallel.context import SINGLE_PROCESS, ParallelContext
+from parallel.process_group import Ranks
 from reporting.log_lines import header
 from reporting.report_text import aligned, sketch
 from runtime.console import duration, say
@@ -40,20 +41,20 @@ def dry_run(
     train: TokenDataset,
     val: TokenDataset,
     parallel: ParallelContext = SINGLE_PROCESS,
-    world: int = 1,
-    rank: int = 0,
+    ranks: Ranks | None = None,
 ) -> int:
     """Prints what a run with these settings would take, after steps whose results are thrown away;
     writes no file. Returns the exit code, 0. Arguments are those of a run; all ranks call it
     together, and rank 0 prints.
     """
+    ranks = ranks or Ranks()
     seconds, of_evaluation = _measured(model, net, optimizer, args, device, train, val, parallel)
-    if rank:
+    if ranks.rank:
         return 0
     rate = args.global_batch_size * args.seq_len / seconds
     peak = peak_flops(device)
     lines = [
-        *header(args, device, model, train, val, world),
+        *header(args, device, model, train, val, ranks.world),
         "",
         "parameters",
         *_indented(aligned(_parameters(model))),
@@ -68,7 +69,7 @@ def dry_run(
         *_time(args, model, val, device, seconds, of_evaluation),
         f"  {rate:,.0f} tokens/s"
         + (
-            f", mfu {rate * flops_per_token(args.model, args.seq_len) / peak / world:.0%}"
+            f", mfu {rate * flops_per_token(args.model, args.seq_len) / peak / ranks.world:.0%}"
             if peak
             else ""
         ),

@@ -111,6 +111,7 @@ def test_folders_and_patterns_give_one_sorted_table_and_the_files_agree(program)
     assert not list(program.folder.glob("**/*.tmp"))
 
 
+@pytest.mark.long
 def test_a_damaged_one_does_not_cost_the_others_but_the_exit_code(program):
     trained(program, "runs/a.pt")
     whole = (program.folder / "runs/a.pt").read_bytes()
@@ -194,6 +195,7 @@ def test_what_is_damaged_is_told_from_what_is_foreign(tmp_path, saved):
         choose_checkpoints([str(tmp_path / "a.pt"), str(tmp_path / "none.pt")])
 
 
+@pytest.mark.long
 def test_a_copy_is_evaluated_once_and_other_weights_of_the_same_step_are_not(program):
     trained(program, "runs/a.pt")
     folder = program.folder / "runs"
@@ -233,6 +235,7 @@ def test_a_run_with_more_than_two_checkpoints_has_a_curve(tmp_path, steps, drawn
     assert (tmp_path / "eval.png").exists() is drawn
 
 
+@pytest.mark.long
 def test_tables_that_cannot_be_written_are_said_before_anything_is_evaluated(program):
     trained(program, "a.pt")
     (program.folder / "file").touch()
@@ -369,7 +372,9 @@ def test_a_training_that_saves_every_step_is_watched_without_a_torn_read(program
     assert len(lines) == 2 * len(done)  # as they came, and in the table at the end
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
 def test_a_signal_ends_the_watch_with_a_table(program, number):
     trained(program, "runs/a.pt", "--num-steps", "8", steps=6)
     (program.folder / "runs/a.pt").unlink()  # so that the run is not finished

@@ -16,9 +16,12 @@ def figures(out):
     return float(size) * 1e6, {k: int(v.replace(",", "")) for k, v in rows.items()}
 
 
-@pytest.mark.parametrize("flags", ["--arch gpt2 --optimizer adamw", "--optimizer muon"])
+@pytest.mark.parametrize(
+    "flags",
+    ["--optimizer muon", pytest.param("--arch gpt2 --optimizer adamw", marks=pytest.mark.long)],
+)
 def test_a_dry_run_tells_the_sizes_of_the_run_and_leaves_no_file(program, flags):
-    words = f"{TINY} {flags} --d-model 128 --vocab-size 5000 --num-steps 5".split()
+    words = f"{TINY} {flags} --d-model 128 --vocab-size 5000 --num-steps 5 --val-max-tokens 2000".split()
     out = program("train_minimal.py", "--dry-run", *words)
     size, parts = figures(out)
     assert {p.name for p in program.folder.iterdir()} <= {"home"}
@@ -30,6 +33,7 @@ def test_a_dry_run_tells_the_sizes_of_the_run_and_leaves_no_file(program, flags)
     assert ("n-gram embedding" in parts) == ("muon" in flags)
 
 
+@pytest.mark.long
 def test_a_dry_run_of_two_processes_tells_once(program):
     out = program("train_ddp.py", "--dry-run", *TINY.split(), "--num-steps", "7", ranks=2)
     assert out.count("a dry run: no log") == 1 and "2 processes" in out

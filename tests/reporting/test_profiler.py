@@ -119,6 +119,7 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(folder, capsys, mon
     assert "the profile can't be written ([Errno 28] No space" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_ranges_of_one_of_two_processes_add_up_too(program, folder):
     flags = "--use-toy-data --preset toy --num-steps 9 --eval-steps 100 --use-profiler --device cpu"
     program("train_ddp.py", *flags.split(), ranks=2)

@@ -98,8 +98,9 @@ def test_what_is_not_as_in_the_reference_is_said_at_the_start(tmp_path):
     assert lr == "not as in the reference: lr 0.01 -> 0.03" and "on other data" in data
 
 
+@pytest.mark.long
 def test_a_run_that_leaves_its_reference_says_so_and_ends_with_2(program):
-    words = f"{TINY} --num-steps 4 --warmup-steps 0 --eval-steps 2".split()
+    words = f"{TINY} --num-steps 4 --warmup-steps 0 --eval-steps 2 --val-max-tokens 2000".split()
     for seed in (1, 2, 3):
         program("train_minimal.py", *words, "--seed", str(seed), "--checkpoint-path", f"{seed}.pt")
     files = [f"logs/{seed}.jsonl" for seed in (1, 2, 3)]

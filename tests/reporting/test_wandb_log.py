@@ -247,6 +247,7 @@ def test_what_a_killed_run_had_not_sent_is_sent_when_it_is_resumed(server):
     assert [row["step"] for row in server.rows()] == list(range(1, 10))
 
 
+@pytest.mark.long
 def test_offline_each_part_of_a_killed_and_resumed_run_holds_its_steps_once(here):
     """`wandb sync` sends the parts of a run in the order of their start, each as rows after those
     that the server has. (Seen with version 0.31 and the server of these tests.) So steps that both
@@ -285,7 +286,14 @@ def test_a_server_that_does_not_answer_costs_a_bounded_start_and_nothing_later(
     assert len(history_of(read_records(file))) == 199
 
 
-@pytest.mark.parametrize("mood", ["silent", "broken", "gone"])
+@pytest.mark.parametrize(
+    "mood",
+    [
+        "silent",
+        pytest.param("broken", marks=pytest.mark.long),
+        pytest.param("gone", marks=pytest.mark.long),
+    ],
+)
 def test_a_server_that_dies_delays_no_step_and_the_file_has_all(here, server, monkeypatch, mood):
     monkeypatch.setattr(wandb_log, "_FINISH_SECONDS", 3)
     said, start = [], time.monotonic()
@@ -345,8 +353,9 @@ def test_a_client_that_lacks_a_setting_starts_all_the_same(here, monkeypatch):
     ) - {"x_transaction_log_flush_interval"}
 
 
+@pytest.mark.long
 def test_eval_adds_its_results_to_the_run_of_the_training(program):
-    words = f"{TINY} --num-steps 4 --keep-every 2 --use-wandb --wandb-mode offline".split()
+    words = f"{TINY} --num-steps 4 --keep-every 2 --val-max-tokens 2000 --use-wandb --wandb-mode offline".split()
     program("train_minimal.py", *words)
     first = set(program.folder.glob("wandb/offline-run-*/*.wandb"))
     out = program("eval.py", "--checkpoint-path", "checkpoints", "--use-wandb")
