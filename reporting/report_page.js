@@ -10,6 +10,8 @@ for (const [key, value] of new URLSearchParams(location.hash.slice(1))) {
   if ((key === "from" || key === "to") && Number.isFinite(Number(value))) state[key] = Number(value);
 }
 
+const hidden = new Set(); // numbers of runs
+
 // Each chart has lines: where their numbers are, and how they look.
 const CHARTS = [
   { title: "loss, nats per token", lines: [
@@ -56,6 +58,7 @@ function logMarks(low, high) {
 function pointsOf(chart) {
   const lines = [];
   data.runs.forEach((run, i) => {
+    if (hidden.has(i)) return;
     for (const line of chart.lines) {
       const xs = run[line.of][state.x] || [], ys = run[line.of][line.y] || [], errors = run[line.of][line.error] || [];
       const points = [];
@@ -224,11 +227,17 @@ function legend(chart) {
   list.className = "legend";
   const names = one ? chart.lines.map((line) => [line.dots ? 1 : 0, line.name, line.opacity]) : data.runs.map((run, i) => [i, run.name, 1]);
   for (const [i, name, opacity] of names) {
-    const swatch = document.createElement("span");
+    const swatch = document.createElement("span"), entry = document.createElement(one ? "span" : "button");
     swatch.className = "swatch";
     swatch.style.background = color(i);
     swatch.style.opacity = opacity;
-    list.append(swatch, `${name} `);
+    entry.append(swatch, `${name} `);
+    if (!one) {
+      entry.title = "show or hide this run";
+      entry.dataset.run = i;
+      entry.addEventListener("click", () => { hidden.delete(i) || hidden.add(i); drawAll(); });
+    }
+    list.append(entry);
   }
   if (!one && chart.lines.length > 1) list.append("(pale: train; line: smoothed; dashed: validation)");
   return list;
@@ -257,6 +266,8 @@ function drawAll() {
   document.getElementById("log").checked = state.log;
   document.getElementById("all").checked = state.all;
   document.getElementById("reset").disabled = state.from === null;
+  for (const entry of document.querySelectorAll("[data-run]"))
+    entry.setAttribute("aria-pressed", !hidden.has(Number(entry.dataset.run)));
   CHARTS.forEach((chart, i) => draw(figures[i], chart));
 }
 

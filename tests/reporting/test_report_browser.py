@@ -33,6 +33,13 @@ window.addEventListener("load", () => setTimeout(() => {
     seen.hash = location.hash;
     document.getElementById("reset").click();
     seen.reset = [figures[0].view.x0, figures[0].view.x1];
+    const run = document.querySelector("[data-run='0']");
+    if (run) {
+      run.click();
+      at("pointermove", 1);
+      seen.without = document.querySelector(".tip").textContent;
+      run.click();
+    }
     const log = document.getElementById("log"), x = document.getElementById("x");
     log.click();
     x.value = "tokens"; x.dispatchEvent(new Event("change"));
@@ -78,6 +85,8 @@ def test_the_charts_show_the_numbers_of_the_metrics(tmp_path, size, dark, count)
     assert seen["tip"].count("at 50") == 3 * count
     assert seen["zoom"] == pytest.approx([25.5, 37.75]) and "from=25.5&to=37.75" in seen["hash"]
     assert seen["reset"] == [1, 50] and seen["tokens"] == 3000
+    assert ("without" in seen) == (count > 1)
+    assert "r0, " not in seen.get("without", "") and seen.get("without", "r1, ").count("r1, ") > 0
     assert seen["state"] == "#x=tokens&log=1"
 
 
