@@ -62,35 +62,58 @@ def find_runs(given: Sequence[str]) -> list[RunCurves]:
     ]
 
 
-def write(args: ReportSettings, reload_seconds: float = 0) -> None:
+def write(args: ReportSettings) -> None:
     """Writes or prints what the settings ask for. Raises UserError."""
-    runs = find_runs(args.metrics)
     if args.text:
-        say(report_text(runs))
+        say(report_text(find_runs(args.metrics)))
     path = expanded(args.make_reference or args.png or args.output, "another path")
     try:
         if args.make_reference:
-            write_reference(runs, path)
+            write_reference(find_runs(args.metrics), path)
         elif args.png:
-            draw_losses(runs, path)
-        elif not args.text:
-            write_report(runs, path, reload_seconds)
+            draw_losses(find_runs(args.metrics), path)
+        elif args.text:
+            return
+        else:
+            write_page(args)
     except OSError as reason:
         raise UserError(f"cannot write {path}: {reason.strerror}") from reason
-    if args.png or args.make_reference or not args.text:
-        say(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def main(args: ReportSettings) -> None:
     """Writes the report once, or with --watch until Ctrl-C."""
-    write(args, _WATCH_SECONDS if args.watch else 0)
+    if args.watch:
+        watch(args)
+    else:
+        write(args)
+
+
+def watch(args: ReportSettings) -> None:
+    """Writes the page anew every few seconds until Ctrl-C. Waits for runs that are not there."""
+    said = ""
+    try:
+        while True:
+            try:
+                write_page(args, _WATCH_SECONDS)
+                now = f"writing {args.output} every {_WATCH_SECONDS:.0f} s, until Ctrl-C"
+            except UserError as reason:
+                now = f"waiting, since {reason}"
+            if now != said:
+                say(now)
+            said = now
+            time.sleep(_WATCH_SECONDS)
+    except KeyboardInterrupt:
+        write_page(args)
+
+
+def write_page(args: ReportSettings, reload_seconds: float = 0) -> None:
+    """Writes the page. Raises UserError."""
     path = expanded(args.output, "--output")
     try:
-        while args.watch:
-            time.sleep(_WATCH_SECONDS)
-            write_report(find_runs(args.metrics), path, _WATCH_SECONDS)
-    except KeyboardInterrupt:
-        write_report(find_runs(args.metrics), path)
+        write_report(find_runs(args.metrics), path, reload_seconds)
+    except OSError as reason:
+        raise UserError(f"cannot write {path}: {reason.strerror}") from reason
 
 
 def short_flags(argv: list[str]) -> list[str]:

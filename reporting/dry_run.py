@@ -14,6 +14,7 @@ from model import GPTModel
 from parallel.context import SINGLE_PROCESS, ParallelContext
 from parallel.process_group import Ranks
 from reporting.log_lines import header
+from reporting.reference import read_reference
 from reporting.report_text import aligned, sketch
 from runtime.console import duration, say
 from runtime.device import Device
@@ -47,6 +48,7 @@ def dry_run(
     writes no file. Returns the exit code, 0. Arguments are those of a run; all ranks call it
     together, and rank 0 prints.
     """
+    read_reference(args.check_reference, args)  # refuses one that the run could not use
     ranks = ranks or Ranks()
     seconds, of_evaluation = _measured(model, net, optimizer, args, device, train, val, parallel)
     if ranks.rank:

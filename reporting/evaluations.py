@@ -45,7 +45,7 @@ class EvalReport:
         self.tables |= {csv_file: as_csv} if csv_file else {}
         self.tables |= {json_file: as_json} if json_file else {}
         self.widths: dict[str, int] = {}  # of the columns of `say_row`
-        self.drawn_at = -math.inf
+        self.drawn_at, self.drawn = -math.inf, False
         for name in ("eval.log", "eval.jsonl"):
             _said(partial(_try_to_write, self.folder / name), "--log-dir")
         for file in self.tables:
@@ -74,6 +74,7 @@ class EvalReport:
             long = [curve for curve in curves(evaluations) if len(curve) > 2]
             if long:
                 _said(lambda: draw_evaluations(long, self.folder / "eval.png"), "--log-dir")
+                self.drawn = True
             self.drawn_at = time.monotonic()
 
     def finish(self, evaluations: Sequence[Evaluation], notes: Sequence[str] = ()) -> None:
@@ -85,6 +86,10 @@ class EvalReport:
         stamped = [time.strftime("[%Y-%m-%d %H:%M:%S] ") + line for line in lines]
         _said(lambda: self._append("eval.log", stamped), "--log-dir")
         self.write_tables(evaluations)
+        if len(evaluations) > 1:
+            picture = [self.folder / "eval.png"] if self.drawn else []
+            logs = [self.folder / "eval.log", self.folder / "eval.jsonl"]
+            say(f"wrote {', '.join(map(str, [*logs, *self.tables, *picture]))}")
 
     def _append(self, name: str, lines: list[str]) -> None:
         with open(self.folder / name, "a", encoding="utf-8") as file:

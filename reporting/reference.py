@@ -46,7 +46,13 @@ class Reference:
         """
         known, now = self.about.get("settings", {}), run.get("settings", {})
         other = [f"{k} {v} -> {now.get(k)}" for k, v in known.items() if now.get(k, v) != v]
-        notes = [f"not as in the reference: {', '.join(other)}"] if other else []
+        if not self.losses:
+            return []
+        notes = [
+            f"reference curve: validation losses at {len(self.losses)} steps, {min(self.losses)} "
+            f"to {max(self.losses)}; {self.tolerance:.2%} above or below are allowed"
+        ]
+        notes += [f"not as in the reference: {', '.join(other)}"] if other else []
         ours = run.get("val", {}).get("fingerprint")
         if self.about and self.about.get("val", {}).get("fingerprint") != ours:
             notes.append("the reference was validated on other data: losses may differ for that")
@@ -68,8 +74,8 @@ class Reference:
             return ""
         mean = self.losses[step]
         return (
-            f"step {step}: validation loss {loss:.4f} leaves the reference curve, {mean:.4f} +- "
-            f"{self.tolerance * mean:.4f}, by {self.distance(step, loss):.4f}"
+            f"step {step}: validation loss {loss:.4f}, where the reference curve has {mean:.4f} +- "
+            f"{self.tolerance * mean:.4f}: {self.distance(step, loss):.4f} too far"
         )
 
     def verdict(self, run: RunCurves) -> tuple[bool, str]:
@@ -85,11 +91,13 @@ class Reference:
         worst = max(abs(found[s] / self.losses[s] - 1) for s in common)
         if not left:
             return True, (
-                f"follows the reference curve at all {len(common)} evaluations: within {worst:.2%} "
-                f"of it, where {self.tolerance:.2%} are allowed"
+                f"followed the reference curve at {len(common)} of its {len(self.losses)} steps: "
+                f"within {worst:.2%}, where {self.tolerance:.2%} are allowed"
             )
-        text = f"left the reference curve at {len(left)} of {len(common)} evaluations, first at "
-        return False, text + self.told(left[0], found[left[0]])
+        return False, (
+            f"left the reference curve at {len(left)} of the {len(common)} steps where both have a "
+            f"loss; {self.told(left[0], found[left[0]])}"
+        )
 
 
 def read_reference(name: str, args: Settings) -> Reference:

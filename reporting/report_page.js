@@ -225,6 +225,7 @@ function resetZoom() { state.from = state.to = null; drawAll(); }
 function legend(chart) {
   const list = document.createElement("span"), one = data.runs.length === 1;
   list.className = "legend";
+  if (!one && chart.lines.length > 1) list.append("(pale: train, line: smoothed, dashed: validation)");
   const names = one ? chart.lines.map((line) => [line.dots ? 1 : 0, line.name, line.opacity]) : data.runs.map((run, i) => [i, run.name, 1]);
   for (const [i, name, opacity] of names) {
     const swatch = document.createElement("span"), entry = document.createElement(one ? "span" : "button");
@@ -239,7 +240,6 @@ function legend(chart) {
     }
     list.append(entry);
   }
-  if (!one && chart.lines.length > 1) list.append("(pale: train; line: smoothed; dashed: validation)");
   return list;
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def report_page(runs: Sequence[RunCurves], reload_seconds: float = 0) -> str:
     numbers = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     parts = [
         _section("Runs", _table_of_runs(runs)),
-        _section("Warnings", _warnings(runs)),
+        _section("Warnings and resumes", _warnings(runs)),
         _section("Settings that differ" if len(runs) > 1 else "Settings", _settings(runs)),
         _section("Environment", _environments(runs)),
         _section("Samples", _samples(runs)),
@@ -58,7 +59,7 @@ def report_page(runs: Sequence[RunCurves], reload_seconds: float = 0) -> str:
 </head>
 <body>
 <h1>{html.escape(title)}</h1>
-<p class="dim">{html.escape(_thinned_note(runs))}</p>
+<p class="dim">{html.escape(_notes(runs))}</p>
 <div class="controls">
 <label>over <select id="x"><option value="step">steps</option><option value="tokens">tokens</option>
 <option value="elapsed">seconds</option></select></label>
@@ -93,13 +94,16 @@ def _numbers(run: RunCurves) -> dict[str, Any]:
     return found
 
 
-def _thinned_note(runs: Sequence[RunCurves]) -> str:
+def _notes(runs: Sequence[RunCurves]) -> str:
+    """How far the runs are, and what of them is shown."""
+    states = "; ".join(f"{run.name}: {run.state()}" for run in runs[:8])
+    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {states}{'; ...' if len(runs) > 8 else ''}."
     longest = max(len(run.train["step"]) for run in runs)
     if longest <= _POINTS:
-        return "All records of the metrics files are shown."
+        return text
     return (
-        f"Of up to {longest:,} records of a run, the charts show about {_POINTS:,}: those with the "
-        "lowest and the highest loss of each stretch. The smoothed loss is the mean over all."
+        f"{text} Of up to {longest:,} records of a run, the charts show about {_POINTS:,}: those "
+        "with the lowest and the highest loss of each stretch. The smoothed loss is of all."
     )
 
 
@@ -135,7 +139,12 @@ def _table_of_runs(runs: Sequence[RunCurves]) -> str:
         for i, r in enumerate(runs)
     ]
     turned = [[name, *(row[k] for row in rows)] for k, name in enumerate(names)]
-    return _table(turned[0], turned[1:])
+    note = (
+        "± is the standard error of the validation loss, with windows of text as the samples. Runs "
+        "that were validated on the same tokens differ by less chance than that: the same windows "
+        "are hard for both."
+    )
+    return f'{_table(turned[0], turned[1:])}<p class="dim">{note}</p>'
 
 
 def _warnings(runs: Sequence[RunCurves]) -> str:

@@ -12,7 +12,7 @@ _COLUMNS = (
     "validation loss",
     "best",
     "bits per byte",
-    "training loss",
+    "training loss, smoothed",
     "tokens/s",
     "time",
 )

@@ -5,6 +5,7 @@ run was.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ Column = list[float | None]  # null in the file, such as for NaN, is None
 _TRAIN = ("step", "tokens", "train_loss", "lr", "grad_norm")
 _TIMES = ("elapsed", "tokens_per_sec", "mfu", "memory_gb", "data_wait_seconds")
 _EVAL = ("step", "tokens", "val_loss", "val_loss_se", "val_ppl", "val_bpb")
-_SMOOTHED = (1 / 20, 200)  # the smoothed loss looks back over this part of the records, at most 200
+_SMOOTHED = (1 / 20, 4, 200)  # the smoothed loss looks back over this part; at least, at most
 
 
 @dataclass
@@ -47,6 +48,18 @@ class RunCurves:
         column = self.evals.get(name, []) if name in _EVAL[2:] else self.train.get(name, [])
         return column[-1] if column else None
 
+    def steps(self) -> int:
+        """The last step that the metrics tell of."""
+        ends = [column["step"][-1] for column in (self.train, self.evals) if column["step"]]
+        return max([int(x or 0) for x in ends] + self.resumed, default=0)
+
+    def state(self) -> str:
+        """Whether the run has finished, else how long ago it wrote its last record."""
+        if self.steps() == self.settings.get("num_steps"):
+            return "finished"
+        ago = max(0.0, time.time() - self.path.stat().st_mtime)
+        return f"at step {self.steps()}; its last record is of {duration(ago)} ago"
+
     def best(self) -> int | None:
         """The index of the evaluation with the lowest loss, of the first such; None without any."""
         losses = [math.inf if x is None else x for x in self.evals.get("val_loss", [])]
@@ -69,7 +82,10 @@ def read_run(path: Path, name: str = "") -> RunCurves:
     except OSError as reason:
         raise UserError(f"cannot read {path}: {reason.strerror}") from None
     if not records or records[0]["event"] != "run":
-        raise UserError(f"{path} is not the metrics file of a run: logs/*.jsonl are")
+        raise UserError(
+            f"{path} is not the metrics file of a run; a run names its own at its end, such as "
+            "logs/train_minimal.jsonl"
+        )
     of = {
         kind: [r for r in records if r["event"] == kind]
         for kind in ("train", "eval", "sample", "warning", "resume")
@@ -94,7 +110,8 @@ def runs_in(folder: Path) -> list[Path]:
     found = [p for p in files if p.is_file() and _is_of_run(p)]
     if not found:
         raise UserError(
-            f"{folder} has no metrics file of a run; name some, as in report.py a.jsonl"
+            f"{folder} has no metrics file of a run; they are in the folder of --log-dir, usually "
+            "logs, and not beside the checkpoints"
         )
     return sorted(found, key=lambda p: (p.stat().st_mtime, p.name))
 
@@ -119,10 +136,11 @@ def _columns(records: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str,
 
 def smoothed(values: Sequence[float | None]) -> Column:
     """The exponential moving average of the values, which looks back over a twentieth of them, but
-    not over more than 200, with the bias of its start divided out (Kingma and Ba 2015, sec. 3).
-    None counts as no value.
+    at least over 4 and not over more than 200, with the bias of its start divided out (Kingma and
+    Ba 2015, sec. 3). None counts as no value.
     """
-    keep = 1 - 1 / max(1.0, min(len(values) * _SMOOTHED[0], _SMOOTHED[1]))
+    part, least, most = _SMOOTHED
+    keep = 1 - 1 / min(most, max(least, len(values) * part))
     mean, weight, found = 0.0, 0.0, []
     for value in values:
         if value is not None:
@@ -160,17 +178,16 @@ def summary_of(run: RunCurves) -> dict[str, str]:
     """What a run has reached, as texts by what they are: also the columns of `report.py --text`."""
     best, last = run.best(), run.last("val_loss")
     error = run.last("val_loss_se")
-    steps = run.train["step"] or run.evals["step"] or [0.0]
     elapsed = [x for x in (*run.train["elapsed"], *run.evals["elapsed"]) if x is not None]
     rates = [x for x in run.train["tokens_per_sec"] if x is not None]
     at = "" if best is None else f" at step {run.evals['step'][best]:.0f}"
     return {
-        "steps": f"{steps[-1] or 0:.0f} of {run.settings.get('num_steps', '?')}",
+        "steps": f"{run.steps()} of {run.settings.get('num_steps', '?')}",
         "validation loss": "none" if last is None else f"{last:.4f} ± {error or 0:.4f}",
         "best": "none" if best is None else f"{run.evals['val_loss'][best]:.4f}{at}",
         "perplexity": _figure(run.last("val_ppl"), ".4g"),
         "bits per byte": _figure(run.last("val_bpb"), ".4f"),
-        "training loss": _figure(run.last("smoothed"), ".4f"),
+        "training loss, smoothed": _figure(run.last("smoothed"), ".4f"),
         "tokens": _figure(run.last("tokens"), ",.0f"),
         "time": duration(max(elapsed)) if elapsed else "none",
         "tokens/s": f"{sorted(rates)[len(rates) // 2]:,.0f}" if rates else "none",

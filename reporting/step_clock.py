@@ -9,8 +9,9 @@ from runtime.device import Device, peak_memory
 from training.flops import flops_per_token, peak_flops
 from training.step import RunState
 
-# Seconds of a run until it measures its peak: that takes a moment on a CPU, which should be warm by
-# then, and a run that ends sooner does without.
+# Seconds of a run until it measures its peak for the first time: that takes a moment on a CPU, and
+# a run that ends sooner does without. It measures again after twice as long, and so on, and keeps
+# the highest, since another program may have slowed one measurement down.
 _BEFORE_PEAK = 5.0
 
 
@@ -25,7 +26,7 @@ class StepClock:
     ) -> None:
         """Starts the clock. elapsed: the seconds that the run took before it was resumed."""
         self.args, self.device, self.world = args, device, world
-        self.mfu_of_rate: float | None = None  # FLOPs per token over the FLOP/s of all processes
+        self.peak, self.next_peak = 0.0, _BEFORE_PEAK  # FLOP/s of a process, and when to measure
         self.steps, self.waited = state.step, 0.0  # at the last report
         self.first: tuple[int, float] | None = None  # step and time of the first report
         self.step_seconds = 0.0
@@ -55,14 +56,14 @@ class StepClock:
         wait, self.waited, self.steps = (waited - self.waited) / steps, waited, step
         if self.first is None:
             self.first = (step, now)
-        warm = self.mfu_of_rate is None and now - self.started > _BEFORE_PEAK
-        if warm and (peak := peak_flops(self.device)):
-            per_token = flops_per_token(self.args.model, self.args.seq_len)
-            self.mfu_of_rate = per_token / (peak * self.world)
+        if now - self.started > self.next_peak:
+            self.peak = max(self.peak, peak_flops(self.device) or 0.0)
+            self.next_peak = 2 * (now - self.started)
+        per_token = flops_per_token(self.args.model, self.args.seq_len)
         return {
             "step_seconds": self.step_seconds,
             "tokens_per_sec": rate,
-            "mfu": rate * self.mfu_of_rate if self.mfu_of_rate else None,
+            "mfu": rate * per_token / (self.peak * self.world) if self.peak else None,
             "data_wait_seconds": wait,
             "memory_gb": peak_memory(self.device) / 1e9,
             "elapsed": now - self.began,

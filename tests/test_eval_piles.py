@@ -107,6 +107,7 @@ def test_folders_and_patterns_give_one_sorted_table_and_the_files_agree(program)
             "n/a",
             "299",
         ]
+    assert "wrote logs/eval.log, logs/eval.jsonl, t/t.csv, t/t.json, logs/eval.png" in out
     assert (program.folder / "logs/eval.png").read_bytes().startswith(b"\x89PNG")
     assert not list(program.folder.glob("**/*.tmp"))
 

@@ -179,3 +179,33 @@ def test_the_gradient_of_the_head_is_no_view_which_autograd_would_copy_to_add_to
     weight.register_hook(lambda g: seen.append((g._is_view(), g.shape)))
     next_token_loss(hidden, weight, labels)[0].backward()
     assert seen == [(False, (13, 8))]
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_what_is_compiled_for_a_chunk_is_loss_and_gradient_of_its_used_columns(dtype, bound):
+    draw = torch.Generator().manual_seed(0)
+    given = (3 * torch.randn(12, 128, generator=draw)).to(dtype)  # 97 columns and 31 unused
+    labels = torch.randint(97, (12,), generator=draw)
+    labels[4:7] = -100
+    x = given[:, :97].double().requires_grad_()
+    wanted = F.cross_entropy(x, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(wanted.sum(), x)
+    torch.testing.assert_close(loss._losses(given.clone(), labels, 97), wanted.float())
+    found, gradients = loss._losses_and_gradients(given.clone(), labels, 97)
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-6)
+    assert gradients.dtype == dtype and not gradients[:, 97:].any()
+    torch.testing.assert_close(gradients[:, :97].double(), gradient, rtol=bound, atol=bound / 100)
+
+
+def test_the_compiled_loss_is_the_other_one():
+    hidden, weight, labels = problem()
+    plainly, count = next_token_loss(hidden, weight, labels)
+    compiled, same_count = next_token_loss(hidden, weight, labels, fused=True)
+    torch.testing.assert_close(compiled, plainly, rtol=1e-6, atol=0)
+    assert count == same_count
+    for mine, theirs in zip(
+        gradients(compiled, hidden, weight), gradients(plainly, hidden, weight), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    one = token_losses(hidden, weight, labels, fused=True)
+    torch.testing.assert_close(one, token_losses(hidden, weight, labels), rtol=1e-5, atol=1e-6)

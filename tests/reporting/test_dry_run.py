@@ -42,9 +42,11 @@ def test_a_dry_run_of_two_processes_tells_once(program):
     assert re.search(r"  [\d.]+ s: 7 steps of \S+ s, .*; 2 evaluations of ", out)
 
 
-def test_a_dry_run_does_not_resume(program):
+def test_a_dry_run_refuses_what_the_run_would_refuse(program):
     out = program("train_minimal.py", "--dry-run", "--resume", ok=False)
     assert "--dry-run is about a new run" in out
+    words = [*TINY.split(), "--num-steps", "3", "--check-reference", "none.json"]
+    assert "cannot read none.json" in program("train_minimal.py", "--dry-run", *words, ok=False)
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))

@@ -53,15 +53,16 @@ def test_a_run_is_told_where_it_first_leaves_the_curve(tmp_path):
     reference = read_reference(str(tmp_path / "ref.json"), toy_settings(num_steps=200))
     assert reference.told(100, 2.09) == "" and reference.told(150, 99.0) == ""
     assert reference.told(100, 2.2) == (
-        "step 100: validation loss 2.2000 leaves the reference curve, 2.0000 +- 0.1000, by 0.1000"
+        "step 100: validation loss 2.2000, where the reference curve has 2.0000 +- 0.1000: "
+        "0.1000 too far"
     )
     assert reference.told(100, 1.8) and reference.distance(100, math.nan) == math.inf
     fine, text = reference.verdict(seeds(tmp_path)[0])
     assert fine and text.startswith(
-        "follows the reference curve at all 2 evaluations: within 1.00%"
+        "followed the reference curve at 2 of its 2 steps: within 1.00%"
     )
     fine, text = reference.verdict(seeds(tmp_path, (1.2, 1, 1))[0])
-    assert not fine and "at 2 of 2 evaluations, first at step 100: validation loss 2.4000" in text
+    assert not fine and "at 2 of the 2 steps where both have a loss; step 100: validation" in text
     nothing = read_run(write_metrics(tmp_path / "n.jsonl", steps=0))
     assert reference.verdict(nothing) == (
         False, "no evaluation was at a step of the reference curve"
@@ -92,9 +93,11 @@ def test_what_is_not_as_in_the_reference_is_said_at_the_start(tmp_path):
     write_reference(seeds(tmp_path), tmp_path / "ref.json")
     reference = read_reference(str(tmp_path / "ref.json"), toy_settings(num_steps=200))
     same = {"settings": {"lr": 0.01, "num_steps": 0, "seed": 9}, "val": {}}
-    assert reference.notes(same) == [] == Reference().notes(same)
+    (about,) = reference.notes(same)
+    assert "at 2 steps, 100 to 200; 5.00% above or below" in about
+    assert Reference().notes(same) == []
     other = {"settings": {"lr": 0.03, "num_steps": 0}, "val": {"fingerprint": "x"}}
-    lr, data = reference.notes(other)
+    _, lr, data = reference.notes(other)
     assert lr == "not as in the reference: lr 0.01 -> 0.03" and "on other data" in data
 
 
@@ -110,12 +113,13 @@ def test_a_run_that_leaves_its_reference_says_so_and_ends_with_2(program):
     assert set(stored["val_loss"]) == {"2", "4"}
     checked = [*words, "--seed", "4", "--checkpoint-path", "4.pt", "--check-reference", "ref.json"]
     out = program("train_minimal.py", *checked)
-    assert "follows the reference curve at all 2 evaluations" in out
+    assert "followed the reference curve at 2 of its 2 steps" in out
+    assert "reference curve: validation losses at 2 steps, 2 to 4" in out
     assert not warnings_of(program)
     stored["val_loss"]["4"] *= 1.2
     path.write_text(json.dumps(stored))
     out = program("train_minimal.py", *checked, ok=False)
-    said = "left the reference curve at 1 of 2 evaluations, first at step 4: validation loss 4.5"
+    said = "left the reference curve at 1 of the 2 steps where both have a loss; step 4: validation"
     assert said in out and len(warnings_of(program)) == 1
     assert (program.folder / "4.pt").exists() and "error: " not in out
 
@@ -138,7 +142,7 @@ def test_the_curves_that_are_shipped_are_of_the_settings_of_now(name, flags):
     reference = read_reference(path, args)
     run = {"settings": to_dict(args), "val": reference.about["val"]}
     run["settings"] |= {k: reference.about["settings"][k] for k in OF_DATA}
-    assert reference.notes(run) == [] and list(reference.losses) == list(range(100, 801, 100))
+    assert len(reference.notes(run)) == 1 and list(reference.losses) == list(range(100, 801, 100))
     assert 0.01 < reference.tolerance < 0.05 and len(set(reference.about["seeds"])) == 3
     assert reference.about["environment"]["torch"] and reference.about["environment"]["python"]
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import time
 
 import pytest
 from conftest import ROOT, Program
@@ -102,8 +104,8 @@ def test_a_folder_gives_its_runs_and_not_their_other_files(tmp_path):
 
 def test_the_mean_of_a_constant_is_that_constant_from_its_first_record_on():
     assert smoothed([3.0] * 500) == pytest.approx([3.0] * 500)
-    assert smoothed([1.0, 5.0]) == [1.0, 5.0]  # too few to smooth
     assert smoothed([None, 2.0, None]) == [None, 2.0, 2.0]
+    assert smoothed([1.0, 5.0]) == pytest.approx([1.0, (0.75 * 1 + 5) / 1.75])  # looks back over 4
     # 100 values: each mean has 4/5 of the one before. From 0 to 1: 1 - (4/5)^k, after k of them.
     step = smoothed([0.0] * 60 + [1.0] * 40)
     assert step[69] == pytest.approx(1 - 0.8**10, abs=1e-4)
@@ -213,4 +215,30 @@ def test_watching_writes_the_page_anew_until_it_is_stopped(tmp_path, monkeypatch
     assert all('"reload_seconds":5.0' in page for page in seen)
     last = (tmp_path / "report.html").read_text()
     assert "40 of 40" in last and '"reload_seconds":0' in last
+    assert capsys.readouterr().out == ""  # once at the start is enough
     assert not list(tmp_path.glob("*.tmp")) and (ROOT / "reporting/report_page.js").exists()
+
+
+def test_watching_waits_for_runs_that_are_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    seconds = []
+
+    def sleep(_):
+        seconds.append(len(seconds))
+        if len(seconds) == 2:
+            write_metrics(tmp_path / "logs/a.jsonl")
+        if len(seconds) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("report.time.sleep", sleep)
+    out = run_report(capsys, "--watch")
+    assert out.count("waiting, since cannot read logs") == 1 and out.count("every 5 s") == 1
+    assert "50 of 50" in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_says_how_far_each_run_is(tmp_path):
+    done = read_run(write_metrics(tmp_path / "a.jsonl"))
+    path = write_metrics(tmp_path / "b.jsonl", steps=50, num_steps=80)
+    os.utime(path, (time.time() - 300, time.time() - 300))
+    page = report_page([done, read_run(path)])
+    assert "a: finished; b: at step 50; its last record is of 5 min ago." in page

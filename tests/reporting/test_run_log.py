@@ -135,19 +135,21 @@ def test_the_mfu_is_the_part_of_the_measured_peak_that_the_model_computes(folder
 
     def peak_flops(device):
         measured.append(device)
-        return 1e9
+        return [1e9, 4e9, 2e9][len(measured) - 1]
 
     monkeypatch.setattr("reporting.step_clock.peak_flops", peak_flops)
     monkeypatch.setattr("reporting.step_clock.time.perf_counter", lambda: clock[0])
     log = start(state, world=2)
     found = []
-    for seconds in (4.0, 2.0, 0.5):
+    for seconds in (4.0, 2.0, 0.5, 6.0, 20.0):
         clock[0] += seconds
         update(log, state)
         found.append(read_records(log.metrics.path)[-1]["time"]["mfu"])
-    assert found[0] is None and len(measured) == 1  # not in the first 5 s, and once
+    assert found[0] is None and len(measured) == 3  # after 6, 12.5 and 32.5 s; the highest counts
     per_token = flops_per_token(log.args.model, 16)  # 60 tokens a step, 2 processes
-    assert found[1:] == pytest.approx([30 * per_token / 2e9, 120 * per_token / 2e9])
+    assert found[1:] == pytest.approx(
+        [30 * per_token / 2e9, 120 * per_token / 2e9, 10 * per_token / 8e9, 3 * per_token / 8e9]
+    )
 
 
 @pytest.mark.parametrize("steps, bpb", [(20, 1.5), (10**8, None)])
