@@ -17,9 +17,7 @@ from torch import Tensor
 IGNORE = -100  # a label with this value is not scored
 _CPU_LOGITS = 1 << 25  # logits of one chunk: 128 MiB in float32
 _GPU_LOGITS = 1 << 28  # enough to fill an H100 with one product: 5,336 rows of GPT-2's logits
-_GPU_SHARE = (
-    256  # bytes of a GPU's memory for each logit of a chunk, where that is the tighter limit
-)
+_GPU_SHARE = 256  # bytes of a GPU's memory for each logit of a chunk, if that is the tighter limit
 
 
 def _itself(x: Tensor) -> Tensor:

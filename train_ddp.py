@@ -44,7 +44,7 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
     net = parallel.net  # the model, with a backward pass that averages gradients over ranks
     optimizer = make_optimizer(model, args, parallel)
     if args.dry_run:
-        return dry_run(model, net, optimizer, args, device, train, val, parallel, ranks)
+        return dry_run(model, optimizer, args, device, train, val, parallel, ranks, net)
     checkpoints = CheckpointManager(args, model, optimizer, state, data, device, ranks, parallel)
     if args.resume:
         checkpoints.load()

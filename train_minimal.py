@@ -36,7 +36,7 @@ def main(args: Settings, signals: StopSignals) -> int:
     recompute_activations(model)  # saves fewer activations for the backward pass
     optimizer = make_optimizer(model, args)
     if args.dry_run:
-        return dry_run(model, model, optimizer, args, device, train, val)
+        return dry_run(model, optimizer, args, device, train, val)
     checkpoints = CheckpointManager(args, model, optimizer, state, data, device)
     if args.resume:
         checkpoints.load()

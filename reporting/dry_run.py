@@ -35,7 +35,6 @@ _PARTS = {
 
 def dry_run(
     model: GPTModel,
-    net: nn.Module,
     optimizer: optim.Optimizer,
     args: Settings,
     device: Device,
@@ -43,14 +42,17 @@ def dry_run(
     val: TokenDataset,
     parallel: ParallelContext = SINGLE_PROCESS,
     ranks: Ranks | None = None,
+    net: nn.Module | None = None,
 ) -> int:
     """Prints what a run with these settings would take, after steps whose results are thrown away;
-    writes no file. Returns the exit code, 0. Arguments are those of a run; all ranks call it
-    together, and rank 0 prints.
+    writes no file. Returns the exit code, 0. Arguments are those of a run, and `net` is what it
+    trains where that is not `model` itself; all ranks call it together, and rank 0 prints.
     """
     read_reference(args.check_reference, args)  # refuses one that the run could not use
     ranks = ranks or Ranks()
-    seconds, of_evaluation = _measured(model, net, optimizer, args, device, train, val, parallel)
+    seconds, of_evaluation = _measured(
+        model, net or model, optimizer, args, device, train, val, parallel
+    )
     if ranks.rank:
         return 0
     rate = args.global_batch_size * args.seq_len / seconds
