@@ -100,7 +100,8 @@ def _stands_for_several(path: str) -> bool:
 
 def _files_behind(path: str) -> list[str]:
     """The files in a folder, or those that match a pattern and those in folders that do: short
-    names first, so that name.pt comes before name.best.pt.
+    names first, so that name.pt comes before name.best.pt, and name.previous.pt last, since the
+    next save replaces it.
     """
     folders = [path] if os.path.isdir(path) else []
     files: list[str] = []
@@ -112,7 +113,7 @@ def _files_behind(path: str) -> list[str]:
         except OSError as reason:
             raise UserError(f"cannot read the folder {folder}: {reason.strerror}") from None
     files = [f for f in files if not _BESIDE.fullmatch(os.path.basename(f))]
-    return sorted(files, key=lambda f: (len(f), f))
+    return sorted(files, key=lambda f: (".previous." in os.path.basename(f), len(f), f))
 
 
 def is_foreign(path: str) -> bool:

@@ -56,7 +56,7 @@ def sketch(
 def report_text(runs: Sequence[RunCurves]) -> str:
     """The runs as a table, with the course of their losses and the settings that differ."""
     different = differences(runs)[:8] if len(runs) > 1 else []
-    rows = [["run", *_COLUMNS, "loss over steps"]]
+    rows = [["run", *_COLUMNS, "training loss, on a scale of its own"]]
     for run in runs:
         summary = summary_of(run)
         cells = [summary[name] for name in _COLUMNS]
