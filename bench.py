@@ -22,6 +22,7 @@ from benchmarks.recipe import bench_recipe
 from benchmarks.runs import bench_resume, bench_save
 from benchmarks.speed import bench_profile, bench_train
 from benchmarks.threads import bench_threads
+from runtime.console import aligned
 from runtime.flags import parse_flags
 from runtime.run_script import run_script
 from runtime.setting_fields import UserError, choose
@@ -53,9 +54,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     cells = [
         {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows
     ]
-    widths = {k: max(len(k), *(len(row[k]) for row in cells)) for k in cells[0]}
-    for row in ({k: k for k in widths}, *cells):
-        print("  ".join(row[k].ljust(widths[k]) for k in widths).rstrip())
+    names = list(cells[0])
+    print("\n".join(aligned([names, *([row[k] for k in names] for row in cells)])))
 
 
 def main(args: BenchSettings) -> None:

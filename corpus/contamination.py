@@ -12,6 +12,7 @@ import numpy as np
 
 from corpus.hashing import mix
 from corpus.shards import Source, SourceFile
+from runtime.files import write_atomically
 from runtime.locks import lock
 from runtime.setting_fields import UserError
 
@@ -68,10 +69,8 @@ def refuse_leak(
         with open(path.with_suffix(".lock"), "w") as held:
             lock(held)  # ranks that start together search once
             if not path.exists():
-                temporary = path.with_suffix(f".{os.getpid()}.tmp")
                 found = {"share": leaked_share(train, val), "runs": len(_distinct_runs(val))}
-                temporary.write_text(json.dumps(found))
-                os.replace(temporary, path)
+                write_atomically(path, json.dumps(found).encode())
             found = json.loads(path.read_text())
     except OSError as reason:
         raise UserError(

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import regex
 
+from runtime.files import write_atomically
 from runtime.setting_fields import UserError
 
 _FILE_FORMAT = "rosetrainer tokenizer 1"
@@ -224,11 +225,9 @@ def write_tokenizer_file(stored: str, path: str | Path, to: Path) -> None:
     UserError if that is no tokenizer or the file can't be written.
     """
     tokenizer_from_json(stored, f"the tokenizer in {path}")  # raises for any other text
-    temporary = to.with_name(f"{to.name}.{os.getpid()}.tmp")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(stored, encoding="utf-8")
-        os.replace(temporary, to)
+        write_atomically(to, stored.encode())
     except OSError as reason:
         raise UserError(
             f"cannot write the tokenizer of {path} to {to}: {reason.strerror}"

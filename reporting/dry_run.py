@@ -15,8 +15,8 @@ from parallel.context import SINGLE_PROCESS, ParallelContext
 from parallel.process_group import Ranks
 from reporting.log_lines import header
 from reporting.reference import read_reference
-from reporting.report_text import aligned, sketch
-from runtime.console import duration, say
+from reporting.report_text import sketch
+from runtime.console import aligned, duration, say
 from runtime.device import Device
 from runtime.files import target_of
 from settings.presets import origins_of_settings

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reporting.metrics_file import to_json
+from runtime.console import aligned
 from training.evaluation import EvalResult
 
 Row = dict[str, Any]
@@ -112,11 +113,6 @@ def as_shown(e: Evaluation) -> dict[str, str]:
     }
 
 
-def aligned(row: dict[str, str], widths: dict[str, int]) -> str:
-    """One line of a table: each value as wide as its column, in characters."""
-    return "  ".join(row[k].ljust(widths[k]) for k in widths).rstrip()
-
-
 def evaluation_lines(evaluations: Sequence[Evaluation]) -> list[str]:
     """What eval.py prints at its end: lines for one checkpoint, a table for several."""
     labels = _data_labels([e.data for e in evaluations if e.data])
@@ -126,9 +122,7 @@ def evaluation_lines(evaluations: Sequence[Evaluation]) -> list[str]:
     if len(rows) == 1:  # who parses these lines knows no others
         lines = [f"{k}: {v}" for k, v in rows[0].items() if k not in ("step", "seconds")]
     else:
-        widths = {k: max(len(k), *(len(row[k]) for row in rows)) for k in (rows or [{}])[0]}
-        header = {k: k for k in widths}
-        lines = [aligned(row, widths) for row in (header, *rows) if row]
+        lines = aligned([list(row) for row in rows[:1]] + [list(row.values()) for row in rows])
     for e in evaluations:
         lines += [
             f"{e.checkpoint} on {name}: avg_loss {r.loss:.6f}, ppl {r.ppl:.4f}, tokens {r.tokens}"

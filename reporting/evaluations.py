@@ -15,7 +15,6 @@ from pathlib import Path
 from reporting.evaluation_table import (
     Evaluation,
     Row,
-    aligned,
     as_csv,
     as_json,
     as_shown,
@@ -25,7 +24,7 @@ from reporting.evaluation_table import (
 )
 from reporting.metrics_file import to_json
 from reporting.plots import draw_evaluations
-from runtime.console import say
+from runtime.console import aligned, say
 from runtime.files import write_atomically
 from runtime.setting_fields import UserError
 
@@ -44,7 +43,7 @@ class EvalReport:
         self.tables: dict[str, Callable[[list[Row]], str]] = {}
         self.tables |= {csv_file: as_csv} if csv_file else {}
         self.tables |= {json_file: as_json} if json_file else {}
-        self.widths: dict[str, int] = {}  # of the columns of `say_row`
+        self.widths: list[int] = []  # of the columns of `say_row`
         self.drawn_at, self.drawn = -math.inf, False
         for name in ("eval.log", "eval.jsonl"):
             _said(partial(_try_to_write, self.folder / name), "--log-dir")
@@ -58,10 +57,10 @@ class EvalReport:
     def say_row(self, evaluation: Evaluation) -> None:
         """Prints the row of one checkpoint, the first time with the names of the columns above."""
         row = as_shown(evaluation)
-        first = not self.widths
-        self.widths = {k: max(len(k), len(v), self.widths.get(k, 0)) for k, v in row.items()}
-        for line in ({k: k for k in row}, row) if first else (row,):
-            say(aligned(line, self.widths))
+        rows = [list(row.values())] if self.widths else [list(row), list(row.values())]
+        say("\n".join(aligned(rows, self.widths)))
+        wanted = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        self.widths = [max(pair) for pair in zip(wanted, self.widths or wanted, strict=True)]
 
     def write_tables(self, evaluations: Sequence[Evaluation], last: bool = True) -> None:
         """Writes the files of --csv and --json anew, and draws the picture; if these are not the

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Settings
+from runtime.files import write_atomically
 from runtime.locks import hold
 from settings.paths import archive_existing, free_number, log_base
 from training.step import RunState
@@ -59,15 +60,14 @@ class MetricsFile:
         dropped = [
             x for x in file.read_bytes().splitlines() if x.decode(errors="replace") not in lines
         ]
-        aside, temporary = path.with_suffix(".cut.jsonl"), path.with_suffix(f".{os.getpid()}.tmp")
+        aside = path.with_suffix(".cut.jsonl")
         if dropped:
             with open(aside, "ab") as cut:
                 cut.write(b"".join(line + b"\n" for line in dropped))
             state.pending_messages.append(
                 f"{len(dropped)} records beyond step {state.step} are now in {aside}"
             )
-        temporary.write_text("".join(to_json(r) + "\n" for r in self.kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(to_json(r) + "\n" for r in self.kept).encode())
         if file != path:
             file.unlink()
         return True

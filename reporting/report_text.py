@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reporting.run_curves import RunCurves, differences, summary_of
+from runtime.console import aligned
 
 _BARS, _WIDTH = "▁▂▃▄▅▆▇█", 24
 _COLUMNS = (
@@ -71,11 +72,3 @@ def report_text(runs: Sequence[RunCurves]) -> str:
 
 def _values(run: RunCurves, names: Sequence[str]) -> list[str]:
     return [run.name, *(str(run.settings.get(name, "")) for name in names)]
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows as lines, with cells below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]

@@ -35,7 +35,7 @@ from reporting.profiler import Profile
 from reporting.records import record_of_resume, record_of_run, tracked_values
 from reporting.reference import read_reference
 from reporting.report_page import write_report
-from reporting.run_curves import read_run
+from reporting.run_curves import RunCurves, read_run
 from reporting.step_clock import StepClock
 from reporting.tensorboard_log import TensorBoard
 from reporting.wandb_log import WandB
@@ -233,11 +233,14 @@ class RunLog:
         if stopped:
             output.line(f"{signal.Signals(stopped).name}: stopped at step {state.step}")
         picture, page = path.with_suffix(".png"), path.with_suffix(".html")
-        output.safely("the loss picture", lambda: draw_losses([read_run(path)], picture))
-        output.safely("the report", lambda: write_report([read_run(path)], page))
+        runs: list[RunCurves] = []  # this one, unless its metrics cannot be read
+        output.safely("the report", lambda: runs.append(read_run(path)))
+        output.safely("the loss picture", lambda: draw_losses([runs[0]], picture))
+        output.safely("the report", lambda: write_report(runs, page))
         output.line(f"wrote {path.with_suffix('.log')}, {path}, {picture} and {page}")
         if self.args.check_reference:
-            fine, verdict = self.reference.verdict(read_run(path))
+            nothing = (False, "not compared with the reference curve, for lack of metrics")
+            fine, verdict = self.reference.verdict(runs[0]) if runs else nothing
             state.left_reference = not fine
             output.line(verdict)
         for line in next_commands(self.script, self.args, state, self.world, self.prompt):

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from config import BEFORE, GPTConfig, Settings, from_dict, to_dict
+from runtime.console import aligned
 from runtime.flags import Help, flag_name, parse_flags
 from runtime.setting_fields import NothingSaved, UserError, choose
 from settings.batch import data_parallel_size, resolve_batch
@@ -226,11 +227,10 @@ def _preset_table() -> str:
     rows = [["preset", *columns]]
     for name, values in PRESETS.items():
         rows.append([name, *(str((usual | values)[c]) for c in columns)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
+    lines = aligned(rows)
     lines += [
         f"{name} with --optimizer adamw: " + ", ".join(f"{k} {v}" for k, v in values.items())
         for name, values in WITH_ADAMW.items()
     ]
     lines.append("With --resume, the settings of the checkpoint take the place of the preset's.")
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(lines)

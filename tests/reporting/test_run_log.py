@@ -213,7 +213,7 @@ def test_a_full_disk_or_a_closed_terminal_does_not_stop_the_run(folder, capsys):
     )
 
 
-@pytest.mark.parametrize("name", ["draw_losses", "write_report"])
+@pytest.mark.parametrize("name", ["read_run", "draw_losses", "write_report"])
 def test_a_report_that_fails_does_not_end_the_run(folder, monkeypatch, capsys, name):
     def fail(*_):
         raise TypeError("a bug")
