@@ -265,7 +265,7 @@ def build_generation(flags: list[str], tokens: int) -> Callable[[], float]:
 
     def run() -> float:
         start = time.perf_counter()
-        generate(model, torch.zeros(1, 1, dtype=torch.int64), tokens, device)
+        generate(model, [[0]], tokens, device)
         return tokens / (time.perf_counter() - start)
 
     return run

@@ -15,7 +15,7 @@ FLOORS = [
     {"config"},
     {"settings"},
     {"corpus"},
-    {"loss"},
+    {"loss", "kv_cache"},
     {"model"},
     {"parallel"},
     {"dataset"},
