@@ -1,0 +1,116 @@
+"""The commands of README and guides run, in the order of their page, with less work than they ask for."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED
+
+PAGES = ["README.md", *sorted(f"docs/guides/{p.name}" for p in (ROOT / "docs/guides").glob("*.md"))]
+PROGRAMS = r"(?:\w+=\S+ )*(?:python|torchrun|make|cp|sbatch|pip|python3)\b"
+MARK = re.compile(r"# needs (?:a GPU|the network|several machines)")
+# They make environments and run the tests, as .ci/run does.
+ELSEWHERE = re.compile(r"make |python3 -m venv|pip install")
+LESS = "--num-steps 6 --eval-steps 3 --save-steps 3 --warmup-steps 1 --val-max-tokens 2000 --device cpu --sample-tokens 2"
+TINY = "--n-layers 2 --n-heads 2 --d-model 32 --d-ff 64 --max-position-embeddings 64 --seq-len 32 --global-batch-size 8"
+
+
+def commands_of(page):
+    """The indented lines of a page that start a program, continuation lines joined."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text())
+    return [line[4:] for line in text.splitlines() if re.match(f"    {PROGRAMS}", line)]
+
+
+def words_of(line):
+    """A command as words for subprocess, its environment, and whether it goes on until it is stopped."""
+    words = shlex.split(line, comments=True)
+    env = {}
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        env[name] = value
+    script = next((w for w in words if w.endswith(".py")), "")
+    trains = script.startswith("train_") or "train_and_sample" in script
+    if "--" in words:  # of bench.py: the flags of a trainer
+        words += ["--warmup-steps", "1"]
+    elif "--resume" in words:
+        words = [re.sub(r"^\d{4,}$", "9", w) for w in words]  # --num-steps
+    elif trains and not {"--help", "toy"} & set(words):
+        words += LESS.split()
+        if any(w.startswith(("gpt2-", "modern-")) for w in words):
+            words += TINY.split()
+    words = [re.sub(r"--nproc-per-node=\d+", "--nproc-per-node=2", w) for w in words]
+    starts = {
+        "python": [sys.executable],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    }
+    return [*starts.get(words[0], words[:1]), *words[1:]], env, "--watch" in words
+
+
+@pytest.fixture
+def folder(tmp_path, request):
+    """A copy of the project, with the files that the commands of a page name."""
+    ignored = shutil.ignore_patterns(".*", "tests", "logs", "checkpoints", "runs", "__pycache__")
+    here = shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored)
+    pages = [p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))]
+    sources = [p.read_text() for p in sorted((ROOT / "corpus").glob("*.py"))]
+    (here / "my_folder").mkdir()
+    for name, parts in (("book.txt", pages), ("more.txt", sources), ("my_folder/c.md", pages[:3])):
+        (here / name).write_text("\n".join(parts))
+    (here / "a.txt").write_text("\n".join(pages[:4]))
+    (here / "b.txt").write_text("\n".join(sources[:4]))
+    (here / "prompts.txt").write_text("def main(\nThe first\n")
+    curve = json.loads((here / "references/quickstart.json").read_text())  # of a run of 800 steps
+    shorter = {**curve, "val_loss": {"3": 4.0, "6": 4.0}, "tolerance": 0.9}
+    (here / "references/quickstart.json").write_text(json.dumps(shorter))
+    draw = np.random.default_rng(0)
+    for name in ("shard_0", "shard_1", "web", "code"):
+        np.save(here / f"{name}.npy", draw.integers(0, 50257, 6000).astype(np.uint16))
+    return here
+
+
+def run(line, here):
+    """Runs a command to its end. One that watches is stopped by Ctrl-C."""
+    words, env, watches = words_of(line)
+    env = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "HOME": str(here), **env}
+    if (SHARED / "tiktoken_cache").exists():
+        env["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken_cache")
+    elif "gpt2" in words:
+        return
+    with subprocess.Popen(
+        words, cwd=here, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        if watches:
+            time.sleep(12)
+            process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=150)[0]
+    fine = (0, 130) if watches else (0, 2) if "compare" in words else (0,)  # 2: they differ
+    assert process.returncode in fine, f"{shlex.join(words)}\n{out}"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run(page, folder):
+    lines = [x for x in commands_of(page) if not MARK.search(x) and not ELSEWHERE.match(x)]
+    if page == "README.md":  # it names files of earlier runs before the commands that make some
+        run("python train_minimal.py --train-data book.txt", folder)
+        (folder / "runs").mkdir()
+        for copy in ("a.pt", "b.pt", "run.pt", "runs/a.pt"):
+            shutil.copy(folder / "checkpoints/minigpt_single.pt", folder / copy)
+    for line in lines:
+        run(line, folder)
+
+
+def test_pages_have_commands_and_only_marked_ones_are_left_out():
+    counts = {page: len(commands_of(page)) for page in PAGES}
+    assert min(counts.values()) >= 3 and counts["README.md"] >= 40
+    left_out = {line for page in PAGES for line in commands_of(page) if MARK.search(line)}
+    assert all(re.search("npy|NAME|gpt2", line) for line in left_out)
