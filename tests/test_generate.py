@@ -232,6 +232,12 @@ def test_the_coldest_draws_are_the_likeliest_tokens(model, temperature, top_k):
     assert generate(model, [PROMPT], 8, CPU, cold) == generate(model, [PROMPT], 8, CPU, GREEDY)
 
 
+@pytest.mark.parametrize("narrow", [{"top_p": 0.0}, {"min_p": 1.0}, {"top_k": 1}], ids=str)
+def test_the_narrowest_limits_leave_the_likeliest_token(model, narrow):
+    draws = generate(model, [PROMPT], 8, CPU, Sampling(**narrow))
+    assert draws == generate(model, [PROMPT], 8, CPU, GREEDY)
+
+
 def test_the_hottest_draws_are_even_among_the_top_k(model):
     hot = Sampling(temperature=1e300, top_k=4)
     drawn = torch.tensor(generate(model, [PROMPT] * 500, 1, CPU, hot, range(500)))
