@@ -129,6 +129,7 @@ def _refuse_contradictions(typed: dict[str, Any], repeated: bool) -> None:
 _READ: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] = (
     (("decay_ratio",), lambda a: a.lr_scheduler == "wsd", "--lr-scheduler wsd"),
     (("min_lr",), lambda a: a.lr_scheduler != "none", "a --lr-scheduler that is not none"),
+    (("gelu",), lambda a: a.model.arch == "gpt2", "--arch gpt2"),
     (("muon_lr_ratio", "muon_momentum"), lambda a: a.optimizer == "muon", "--optimizer muon"),
     (("val_ratio",), lambda a: not a.has_val_files, "data without --val-data or --val-npy"),
     (("bin_dtype",), lambda a: a.data_mode == "fineweb_npy", "--train-npy"),
