@@ -284,15 +284,29 @@ def resumable_settings(path: str | Path) -> dict[str, Any]:
 
 def _settings_with_tokenizer(path: Path) -> dict[str, Any]:
     with open_checkpoint(path) as contents:
-        settings, stored = contents.tree["settings"], contents.tree["data"].get("tokenizer", "")
+        settings, data = contents.tree["settings"], contents.tree["data"]
+    if "imported" in data:
+        raise UserError(
+            f"{path} holds the weights of {data['imported']}, which no run has trained; start one "
+            f"from them with --init-from {path} and another --checkpoint-path"
+        )
+    stored = data.get("tokenizer", "")
     name = settings.get("tokenizer_name", "")
     if not (name and stored) or os.path.isfile(name):
         return settings
     try:
         build_tokenizer(name)
     except UserError:
-        cache = expanded(from_dict(settings).cache_dir, "--cache-dir")
-        copy = cache / f"tokenizers/{hashlib.sha256(stored.encode()).hexdigest()[:16]}.json"
-        write_tokenizer_file(stored, path, copy)
-        settings["tokenizer_name"] = str(copy)
+        cache = from_dict(settings).cache_dir
+        settings["tokenizer_name"] = cached_tokenizer(stored, path, cache)
     return settings
+
+
+def cached_tokenizer(stored: str, path: str | Path, cache_dir: str) -> str:
+    """Writes a tokenizer, as `to_json` gives it, into cache_dir and returns the file's path. path:
+    where it is from, for messages. Raises UserError.
+    """
+    cache = expanded(cache_dir, "--cache-dir")
+    copy = cache / f"tokenizers/{hashlib.sha256(stored.encode()).hexdigest()[:16]}.json"
+    write_tokenizer_file(stored, path, copy)
+    return str(copy)
