@@ -83,7 +83,7 @@ def _of_gpt2(source: str, config: GPTConfig, read: Read, names: set[str]) -> Wei
 def _refuse_unknown(source: str, names: set[str], known: set[str]) -> None:
     if unknown := sorted(names - known):
         raise UserError(
-            f"{source}: weights that models here don't have: {', '.join(unknown)[:200]}"
+            f"{source}: weights that no model here has: {', '.join(unknown)[:200]}"
         )
 
 
