@@ -82,9 +82,7 @@ def _of_gpt2(source: str, config: GPTConfig, read: Read, names: set[str]) -> Wei
 
 def _refuse_unknown(source: str, names: set[str], known: set[str]) -> None:
     if unknown := sorted(names - known):
-        raise UserError(
-            f"{source}: weights that no model here has: {', '.join(unknown)[:200]}"
-        )
+        raise UserError(f"{source}: weights that no model here has: {', '.join(unknown)[:200]}")
 
 
 def _gpt2_config(entries: dict[str, Any], source: str) -> GPTConfig:

@@ -38,15 +38,16 @@ def byte_characters() -> list[str]:
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes] | None]:
-    """The pair whose merge makes each token of more than one byte, in the order of the ranks; None
-    for a token that merges don't make.
+def merges_of(ranks: dict[bytes, int]) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """The pairs whose merges make the tokens of more than one byte, in the order of the ranks, and
+    whether each token is made by the merges before it.
 
     Byte-pair encoding merges what ranks lowest first, leftmost first. By the time that a token can
     be made, the merges of lower rank are done, and those inside its bytes are the same in any text:
-    so they leave the two parts that they leave of its bytes alone.
+    so the only pair is what they leave of its bytes alone. If that is more than two parts, the
+    token is made of later ones, or found as a whole piece: then all pairs are listed.
     """
-    merges: list[tuple[bytes, bytes] | None] = []
+    merges, in_order = list[tuple[bytes, bytes]](), True
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
@@ -56,9 +57,13 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes] | None]:
                 break
             i = found.index(lowest)
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(token) > 1:
-            merges.append((parts[0], parts[1]) if len(parts) == 2 else None)
-    return merges
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+        elif len(parts) > 2:
+            in_order = False
+            pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
+            merges += [(a, b) for a, b in pairs if a in ranks and b in ranks]
+    return merges, in_order
 
 
 def huggingface_json(tokenizer: Tokenizer) -> str:
@@ -82,7 +87,7 @@ def huggingface_json(tokenizer: Tokenizer) -> str:
     levels = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     steps = [] if gpt2 else split
     before = [*steps, {**levels, "use_regex": gpt2}]
-    chars, merges = byte_characters(), merges_of(ranks)
+    chars, (merges, in_order) = byte_characters(), merges_of(ranks)
     texts = {token: "".join(chars[b] for b in token) for token in ranks}
     special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     written = {
@@ -104,9 +109,9 @@ def huggingface_json(tokenizer: Tokenizer) -> str:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": None in merges,  # tiktoken takes a whole piece that is a token first
+            "ignore_merges": not in_order,  # tiktoken takes a whole piece that is a token first
             "vocab": {texts[token]: i for token, i in ranks.items()} | {END: tokenizer.end_token},
-            "merges": [[texts[a], texts[b]] for a, b in filter(None, merges)],
+            "merges": [[texts[a], texts[b]] for a, b in merges],
         },
     }
     return json.dumps(written, ensure_ascii=False, indent=1)
