@@ -54,8 +54,11 @@ def open_nanogpt(path: Path, content: dict[str, Any]) -> Weights:
     biases = bool(args.get("bias", True))
 
     def read(name: str) -> Tensor:
-        if name.endswith(".bias") and not biases:
-            return torch.zeros(len(read(name.removesuffix("bias") + "weight").T))
+        weight = (
+            tensors.get(f"{name.removesuffix('bias')}weight") if name.endswith("bias") else None
+        )
+        if weight is not None and not biases:
+            return torch.zeros(len(weight))
         if name not in tensors:
             raise UserError(f"{path}: a checkpoint of nanoGPT without {name}")
         return tensors[name].T if is_transposed(name) else tensors[name]
