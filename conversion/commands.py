@@ -144,9 +144,11 @@ def _from_hub(name: str) -> Path:
             f"{name}: no such file or folder; to download a model of that name needs a package: "
             "pip install huggingface_hub"
         ) from None
-    wanted = ["*.json", "*.safetensors", "pytorch_model*.bin"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
+        return folder
     except Exception as reason:  # of many kinds, by where the network fails
         what = f"{type(reason).__name__}: {' '.join(str(reason).split())[:120]}"
         raise UserError(

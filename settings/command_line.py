@@ -73,6 +73,11 @@ def _new(
     path = typed.get("init_from", "")
     preset = typed.get("preset", "finetune" if path else "quickstart")
     base = {**preset_values(preset, typed), "preset": preset}
+    if preset == "finetune" and not path:
+        raise UserError(
+            "--preset finetune goes with --init-from, whose weights have the shape of the model; "
+            "give that too, or another preset"
+        )
     if not (path and weights):
         return base
     cache = typed.get("cache_dir", Settings.cache_dir)
@@ -248,6 +253,8 @@ def _preset_table() -> str:
     usual = {f.name: f.default for k in (GPTConfig, Settings) for f in dataclasses.fields(k)}
     rows = [["preset", *columns]]
     for name, values in PRESETS.items():
+        if "arch" not in values:  # of finetune, the shape is that of the weights
+            values = {**dict.fromkeys(columns[:4], "-"), **values}
         rows.append([name, *(str((usual | values)[c]) for c in columns)])
     lines = aligned(rows)
     lines += [
