@@ -48,19 +48,22 @@ def export(path: str, folder: str) -> None:
     name. Raises UserError.
     """
     run = load_model(path)
+    config = run.model.config
     theirs = to_huggingface(run.model, run.tokenizer)
     with _new_folder(Path(folder)) as made:
         theirs.save_pretrained(str(made))
         if run.tokenizer:
-            write_tokenizer(run.tokenizer, made, run.model.config.max_position_embeddings)
+            # With code in the folder, AutoTokenizer would ask whether to run it.
+            loader = "PreTrainedTokenizerFast" if config.ngram_rows else "AutoTokenizer"
+            write_tokenizer(run.tokenizer, made, config.max_position_embeddings, loader)
         say(check_agreement(run.model, load_huggingface(made)))
-        if run.model.config.ngram_rows:
+        if config.ngram_rows:
             shutil.copyfile(MODELING, made / MODELING.name)
         with open_weights(made) as back:
             wrong = [n for n, p in run.model.state_dict().items() if not back.read(n).equal(p)]
             if wrong:
                 raise UserError(f"{wrong[0]} is not the same when read back; nothing was written")
-    _say_how_to_load(type(theirs).__name__, folder, run.model.config, bool(run.tokenizer))
+    _say_how_to_load(type(theirs).__name__, folder, config, bool(run.tokenizer))
 
 
 def _say_how_to_load(kind: str, folder: str, config: GPTConfig, has_tokenizer: bool) -> None:

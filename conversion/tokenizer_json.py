@@ -117,9 +117,12 @@ def huggingface_json(tokenizer: Tokenizer) -> str:
     return json.dumps(written, ensure_ascii=False, indent=1)
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
-    """Writes the files of the tokenizer into a folder, so that AutoTokenizer gives the ids that it
-    gives. longest: the longest input of the model, tokens. Raises UserError if a sample has others.
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, longest: int, loader: str = "AutoTokenizer"
+) -> None:
+    """Writes the files of the tokenizer into a folder, so that transformers gives the ids that it
+    gives. longest: the longest input of the model, tokens; loader: the class that reads it back.
+    Raises UserError if a sample of text then has other ids.
     """
     text = huggingface_json(tokenizer)
     end = _text_of(json.loads(text), tokenizer.end_token)
@@ -133,7 +136,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
     (folder / FILE).write_text(text, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     (folder / OURS).write_text(tokenizer.to_json(), encoding="utf-8")
-    theirs = import_transformers().AutoTokenizer.from_pretrained(str(folder))
+    theirs = getattr(import_transformers(), loader).from_pretrained(str(folder))
     ours = tokenizer.encode(SAMPLE).tolist()
     found = theirs(SAMPLE, add_special_tokens=False)["input_ids"]
     if found != ours:

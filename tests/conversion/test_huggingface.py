@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CPU, tiny
+from conftest import CPU, ROOT, tiny
 from converted import KINDS, checkpoint_of, hf, random_model
 
 from checkpoint import load_model
@@ -238,6 +238,33 @@ SHAPES = {  # heads, width, blocks: the larger ones have fewer blocks than GPT-2
     "modern 768": GPTConfig("modern", n_heads=12, d_model=768, n_layers=6),
     "modern 1280": GPTConfig("modern", n_heads=10, d_model=1280, n_layers=3),
 }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_perplexity_by_transformers_is_that_of_eval_py(tmp_path, program, arch):
+    """Of a model that has learned a little, on the bytes of a text in windows that overlap by one."""
+    text = (ROOT / "model.py").read_text()
+    (tmp_path / "val.txt").write_text(text)
+    flags = (
+        f"--arch {arch} --ngram-rows 0 --num-steps 40 --checkpoint-path run.pt --eval-at-start off"
+    )
+    program("train_minimal.py", *flags.split())
+    program("eval.py", *"--checkpoint-path run.pt --val-data val.txt --json found.json".split())
+    program("hf.py", "export", "run.pt", "x")
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "x", trust_remote_code=False)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(tmp_path / "x", trust_remote_code=False).eval()
+    ids = torch.tensor([*auto(text).input_ids, auto.eos_token_id])
+    nll = 0.0
+    for start in range(0, len(ids) - 1, 127):  # windows of 128, the length of the run
+        window = ids[start : start + 128][None]
+        with torch.no_grad():
+            nll += float(theirs(window, labels=window).loss) * (window.shape[1] - 1)
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    ppl = float(torch.tensor(nll / (len(ids) - 1), dtype=torch.float64).exp())
+    print(f"{arch}: perplexity {ppl:.7f} by transformers, {found['ppl']:.7f} by eval.py")
+    assert ppl == pytest.approx(found["ppl"], rel=1e-5)
 
 
 @pytest.mark.long
