@@ -15,9 +15,10 @@ from typing import Any
 
 from benchmarks.common import BenchSettings
 from benchmarks.files import bench_data, bench_prepare
+from benchmarks.generation import bench_generate
 from benchmarks.growth import bench_growth
 from benchmarks.layouts import bench_layouts, bench_processes, bench_tensor_parallel
-from benchmarks.parts import bench_eval, bench_generate, bench_loss, bench_optim
+from benchmarks.parts import bench_eval, bench_loss, bench_optim
 from benchmarks.recipe import bench_recipe
 from benchmarks.runs import bench_resume, bench_save
 from benchmarks.speed import bench_profile, bench_train

@@ -35,12 +35,14 @@ from checkpointing.writing import write_checkpoint
 from config import Settings, from_dict, to_dict
 from corpus.tokenizer import Tokenizer, build_tokenizer, stored_tokenizer, write_tokenizer_file
 from model import GPTModel
+from runtime.device import pick_device
 from runtime.files import expanded
 from runtime.flags import parse_flags
 from runtime.run_script import run_script
 from runtime.setting_fields import UserError
 from training.optimizers import note_on_rising_rate
 from training.step import RunState
+from training.text_generation import continue_texts
 
 _PLAIN_STATE = ("step", "tokens", "best_val_loss", "best_step", "run_id", "wandb_run_id")
 _DATA_SETTINGS: dict[str, tuple[str, ...]] = {  # part of the data -> the settings that determine it
@@ -240,6 +242,15 @@ class TrainedModel:
     def decode(self, ids: Tensor) -> str:
         """The text of token ids, of any shape. Raises UserError without a tokenizer."""
         return self._tokenizer.decode(ids.flatten().tolist())
+
+    def continue_text(self, prompt: str, max_new_tokens: int = 100, **options: Any) -> str:
+        """The prompt and what the model writes after it. options: those of
+        `training.text_generation.continue_texts`, such as stop=["\n"], seeds=[7] or
+        sampling=Sampling(temperature=0). Raises UserError without a tokenizer.
+        """
+        device = pick_device(str(next(self.model.parameters()).device), "fp32")
+        tokenizer, tokens = self._tokenizer, max_new_tokens
+        return str(continue_texts(self.model, tokenizer, [prompt], device, tokens, **options)[0])
 
     @property
     def _tokenizer(self) -> Tokenizer:

@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import settings.before_torch  # noqa: F401  # before torch loads
 
-from typing import Any
+import dataclasses
+import sys
 
 from checkpoint import load_model
-from runtime.console import say
+from runtime.console import say, say_aside, say_part
 from runtime.device import pick_device, tune, use_threads
+from runtime.files import expanded
 from runtime.flags import parse_flags
 from runtime.run_script import run_script
 from runtime.setting_fields import UserError
 from settings.eval_and_generate import SampleSettings
 from settings.paths import checkpoint_in
-from training.sampling import continue_text
+from training.sampling import Sampling
+from training.text_generation import continue_texts, note_on_context, printable, prompt_ids
+
+
+def prompts_of(args: SampleSettings) -> list[str]:
+    """The prompts that the settings name. Raises UserError if their file can't be read."""
+    if not args.prompt_file:
+        return [printable(args.prompt)]
+    try:
+        if args.prompt_file == "-":
+            text = sys.stdin.read()
+        else:
+            text = expanded(args.prompt_file, "--prompt-file").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as reason:
+        raise UserError(f"--prompt-file {args.prompt_file} cannot be read: {reason}") from reason
+    found = text.split(args.prompt_separator) if args.prompt_separator else [text]
+    prompts = [prompt for prompt in found if prompt.strip()]
+    if not prompts:
+        raise UserError(f"--prompt-file {args.prompt_file} holds no prompt")
+    return prompts
 
 
 def main(args: SampleSettings) -> None:
-    """Writes num_samples continuations of the prompt to the terminal."""
+    """Writes num_samples continuations of each prompt to the terminal, a single one while it is
+    generated.
+    """
     use_threads(args.threads, local_world=1)
     device = pick_device(args.device)
     tune(device)
-    path = checkpoint_in(args.checkpoint_path)
+    prompts, path = prompts_of(args), checkpoint_in(args.checkpoint_path)
     run = load_model(path, args.tokenizer_name)
     model, tokenizer = run.model.to(device.torch_device), run.tokenizer
     if tokenizer is None:
@@ -30,16 +53,40 @@ def main(args: SampleSettings) -> None:
             f"{path} was trained on token ids that name no tokenizer; "
             "say which with --tokenizer-name (gpt2 for FineWeb-Edu shards)"
         )
-    for i in range(args.num_samples):
-        if args.num_samples > 1:
-            say(f"--- sample {i + 1} of {args.num_samples}, seed {args.seed + i} ---")
-        options: dict[str, Any] = {
-            "max_new_tokens": args.max_new_tokens,
-            "temperature": args.temperature,
-            "top_k": args.top_k,
-            "seed": args.seed + i,
-        }
-        say(continue_text(model, tokenizer, args.prompt, device, **options))
+    longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
+    if note := note_on_context(longest, args.max_new_tokens, model.config):
+        say_aside(note)
+    options = dataclasses.asdict(args)
+    sampling = Sampling(**{f.name: options[f.name] for f in dataclasses.fields(Sampling)})
+    jobs = [(p, i) for p in range(len(prompts)) for i in range(args.num_samples)]
+    live = len(jobs) == 1  # shown while it is generated
+    if live:
+        say_part(prompts[0])
+    for start in range(0, len(jobs), args.batch_size):
+        batch = jobs[start : start + args.batch_size]
+        written = continue_texts(
+            model,
+            tokenizer,
+            [prompts[p] for p, _ in batch],
+            device,
+            args.max_new_tokens,
+            sampling,
+            [args.seed + i for _, i in batch],
+            args.stop,
+            on_text=lambda row, text: say_part(text) if live else None,
+        )
+        for (p, i), text in zip(batch, written, strict=True):
+            if live:
+                say(text.end_mark)
+            else:
+                say(heading(p, len(prompts), i, args))
+                say(str(text))
+
+
+def heading(p: int, prompts: int, i: int, args: SampleSettings) -> str:
+    """The line above a continuation that is one of several."""
+    prompt = f"prompt {p + 1} of {prompts}, " if prompts > 1 else ""
+    return f"--- {prompt}sample {i + 1} of {args.num_samples}, seed {args.seed + i} ---"
 
 
 if __name__ == "__main__":

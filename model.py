@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import GPTConfig
+from kv_cache import KVCache, LayerCache
 from loss import IGNORE, WHOLE_VOCAB, next_token_loss, token_losses
 
 
@@ -59,10 +60,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.d_model, config.d_model, bias=gpt2)
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        """Maps x (B, T, C) to (B, T, C). attn_mask (B, 1, T, T) bool: True where a query attends to
-        a key; None = causal attention. rotary: the cosines and sines, each (T, D / 2), or None.
+        """Maps x (B, T, C) to (B, T, C). attn_mask (B, 1, T, S) bool: True where a query attends to
+        a key; None = causal attention. rotary: the cosines and sines of the positions, each
+        (T, D / 2) or (B, 1, T, D / 2), or None. cache: the keys and values of the tokens before x,
+        to which those of x are added; S is the number of all.
         """
         qkv = self.qkv(x)  # (B, T, 3 C)
         q, k, v = qkv.unflatten(-1, (-1, 3, self.width)).transpose(1, 2).unbind(3)  # (B, H, T, D)
@@ -70,12 +77,14 @@ class Attention(nn.Module):
             q, k = F.rms_norm(q, (self.width,)), F.rms_norm(k, (self.width,))
         if rotary is not None:
             q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D)
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=attn_mask,
-            is_causal=attn_mask is None,
+            is_causal=attn_mask is None and q.shape[2] > 1,
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
@@ -115,9 +124,13 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        x = x + self.drop(self.attn(self.norm_1(x), attn_mask, rotary))
+        x = x + self.drop(self.attn(self.norm_1(x), attn_mask, rotary, cache))
         return x + self.drop(self.mlp(self.norm_2(x)))
 
 
@@ -206,6 +219,7 @@ class GPTModel(nn.Module):
         reduction: str = "mean",
         return_logits: bool = True,
         logits_to_keep: int = 0,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns (logits (B, T, V) or None, loss or None). The labels are shifted inside: position
         t predicts labels[:, t + 1].
@@ -214,10 +228,11 @@ class GPTModel(nn.Module):
         labels (B, T) int64, -100 = not scored; None = no loss. reduction: "mean" (nats per token)
         or "sum" (nats), () float32; "none" (nats), (B, T - 1) float32 without gradients.
         return_logits=False does not compute the logits as a whole; logits_to_keep: only the logits
-        of so many last positions, 0 = of all. Raises ValueError if T exceeds
-        max_position_embeddings.
+        of so many last positions, 0 = of all. cache: input_ids continue the tokens in it, and are
+        added to it; attention_mask, if given, covers both. Raises ValueError if the tokens are more
+        than max_position_embeddings.
         """
-        hidden = self.hidden_states(input_ids, attention_mask)
+        hidden = self.hidden_states(input_ids, attention_mask, cache)
         weight, part = self.output_weight, self.vocab_shard
         last = hidden[:, -logits_to_keep:]
         logits = part.join(F.linear(last, weight)) if return_logits else None
@@ -230,30 +245,43 @@ class GPTModel(nn.Module):
         total, count = next_token_loss(hidden, weight, labels, part, self.compiled)
         return logits, total if reduction == "sum" else total / count.clamp(min=1)
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The normalised output of the last block, (B, T, C), from which the head predicts. Raises
-        ValueError if T exceeds max_position_embeddings.
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The normalised output of the last block, (B, T, C), from which the head predicts. The
+        arguments are those of `forward`. Raises ValueError if there are more tokens than
+        max_position_embeddings.
         """
-        T = input_ids.shape[1]
-        if self.config.max_position_embeddings < T:
+        past, T = cache.length if cache else 0, input_ids.shape[1]
+        if self.config.max_position_embeddings < past + T:
             raise ValueError(
-                f"input of {T} tokens, but "
+                f"input of {past + T} tokens, but "
                 f"max_position_embeddings={self.config.max_position_embeddings}"
             )
         x = self.wte(input_ids)  # (B, T, C)
-        attn_mask = causal_and_padding(attention_mask)
+        attn_mask = causal_and_padding(attention_mask, past, T, x.device)
+        positions: slice | Tensor = slice(past, past + T)
+        if attn_mask is not None and attention_mask is not None:  # padding has no position
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past:]
         if self.ngrams is not None:
-            seen = input_ids
+            ids = input_ids
             if attention_mask is not None:  # padding counts as no token
-                seen = seen.masked_fill(attention_mask == 0, -1)
-            x = x + self.ngrams(ngram_table_rows(seen, self.config.ngram_rows)).sum(2)
+                ids = ids.masked_fill(attention_mask[:, past:] == 0, -1)
+            ids = cache.with_ids_before(ids) if cache else ids
+            x = x + self.ngrams(ngram_table_rows(ids, self.config.ngram_rows)[:, -T:]).sum(2)
         if self.wpe is not None:
-            x, rotary = x + self.wpe.weight[:T], None
+            x, rotary = x + self.wpe.weight[positions], None
         else:
-            x, rotary = F.rms_norm(x, x.shape[-1:]), (self.cos[:T], self.sin[:T])
+            x, rotary = F.rms_norm(x, x.shape[-1:]), (self.cos[positions], self.sin[positions])
+            if isinstance(positions, Tensor):
+                rotary = rotary[0][:, None], rotary[1][:, None]  # the same for all heads
         x = self.drop(x)
-        for block in self.blocks:
-            x = block(x, attn_mask, rotary)
+        caches = cache.layers if cache else [None] * len(self.blocks)
+        for block, layer_cache in zip(self.blocks, caches, strict=True):
+            x = block(x, attn_mask, rotary, layer_cache)
         return self.norm_f(x)
 
     @property
@@ -268,16 +296,22 @@ class GPTModel(nn.Module):
         return sum(map(math.prod, self.shapes.values()))
 
 
-def causal_and_padding(attention_mask: Tensor | None) -> Tensor | None:
-    """The attention mask (B, 1, T, T) bool, True where a query attends to a key; None if there is
-    no padding, since plain causal attention then suffices. attention_mask (B, T): 0 = padding.
+def causal_and_padding(
+    attention_mask: Tensor | None, past: int, T: int, device: torch.device | None = None
+) -> Tensor | None:
+    """The attention mask of T tokens that follow `past` others, (B or 1, 1, T, past + T) bool: True
+    where a query attends to a key. None if there is no padding and causal attention, or for one
+    token full attention, suffices. attention_mask (B, past + T): 0 = padding.
 
     A position always sees itself, so that a row of padding has something to attend to and never
     becomes NaN.
     """
-    if attention_mask is None or bool(attention_mask.all()):
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if not padded and (past == 0 or T == 1):
         return None
-    T = attention_mask.shape[1]
-    square = torch.ones(T, T, dtype=torch.bool, device=attention_mask.device)
-    seen = square.tril() & attention_mask.bool()[:, None, None, :]
-    return seen | torch.eye(T, dtype=torch.bool, device=attention_mask.device)
+    keys = torch.arange(past + T, device=device)
+    queries = keys[past:, None]
+    causal = keys <= queries  # (T, past + T)
+    if attention_mask is None:
+        return causal[None, None]
+    return (causal & attention_mask.bool()[:, None, None, :]) | (keys == queries)

@@ -26,8 +26,8 @@ from training.evaluation import evaluate, starts_with_evaluation
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer
 from training.prefetch import Prefetch
-from training.sampling import sample
 from training.step import RunState, check_finite, due, train_step
+from training.text_generation import sample
 
 
 def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
@@ -70,7 +70,7 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
             state.update_best(result.loss)
             log.eval(state, result)
         if now.sample:
-            log.sample(state, sample(model, train.tokenizer, args, device))
+            log.sample(state, sample(model, train.tokenizer, args, device, parallel))
         if now.save:
             log.saved(checkpoints.save())
         elif state.is_best:

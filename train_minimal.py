@@ -21,8 +21,8 @@ from training.evaluation import evaluate, starts_with_evaluation
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer
 from training.prefetch import Prefetch
-from training.sampling import sample
 from training.step import RunState, check_finite, due, train_step
+from training.text_generation import sample
 
 
 def main(args: Settings, signals: StopSignals) -> int:

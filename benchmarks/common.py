@@ -34,10 +34,13 @@ class BenchSettings:
     tokenizer_name: str = flag("gpt2", "prepare: tokenizer")
     steps: int = flag(20, "resume: steps before the kill, and after it", at_least=2)
     ranks: int = flag(0, "resume: processes under torchrun; 0 = train_minimal.py", at_least=0)
-    batch_size: int = flag(4, "save, train, eval: sequences of 1024 tokens", at_least=1)
+    batch_size: int = flag(4, "save, train, eval: sequences of 1024 tokens; generate: prompts",
+                           at_least=1)
+    new_tokens: int = flag(512, "generate: tokens to write", at_least=1)
     global_batch_size: int = flag(0, "train: sequences of a step; 0 = batch-size", at_least=0)
     device: str = flag("auto", "train, loss, optim, profile: auto, cpu, cuda")
-    small: bool = flag(False, "train, loss, optim, profile: toy sizes, to try them out")
+    small: bool = flag(False, "train, loss, optim, profile, generate: toy sizes, to try "
+                        "them out")
     seeds: int = flag(3, "recipe: runs of each side", at_least=1)
     ablate: bool = flag(False, "recipe: without each of its parts, instead of plain")
     recipe_steps: int = flag(75, "recipe: steps of the default recipe", at_least=1)

@@ -1,4 +1,4 @@
-"""Speed and memory of single parts: the loss, the optimizers, evaluation and sampling."""
+"""Speed and memory of single parts: the loss, the optimizers, evaluation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ from settings.command_line import parse_settings
 from training.evaluation import evaluate
 from training.flops import flops_per_token
 from training.optimizers import Muon, make_optimizer
-from training.sampling import generate
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -253,30 +252,3 @@ def bench_eval(args: BenchSettings) -> list[dict[str, Any]]:
             "of_limit": found["evaluate"] / limit,
         },
     ]
-
-
-def build_generation(flags: list[str], tokens: int) -> Callable[[], float]:
-    """Tokens per second of one sample."""
-    args = parse_settings("train_minimal", flags)
-    _, _, args = open_data(args)
-    device = pick_device(args.device, args.precision)
-    tune(device)
-    model = GPTModel(args.model, seed=0).to(device.torch_device)
-
-    def run() -> float:
-        start = time.perf_counter()
-        generate(model, torch.zeros(1, 1, dtype=torch.int64), tokens, device)
-        return tokens / (time.perf_counter() - start)
-
-    return run
-
-
-def bench_generate(args: BenchSettings) -> list[dict[str, Any]]:
-    """Sampling from a prompt of one token."""
-    rows = []
-    for name, flags in (("quickstart", []), ("gpt2-small", gpt2_small(1))):
-        for tokens in (32, 128):
-            runs = side_by_side({"": Side(build_generation, flags, tokens)}, args.repeats)[""]
-            rate = sorted(runs)[args.repeats // 2]
-            rows.append({"model": name, "new_tokens": tokens, "tokens_per_s": rate})
-    return rows

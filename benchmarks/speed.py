@@ -21,7 +21,7 @@ from benchmarks.common import (
     side_by_side,
     synchronize,
 )
-from config import Settings
+from config import GPTConfig, Settings
 from dataset import open_data
 from model import GPTModel
 from reporting.profiler import activities, costliest
@@ -115,24 +115,27 @@ def build_trainer(flags: list[str]) -> Callable[[], dict[str, float]]:
     return lambda: {**parts.time(step), **known}
 
 
-def build_hugging_face(flags: list[str], compiled: bool = False) -> Callable[[], dict[str, float]]:
-    """The same step by Hugging Face's GPT2LMHeadModel with torch's fused AdamW and clipping."""
+def hugging_face_model(c: GPTConfig) -> Any:
+    """A fresh GPT2LMHeadModel of this shape."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    args = parse_settings("train_minimal", flags)
-    c = args.model
-    device = Device(*device_of(args))  # not pick_device, which tunes this process
     shape = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.max_position_embeddings, n_embd=c.d_model,
         n_layer=c.n_layers, n_head=c.n_heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model: Any = GPT2LMHeadModel(shape)
-    model.to(device.torch_device)
+    return GPT2LMHeadModel(shape)
+
+
+def build_hugging_face(flags: list[str], compiled: bool = False) -> Callable[[], dict[str, float]]:
+    """The same step by Hugging Face's GPT2LMHeadModel with torch's fused AdamW and clipping."""
+    args = parse_settings("train_minimal", flags)
+    device = Device(*device_of(args))  # not pick_device, which tunes this process
+    model = hugging_face_model(args.model).to(device.torch_device)
     if device.torch_device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as tune does for ours
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-    ids = torch.randint(c.vocab_size, (args.global_batch_size, args.seq_len))
+    ids = torch.randint(args.model.vocab_size, (args.global_batch_size, args.seq_len))
     parts = Parts(None if compiled else model, optimizer, device.torch_device.type)
     if compiled:
         model.compile(dynamic=False)

@@ -57,6 +57,12 @@ class ParallelContext:
         """
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
+    def gathered(self) -> AbstractContextManager[object]:
+        """Inside this context manager, forward passes without gradients gather parameters that are
+        sharded (FSDP) only once, and keep them. All ranks must enter it together.
+        """
+        return nullcontext()
+
     def distribute(self, function: Callable[[Tensor], Tensor], name: str, stack: Tensor) -> Tensor:
         """Returns function(stack), for a function that treats each matrix of stack (N, m, n)
         independently. Several processes compute a share of the N matrices each. stack: this rank's

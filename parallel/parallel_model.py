@@ -27,7 +27,7 @@ from model import GPTModel
 from parallel.context import ParallelContext, local_part
 from parallel.process_group import Ranks, sum_ranks
 from parallel.tensor_parallel import joined, part_of, split_dim, split_model
-from runtime.device import Device
+from runtime.device import Device, free_memory_of
 
 
 class ParallelModel(ParallelContext):
@@ -45,7 +45,7 @@ class ParallelModel(ParallelContext):
         self.model, self.args, self.device = model, args, device
         self.tp_size = args.tensor_parallel_size
         self.sharded = args.parallel == "fsdp"
-        self.world_size = ranks.world
+        self.world_size, self.local_world = ranks.world, ranks.local_world
         self.dp_rank, self.dp_size = ranks.rank // self.tp_size, ranks.world // self.tp_size
         # Ranks that share layers talk most, so they are neighbours, on one machine where they fit.
         grid = torch.arange(ranks.world).view(self.dp_size, self.tp_size)
@@ -99,6 +99,25 @@ class ParallelModel(ParallelContext):
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads[True] + grads[False], scale)
         return norm
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keeps the parameters that a forward pass gathers, if all ranks have memory for them."""
+        groups = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
+        width = self.device.dtype.itemsize
+        needed = 2.0 * width * self.model.num_parameters() / self.tp_size  # 2: with what is in use
+        each = self.local_world if self.device.torch_device.type == "cpu" else 1
+        short = torch.tensor(float(free_memory_of(self.device) / each < needed))
+        if groups and not self.sum(short):
+            for group in groups:
+                group.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for group in groups:
+                outermost = id(group) == id(self.model)  # FSDP keeps it gathered by itself
+                group.set_reshard_after_forward(not outermost, recurse=False)
+                group.reshard()
 
     def reshard(self) -> None:
         """Frees the outermost parameter group, which FSDP leaves gathered after an evaluation."""

@@ -11,11 +11,11 @@ from config import Settings
 from corpus.token_dataset import TokenDataset
 from model import GPTModel
 from runtime.console import command, duration
-from runtime.device import Device
+from runtime.device import Device, free_memory_of
 from settings.paths import default_checkpoint
 from settings.presets import notes_on_preset
 from training.evaluation import EvalResult, starts_with_evaluation
-from training.memory import estimate, free_memory_of
+from training.memory import estimate
 from training.optimizers import lr_at
 from training.step import RunState
 

@@ -44,8 +44,8 @@ from runtime.device import Device
 from runtime.setting_fields import UserError
 from settings.paths import log_base
 from training.evaluation import EvalResult
-from training.sampling import fitting_prompt
 from training.step import RunState, StepStats
+from training.text_generation import fitting_prompt
 
 
 class RunLog:

@@ -62,6 +62,16 @@ def say(text: str) -> None:
     print(visible(text), flush=True)
 
 
+def say_part(text: str) -> None:
+    """Prints a part of a line, as `say` does a whole one."""
+    print(visible(text), end="", flush=True)
+
+
+def say_aside(text: str) -> None:
+    """Prints a remark on standard error, so that it is no part of the output."""
+    print(visible(text), file=sys.stderr, flush=True)
+
+
 def duration(seconds: float) -> str:
     """A time span in words, such as 45 s, 12 min or 3.2 h."""
     if seconds < 100:

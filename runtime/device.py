@@ -217,3 +217,14 @@ def free_memory() -> float:
     except (OSError, ValueError, StopIteration):  # no such file, or "max"
         pass
     return free
+
+
+def free_memory_of(device: Device) -> float:
+    """The bytes that this process can still allocate on a device, with what torch's allocator holds
+    in reserve; infinity where the system does not say.
+    """
+    if device.torch_device.type != "cuda":
+        return free_memory()
+    on = device.torch_device
+    reserve = torch.cuda.memory_reserved(on) - torch.cuda.memory_allocated(on)
+    return float(torch.cuda.mem_get_info(on)[0] + reserve)

@@ -70,14 +70,36 @@ class SampleSettings:
         "checkpoints/minigpt_single.pt", "checkpoint file, or folder", metavar="PATH"
     )
     prompt: str = flag("\n", "text to continue; empty = the start of a document", metavar="TEXT")
+    prompt_file: str = flag("", "file of prompts, one a line; - = standard input", metavar="PATH")
+    prompt_separator: str = flag(
+        "\n", "what parts the prompts in prompt-file; empty = it is one prompt", metavar="TEXT"
+    )
     tokenizer_name: str = flag("", "tokenizer; none = that of the checkpoint", metavar="NAME|PATH")
     max_new_tokens: int = flag(300, "tokens to write", at_least=1)
-    num_samples: int = flag(1, "continuations to write", at_least=1)
+    num_samples: int = flag(1, "continuations to write of each prompt", at_least=1)
+    batch_size: int = flag(8, "continuations that are computed together", at_least=1)
     temperature: float = flag(0.8, "0 = always the likeliest token; 1 = as predicted", at_least=0)
     top_k: int = flag(50, "draw among this many likeliest tokens; 0 = all", at_least=0)
-    seed: int = flag(1337, "seed of the draws", at_least=0)
+    top_p: float = flag(
+        1.0,
+        "draw among the likeliest tokens that have this probability together",
+        at_least=0,
+        at_most=1,
+    )
+    min_p: float = flag(
+        0.0, "leave out tokens below this part of the highest probability", at_least=0, at_most=1
+    )
+    repetition_penalty: float = flag(
+        1.0, "divides the logits of tokens that have occurred; 1 = off", at_least=0
+    )
+    stop: tuple[str, ...] = flag((), "strings that end a continuation; it is shown up to there")
+    seed: int = flag(1337, "seed of the draws; of sample i, seed + i", at_least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     threads: int = flag(0, "CPU threads; 0 = as torch chooses", at_least=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.repetition_penalty:
+            raise UserError("repetition_penalty=0 must be above 0; 1 = off, try 1.1")
+        if self.prompt_file and self.prompt != "\n":
+            raise UserError("--prompt and --prompt-file both give prompts; give one of them")

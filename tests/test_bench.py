@@ -7,7 +7,7 @@ import torch
 from conftest import tiny
 
 import bench
-from benchmarks import recipe, threads
+from benchmarks import generation, recipe, threads
 from benchmarks.common import BenchSettings, Side, medians, side_by_side
 from benchmarks.growth import growth_shapes
 from benchmarks.speed import Parts, gpt2_small
@@ -15,6 +15,7 @@ from config import to_dict
 from model import GPTModel
 from runtime.setting_fields import UserError
 from settings.command_line import parse_settings
+from training.sampling import generate
 
 
 def build_counter(start):
@@ -138,3 +139,13 @@ def test_ways_to_wait_take_turns_beside_processes_that_compute(monkeypatch):
     assert len(seen) == 2 * 3 * each and seen[:each] == seen[each : 2 * each]
     assert [row["threads wait"] for row in rows] == list(threads.WAYS)
     assert rows[0]["quickstart, 0 busy"] == 1 + 3 * each / 2  # medians of runs 1 and 3 each + 1
+
+
+@pytest.mark.parametrize("side", ["cached", "uncached", "hugging face"])
+def test_each_side_of_the_generation_benchmark_writes_so_many_tokens(monkeypatch, side):
+    written = []
+    monkeypatch.setattr(generation, "generate", lambda *a, **k: written.append(generate(*a, **k)))
+    args = BenchSettings(small=True, batch_size=2, new_tokens=5, device="cpu")
+    assert generation.build_generation(args, side)() > 0
+    if side != "hugging face":
+        assert [len(row) for row in written[0]] == [5, 5]

@@ -18,7 +18,7 @@ FLOORS = [
     {"config"},
     {"settings"},
     {"corpus"},
-    {"loss"},
+    {"loss", "kv_cache"},
     {"model"},
     {"parallel"},
     {"dataset"},

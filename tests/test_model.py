@@ -133,8 +133,8 @@ def test_padding_changes_nothing_and_gives_no_nan(arch):
 
 
 def test_an_all_ones_mask_takes_the_path_without_mask():
-    assert model_module.causal_and_padding(torch.ones(2, 5)) is None
-    assert model_module.causal_and_padding(None) is None
+    assert model_module.causal_and_padding(torch.ones(2, 5), 0, 5) is None
+    assert model_module.causal_and_padding(None, 0, 5) is None
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -1,6 +1,7 @@
 """The scripts as a user runs them."""
 
 import gc
+import io
 import math
 import re
 import runpy
@@ -734,3 +735,51 @@ def test_a_run_goes_on_without_standard_output_or_error(program, closed):
         cwd=program.folder, env=program.env, timeout=60,
     )  # fmt: skip
     assert wrong.returncode == 2
+
+
+def test_prompts_come_from_a_file_or_standard_input(script, text, tmp_path, monkeypatch):
+    train(script, "--train-data", text)
+    Path("prompts.txt").write_text("line 1\n\nline 22\n")
+    flags = ("--max-new-tokens", "4", "--num-samples", "2", "--batch-size", "3")
+    code, out, err = script("generate.py", "--prompt-file", "prompts.txt", *flags)
+    assert code == 0, err
+    heads = [line for line in out.splitlines() if line.startswith("--- ")]
+    assert heads == [
+        f"--- prompt {p} of 2, sample {i} of 2, seed {1336 + i} ---" for p in (1, 2) for i in (1, 2)
+    ]
+    alone = [
+        script("generate.py", "--prompt", p, *flags[:2], "--seed", s)[1][:-1]
+        for p in ("line 1", "line 22")
+        for s in ("1337", "1338")
+    ]
+    assert re.split(r"--- .* ---\n", out)[1:] == [f"{x}\n" for x in alone]
+    assert alone[0].startswith("line 1") and alone[2].startswith("line 22")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("line 1\nline 22\n"))
+    code, out, err = script(
+        "generate.py", "--prompt-file", "-", "--prompt-separator", "", "--max-new-tokens", "4"
+    )
+    assert code == 0 and out.startswith("line 1\nline 22\n"), err
+    code, _, err = script("generate.py", "--prompt-file", "none.txt")
+    assert code == 2 and "none.txt cannot be read" in err and err.count("\n") == 1
+
+
+def test_a_text_longer_than_the_context_is_said_beside_it(script, text):
+    train(script, "--train-data", text)  # 16 positions
+    code, out, err = script("generate.py", "--prompt", "line 1", "--max-new-tokens", "11")
+    assert code == 0 and err.endswith(
+        "a prompt of 6 and 11 new tokens exceed the model's context of 16 "
+        "(max_position_embeddings): it sees the last 13 to 16 of them\n"
+    )
+    assert "context" not in out
+    code, _, err = script("generate.py", "--prompt", "line 1", "--max-new-tokens", "10")
+    assert code == 0 and "context" not in err
+
+
+def test_a_stop_string_ends_what_is_generated(script, text):
+    train(script, "--train-data", text)
+    flags = ("generate.py", "--prompt", "line 1", "--max-new-tokens", "20", "--seed", "3")
+    code, whole, err = script(*flags)
+    assert code == 0, err
+    character = whole[10]
+    code, out, err = script(*flags, "--stop", "zzzz", character)
+    assert out == whole[: whole.index(character, 6)] + "\n"

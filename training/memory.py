@@ -14,7 +14,7 @@ from torch import Tensor
 from config import GPTConfig, Settings
 from loss import workspace_bytes
 from model import Block, GPTModel, rotary_table
-from runtime.device import Device, free_memory
+from runtime.device import Device, free_memory_of
 from runtime.setting_fields import UserError
 from training.activation_recompute import recompute_inputs, storage_of
 from training.compilation import why_not_compiled
@@ -135,13 +135,6 @@ def refuse_what_cannot_fit(
 def _free_memory_each(device: Device, local_world: int) -> float:
     """The free memory in bytes per process: on a CPU, the processes of a machine share it."""
     return free_memory_of(device) / (local_world if device.torch_device.type == "cpu" else 1)
-
-
-def free_memory_of(device: Device) -> float:
-    """The free memory of a device in bytes; infinity where the system does not say."""
-    if device.torch_device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device.torch_device)[0])
-    return free_memory()
 
 
 @functools.cache

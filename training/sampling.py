@@ -1,116 +1,164 @@
-"""Samples from a model: `generate` continues token ids, `continue_text` continues a text."""
+"""Generates tokens: `generate` continues prompts of token ids, a batch of them at once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from config import Settings
-from corpus.read_text import USUAL_SEPARATOR
-from corpus.token_dataset import TokenDataset
-from corpus.tokenizer import Tokenizer
+from kv_cache import KVCache
 from model import GPTModel
 from runtime.device import Device
 
 _COLDEST, _HOTTEST = 1e-30, 1e30  # beyond them float32 divides by zero or infinity
-_END = USUAL_SEPARATOR  # how the end of a document is shown
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the logits: with the meanings and in the order of Hugging Face's
+    `generate`, that is repetition_penalty, temperature, top_k, top_p, min_p.
+
+    temperature 0 takes the likeliest token. top_k draws among the k likeliest, 0 = all. top_p draws
+    among the fewest likeliest tokens that together have at least this probability (Holtzman et al.
+    2020). min_p leaves out tokens below this part of the highest probability (Nguyen et al. 2024).
+    repetition_penalty divides the logits of tokens that have occurred, prompt included (Keskar et
+    al. 2019; negative ones are multiplied); 1 = none.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def probabilities(self, logits: Tensor, occurred: Sequence[Sequence[int]]) -> Tensor:
+        """The probabilities (B, V) float32 to draw the next token with. logits (B, V) float32;
+        occurred: the token ids so far of each row.
+        """
+        if self.repetition_penalty != 1:
+            logits = logits.clone()
+            for row, ids in zip(logits, occurred, strict=True):
+                seen = torch.tensor(sorted(set(ids)))
+                x, penalty = row[seen], self.repetition_penalty
+                row[seen] = torch.where(x > 0, x / penalty, x * penalty)
+        if self.temperature == 0:
+            best = logits.argmax(-1, keepdim=True)
+            return torch.zeros_like(logits).scatter_(1, best, 1.0)
+        if 0 < self.top_k < logits.shape[-1]:
+            floor = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < floor, float("-inf"))
+        temperature = min(max(self.temperature, _COLDEST), _HOTTEST)
+        p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+        if self.top_p < 1:
+            ordered, order = p.sort(dim=-1, descending=True, stable=True)
+            out = ordered.cumsum(-1) - ordered >= self.top_p  # those before are enough
+            out[:, 0] = False
+            p = p.masked_fill(torch.zeros_like(out).scatter(1, order, out), 0.0)
+        if self.min_p > 0:
+            p = p.masked_fill(p < self.min_p * p.amax(-1, keepdim=True), 0.0)
+        return p / p.sum(-1, keepdim=True)
+
+
+def window_start(length: int, context: int) -> int:
+    """Where the part of `length` tokens begins that a model with this context sees: all of them, or
+    the last ones, of which a quarter of the context is dropped at once. Since so many tokens are
+    dropped together, the model computes its whole window again only once in as many tokens, and not
+    for each token.
+    """
+    step = max(1, context // 4)
+    return -(-max(0, length - context) // step) * step
 
 
 @torch.no_grad()
 def generate(
     model: GPTModel,
-    ids: Tensor,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     device: Device,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    seed: int = 0,
-    vocab_size: int | None = None,
+    sampling: Sampling = Sampling(),  # it is frozen
+    seeds: Sequence[int] = (0,),
+    allowed: Tensor | None = None,
     end_token: int | None = None,
-) -> Tensor:
-    """Continues ids (B, T) int64 by max_new_tokens: (B, T + max_new_tokens) on the CPU, or fewer
-    columns if all rows end before. Reads no global random state: it draws with `seed`.
+    on_token: Callable[[int, int], bool] | None = None,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """Continues prompts of token ids, which may differ in length. Returns the new ids of each row:
+    up to max_new_tokens, or up to end_token, with it.
 
-    temperature 0 takes the likeliest token; top_k 0 draws among all. vocab_size: never draw ids at
-    or above it. end_token: a row that has drawn it draws nothing else, and once all rows have,
-    drawing stops. The model sees the last max_position_embeddings tokens. Raises ValueError for an
-    empty prompt.
+    Each row draws with a generator of its own seed, so what is drawn does not depend on the other
+    rows, and the global random state stays as it is. allowed (V,) bool: the ids that can be drawn,
+    None = all. on_token(row, id) is called with each new id; the row ends where it returns True.
+    The model sees max_position_embeddings tokens at most: see `window_start`. use_cache=False
+    computes all of them for each new token, which gives the same probabilities. Raises ValueError
+    for an empty prompt.
     """
-    if not ids.shape[1]:
+    if not all(len(prompt) for prompt in prompts):
         raise ValueError("the prompt has no tokens; give at least one")
     was_training = model.training
     model.eval()
-    generator, prompt_length = torch.Generator().manual_seed(seed), ids.shape[1]
-    temperature = temperature and min(max(temperature, _COLDEST), _HOTTEST)
+    rows = [list(prompt) for prompt in prompts]
+    generators = [torch.Generator().manual_seed(s) for _, s in zip(rows, seeds, strict=True)]
+    alive = list(range(len(rows)))
+    window = _Window(model, device, use_cache)
     # A compiled model would be compiled again for each length.
     eager = torch.compiler.set_stance("force_eager") if model.compiled else nullcontext()
-    for _ in range(max_new_tokens):
-        seen = ids[:, -model.config.max_position_embeddings :].to(device.torch_device)
-        with device.autocast(), eager:
-            logits, _ = model(seen, logits_to_keep=1)
-        logits = logits[:, -1].float().cpu()[:, :vocab_size]  # (B, V)
-        if temperature == 0:
-            new = logits.argmax(-1, keepdim=True)
-        else:
-            if 0 < top_k < logits.shape[-1]:
-                floor = logits.topk(top_k).values[:, -1:]
-                logits = logits.masked_fill(logits < floor, float("-inf"))
-            new = torch.multinomial(
-                ((logits - logits.amax(-1, True)) / temperature).softmax(-1), 1, generator=generator
-            )
-        if end_token is not None:
-            ended = (ids[:, prompt_length:] == end_token).any(1, keepdim=True)
-            new = new.masked_fill(ended, end_token)
-        ids = torch.cat((ids, new), dim=1)
-        if end_token is not None and bool((new == end_token).all()):
-            break
+    with device.autocast(), eager:  # around all tokens: it keeps the weights that it has cast
+        for _ in range(max_new_tokens):
+            logits = window.logits({i: rows[i] for i in alive})  # (B, V)
+            if allowed is not None:
+                logits = logits[:, : len(allowed)].masked_fill(~allowed, float("-inf"))
+            p = sampling.probabilities(logits, [rows[i] for i in alive])
+            ended = []
+            for i, row_p in zip(alive, p, strict=True):
+                new = int(torch.multinomial(row_p, 1, generator=generators[i]))
+                rows[i].append(new)
+                if (on_token is not None and on_token(i, new)) or new == end_token:
+                    ended.append(i)
+            alive = [i for i in alive if i not in ended]
+            if not alive:
+                break
     model.train(was_training)
-    return ids
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
-def continue_text(
-    model: GPTModel, tokenizer: Tokenizer, prompt: str, device: Device, **options: Any
-) -> str:
-    """The prompt and what the model writes after it, up to the end of the document, which is shown
-    as <|endoftext|>. An empty prompt is the start of a document. options: those of `generate`,
-    max_new_tokens among them.
-    """
-    prompt = prompt.encode("utf-8", "surrogateescape").decode(errors="replace")  # as typed
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_token]
-    limits = {"vocab_size": tokenizer.vocab_size, "end_token": tokenizer.end_token}
-    out = generate(model, torch.tensor([ids]), device=device, **limits, **options)[0].tolist()
-    ended = out[-1] == tokenizer.end_token and len(out) > len(ids)
-    return tokenizer.decode(out) + (_END if ended else "")
+class _Window:
+    """What the model sees of several rows of tokens, and their keys and values."""
 
+    def __init__(self, model: GPTModel, device: Device, use_cache: bool) -> None:
+        self.model, self.device, self.use_cache = model, device, use_cache
+        self.starts: dict[int, int] = {}
+        self.cache: KVCache | None = None
+        self.mask: Tensor | None = None  # (B, T) int64, 0 = padding; None = there is none
 
-def fitting_prompt(data: TokenDataset) -> str:
-    """A few words of the data, as a prompt to try its model with: from the first document that
-    starts in it, or else from its first complete line. "" if there are none, or no tokenizer.
-    """
-    tokenizer = data.tokenizer
-    if tokenizer is None:
-        return ""
-    ids = data.source.read(data.start, min(4000, data.num_tokens))
-    mark_started, *documents = np.split(ids, np.flatnonzero(ids == tokenizer.end_token) + 1)
-    lines = [x for d in documents for x in tokenizer.decode(d.tolist()).splitlines()]
-    for line in lines + tokenizer.decode(mark_started.tolist()).splitlines()[1:]:
-        words = line.split()
-        if len(words) > 1 and line.isprintable() and "\ufffd" not in line:
-            return " ".join(words[: min(3, len(words) - 1)])[:40]
-    return ""
+    def logits(self, rows: dict[int, list[int]]) -> Tensor:
+        """The logits of the next token of each row, (B, V) float32 on the CPU. From the second call
+        on, the rows are those of the call before with one more token each, or some of them.
+        """
+        context = self.model.config.max_position_embeddings
+        starts = {i: window_start(len(ids), context) for i, ids in rows.items()}
+        if self.cache and starts == self.starts:
+            ids = torch.tensor([row[-1:] for row in rows.values()])
+            if self.mask is not None:
+                self.mask = torch.cat((self.mask, self.mask.new_ones(len(rows), 1)), 1)
+        else:
+            self.starts = starts
+            ids = self._begin([row[starts[i] :] for i, row in rows.items()])
+        ids = ids.to(self.device.torch_device)
+        logits, _ = self.model(ids, self.mask, logits_to_keep=1, cache=self.cache)
+        return logits[:, -1].float().cpu()
 
-
-def sample(
-    model: GPTModel, tokenizer: Tokenizer | None, args: Settings, device: Device
-) -> str | None:
-    """A short continuation of args.sample_prompt for the log; None without a tokenizer."""
-    if tokenizer is None:
-        return None
-    prompt = args.sample_prompt or "\n"
-    return continue_text(
-        model, tokenizer, prompt, device, max_new_tokens=args.sample_tokens, seed=args.seed
-    )
+    def _begin(self, windows: list[list[int]]) -> Tensor:
+        """Starts with an empty cache. Returns the windows as one tensor of ids, (B, T) int64,
+        padded on the left, so that all rows go on at the same place.
+        """
+        longest = max(map(len, windows))
+        ids = torch.tensor([[0] * (longest - len(w)) + w for w in windows])
+        mask = torch.tensor([[0] * (longest - len(w)) + [1] * len(w) for w in windows])
+        self.mask = None if bool(mask.all()) else mask.to(self.device.torch_device)
+        if self.use_cache:
+            config = self.model.config
+            self.cache = KVCache(config.n_layers, config.max_position_embeddings)
+        return ids

@@ -7,12 +7,17 @@ import torch
 import torch.distributed as dist
 from conftest import CPU
 from helpers import TINY, Run
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
 
 from checkpointing.commands import differences
+from model import GPTModel
 from parallel.context import ParallelContext
 from parallel.parallel_model import ParallelModel, replicate
 from parallel.process_group import Ranks
 from reporting.metrics_file import first_difference, read_records
+from training.optimizers import make_optimizer
+from training.sampling import generate
 from training.step import train_step
 
 TINY += " --eval-steps 10 --log-steps 1 --val-max-tokens 2000 --lr 0.01"
@@ -69,6 +74,37 @@ def test_two_ranks_match_one_process_with_twice_the_accumulation(program):
                 assert b[name] == pytest.approx(a[name], rel=1e-4), (a, b)
         assert (a["step"], a["tokens"]) == (b["step"], b["tokens"])
         assert a.get("val_tokens", 1999) == b.get("val_tokens", 1999) == 1999
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["room", "no room"])
+def test_sampling_under_fsdp_gathers_the_weights_once(group, monkeypatch, short):
+    run = Run("--arch", "modern", parallel="fsdp")
+    parallel = ParallelModel(run.model, run.args, CPU, Ranks(0, 1))
+    optimizer = make_optimizer(run.model, run.args, parallel)
+    if short:
+        monkeypatch.setattr("parallel.parallel_model.free_memory_of", lambda device: 0.0)
+    gathered, plain = [], FSDPParamGroup._to_unsharded
+    monkeypatch.setattr(
+        FSDPParamGroup, "_to_unsharded", lambda self: gathered.append(self) or plain(self)
+    )
+
+    def gathers(new):
+        gathered.clear()
+        with parallel.gathered():
+            written.append(generate(run.model, [[1, 2]], new, CPU, seeds=[5])[0])
+        assert all(isinstance(p, DTensor) for p in run.model.parameters())  # sharded again
+        return len(gathered)
+
+    written = []
+    groups = 1 + run.args.model.n_layers
+    assert gathers(3) == (1 + 3 * (groups - 1) if short else groups)
+    assert gathers(10) == (1 + 10 * (groups - 1) if short else groups)
+    whole = GPTModel(run.args.model, seed=run.args.seed)
+    assert written[1] == generate(whole, [[1, 2]], 10, CPU, seeds=[5])[0]
+    for step in range(2):
+        batch = run.train.global_batch(step, run.args)
+        train_step(run.model, optimizer, batch, run.args, run.state, CPU, parallel)
+    assert len(gathered) > 2 * groups  # a step gathers blocks again for the backward pass
 
 
 @pytest.mark.long

@@ -83,7 +83,7 @@ for _ in range(3):
     batch = train.global_batch(state.step, args)
     train_step(model, optimizer, batch, args, state, device)
     assert evaluate(model, val, 4, device).tokens == 999  # 67 windows: the last batch is not full
-    generate(model, torch.zeros(1, 3, dtype=torch.int64), 5, device)
+    generate(model, [[0, 0, 0]], 5, device)
 now = counters["stats"]["unique_graphs"], counters["inductor"]["async_compile_cache_miss"]
 print(now == compiled, compiled[0], dict(counters["graph_break"]))
 """
