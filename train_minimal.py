@@ -2,8 +2,8 @@
 
 import settings.before_torch  # noqa: F401  # before torch loads
 
-from checkpoint import resumable_settings
 from checkpointing.manager import CheckpointManager
+from checkpointing.resuming import resumable_settings
 from config import Settings
 from conversion.start import restore, settings_of_weights
 from dataset import data_record, open_data

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import cached_tokenizer
 from checkpointing.manager import CheckpointManager
+from checkpointing.resuming import cached_tokenizer
 from config import Settings
 from conversion.opening import open_weights
 from conversion.weights import Weights

@@ -7,7 +7,8 @@ from conftest import CPU, tiny
 from converted import checkpoint_of, hf, random_model
 from helpers import equal
 
-from checkpoint import load_model, read_checkpoint, resumable_settings
+from checkpoint import load_model, read_checkpoint
+from checkpointing.resuming import resumable_settings
 from config import to_dict
 from conversion.start import settings_of_weights, start_from_weights
 from corpus.tokenizer import ByteTokenizer
