@@ -33,7 +33,8 @@ def open_weights(path: str | Path) -> Iterator[Weights]:
         elif not path.is_file():
             raise UserError(
                 f"{path}: no such file or folder; weights are read from a checkpoint of ours or of "
-                "nanoGPT, a folder of Hugging Face, or a model file of llm.c"
+                "nanoGPT, a folder of Hugging Face, or a model file of llm.c (hf.py import NAME "
+                "OUT.pt fetches a model of that name)"
             )
         else:
             yield _open_file(path, stack)

@@ -50,7 +50,9 @@ class Weights:
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each of our parameters by name."""
+        """The shape of each of our parameters by name. Raises UserError without a vocabulary."""
+        if not self.config.vocab_size:
+            raise UserError(f"{self.source}: vocab_size=0 is no model")
         with torch.device("meta"):  # shapes without memory
             return GPTModel(self.config).shapes
 

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, ROOT, tiny
@@ -19,6 +20,11 @@ from runtime.setting_fields import UserError
 from training.evaluation import evaluate
 
 transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def code_of_folders_is_copied_here(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", f"{tmp_path}/code")
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +133,19 @@ def test_an_export_that_is_refused_leaves_nothing(exported, tmp_path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
 
 
+def test_imported_weights_are_evaluated_only_on_data_that_are_named(exported, tmp_path):
+    from checkpointing.validation import validation_of
+    from settings.eval_and_generate import EvalSettings
+
+    hf("import", exported["gpt2"][0], tmp_path / "i.pt")
+    run = load_model(tmp_path / "i.pt")
+    np.save(tmp_path / "v.npy", np.arange(90, dtype=np.uint16))
+    args = EvalSettings(checkpoint_path=("i.pt",), val_npy=(str(tmp_path / "v.npy"),))
+    assert validation_of(args, run.settings, run, "i.pt").num_tokens == 90
+    with pytest.raises(UserError, match="say what to evaluate them on"):
+        validation_of(EvalSettings(checkpoint_path=("i.pt",)), run.settings, run, "i.pt")
+
+
 def edited(exported, kind, tmp_path, **entries):
     folder = tmp_path / "edited"
     shutil.copytree(exported[kind][0], folder)
@@ -136,6 +155,8 @@ def edited(exported, kind, tmp_path, **entries):
 
 
 OTHERS = [
+    ("gpt2", {"vocab_size": 0}, "vocab_size=0 is no model"),
+    ("gpt2", {"n_layer": "2"}, "must be of type int"),
     ("gpt2", {"activation_function": "relu"}, "activation_function"),
     ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
