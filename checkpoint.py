@@ -8,9 +8,7 @@ writes them, is in checkpointing/manager.py.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +25,14 @@ from checkpointing.reading import (
     changes_of_data,
     differences_of_model,
     differences_of_optimizer,
-    latest_valid,
     open_checkpoint,
     summary,
 )
 from checkpointing.writing import write_checkpoint
 from config import Settings, from_dict, to_dict
-from corpus.tokenizer import Tokenizer, build_tokenizer, stored_tokenizer, write_tokenizer_file
+from corpus.tokenizer import Tokenizer, stored_tokenizer
 from model import GPTModel
 from runtime.device import pick_device
-from runtime.files import expanded
 from runtime.flags import parse_flags
 from runtime.run_script import run_script
 from runtime.setting_fields import UserError
@@ -283,27 +279,3 @@ if __name__ == "__main__":
             CheckpointSettings(**parse_flags(CheckpointSettings, "checkpoint.py", argv))
         )
     )
-
-
-def resumable_settings(path: str | Path) -> dict[str, Any]:
-    """The flat settings of the checkpoint that --resume continues. If the tokenizer that they name
-    can't be found any more, they name a copy of the one stored in the checkpoint, which is then
-    written into cache_dir. Raises UserError.
-    """
-    return latest_valid(path, _settings_with_tokenizer)[0]
-
-
-def _settings_with_tokenizer(path: Path) -> dict[str, Any]:
-    with open_checkpoint(path) as contents:
-        settings, stored = contents.tree["settings"], contents.tree["data"].get("tokenizer", "")
-    name = settings.get("tokenizer_name", "")
-    if not (name and stored) or os.path.isfile(name):
-        return settings
-    try:
-        build_tokenizer(name)
-    except UserError:
-        cache = expanded(from_dict(settings).cache_dir, "--cache-dir")
-        copy = cache / f"tokenizers/{hashlib.sha256(stored.encode()).hexdigest()[:16]}.json"
-        write_tokenizer_file(stored, path, copy)
-        settings["tokenizer_name"] = str(copy)
-    return settings

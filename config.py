@@ -30,12 +30,13 @@ class GPTConfig:
 
     arch: str = flag("gpt2", "architecture of the blocks", "gpt2", "modern")
     vocab_size: int = flag(50257, "token ids that exist; 0 = as the tokenizer", at_least=0)
-    max_position_embeddings: int = flag(1024, "longest input, tokens", at_least=1,
-                                         at_most=2**20)
+    max_position_embeddings: int = flag(1024, "longest input, tokens", at_least=1, at_most=2**20)
     n_layers: int = flag(12, "blocks", at_least=1, at_most=4096)
     n_heads: int = flag(12, "attention heads per block", at_least=1, fixed=True)
     d_model: int = flag(768, "width of the residual stream", at_least=1)
     d_ff: int = flag(0, "hidden width of the MLP; 0 = 4 x d_model", at_least=0)
+    gelu: str = flag("tanh", "gpt2: GELU by its tanh form, or none = exact, as nanoGPT has it",
+                     "tanh", "none", fixed=True)
     dropout: float = flag(0.0, "probability of dropping an activation", at_least=0)
     ngram_rows: int = flag(0, "modern: rows of the hashed n-gram embedding; 0 = none", at_least=0)
     use_activation_checkpoint: bool = flag(False, "recompute blocks backward to save memory")
@@ -151,6 +152,8 @@ class Settings:
                         "auto = if there is one, else start", word="auto")
     allow_change: tuple[str, ...] = flag((), "settings that may differ from those of the run to "
                                          "resume though they make it another run", metavar="NAME")
+    init_from: str = flag("", "weights to start from: a checkpoint, or a folder of Hugging Face; "
+                          "none = fresh ones", metavar="PATH", fixed=True)
     log_dir: str = flag("logs", "folder of the text log, metrics and loss picture", metavar="PATH")
     sample_prompt: str = flag("", "text to continue at each evaluation; none = only at the end",
                               metavar="TEXT")
@@ -279,10 +282,8 @@ def from_dict(values: Mapping[str, Any]) -> Settings:
     model = {k: v for k, v in values.items() if k in names}
     rest = {k: v for k, v in values.items() if k not in names}
     run: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()}
-    unknown = sorted(
-        run.keys() - {f.name for f in dataclasses.fields(Settings)} | run.keys() & {"model"}
-    )
-    if unknown:
+    known = {f.name for f in dataclasses.fields(Settings)} - {"model"}
+    if unknown := sorted(run.keys() - known):
         raise UserError(
             f"unknown settings {', '.join(unknown)}; were they written by another version?"
         )

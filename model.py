@@ -98,15 +98,15 @@ class Square(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices, and between them GELU in its tanh form (gpt2) or squared ReLU (modern; So et
-    al. 2021, sec. 3).
+    """Two matrices, and between them GELU (gpt2; in its tanh form, or exact) or squared ReLU
+    (modern; So et al. 2021, sec. 3).
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         gpt2 = config.arch == "gpt2"
         self.fc = nn.Linear(config.d_model, config.d_ff, bias=gpt2)
-        self.act = nn.GELU(approximate="tanh") if gpt2 else nn.Sequential(nn.ReLU(), Square())
+        self.act = nn.GELU(config.gelu) if gpt2 else nn.Sequential(nn.ReLU(), Square())
         self.proj = nn.Linear(config.d_ff, config.d_model, bias=gpt2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ It is train_minimal.py and what makes that distributed: see `diff train_minimal.
 
 import settings.before_torch  # noqa: F401  # before torch loads
 
-from checkpoint import resumable_settings
 from checkpointing.manager import CheckpointManager
+from checkpointing.resuming import resumable_settings
 from config import Settings
+from conversion.start import restore, settings_of_weights
 from dataset import data_record, open_data
 from model import GPTModel
 from parallel.parallel_model import ParallelModel
@@ -46,8 +47,8 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
     if args.dry_run:
         return dry_run(model, optimizer, args, device, train, val, parallel, ranks, net)
     checkpoints = CheckpointManager(args, model, optimizer, state, data, device, ranks, parallel)
-    if args.resume:
-        checkpoints.load()
+    if args.resume or args.init_from:
+        restore(checkpoints, train.tokenizer)  # the run at its path, or given weights
     log = open_log(ranks, "train_ddp", args, state, device, model, train, val)
     batches = Prefetch(train, args, device, parallel)
     if starts_with_evaluation(state.step, model, val, args, device):
@@ -81,7 +82,8 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
 
 def launch(argv: list[str]) -> int:
     start = rendezvous()  # waits for all ranks
-    args = parse_settings("train_ddp", argv, start.world, resumable_settings, start.restarted)
+    read = resumable_settings, settings_of_weights  # of --resume and of --init-from
+    args = parse_settings("train_ddp", argv, start.world, *read, start.restarted)
     with StopSignals() as signals, process_group(args, start, alone=True) as ranks:
         return main(args, signals, ranks)
 

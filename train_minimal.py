@@ -2,9 +2,10 @@
 
 import settings.before_torch  # noqa: F401  # before torch loads
 
-from checkpoint import resumable_settings
 from checkpointing.manager import CheckpointManager
+from checkpointing.resuming import resumable_settings
 from config import Settings
+from conversion.start import restore, settings_of_weights
 from dataset import data_record, open_data
 from model import GPTModel
 from parallel.rendezvous import is_first_reporter, must_be_alone
@@ -38,8 +39,8 @@ def main(args: Settings, signals: StopSignals) -> int:
     if args.dry_run:
         return dry_run(model, optimizer, args, device, train, val)
     checkpoints = CheckpointManager(args, model, optimizer, state, data, device)
-    if args.resume:
-        checkpoints.load()
+    if args.resume or args.init_from:
+        restore(checkpoints, train.tokenizer)  # the run at its path, or given weights
     log = RunLog("train_minimal", args, state, device, model, train, val)
     batches = Prefetch(train, args, device)
     if starts_with_evaluation(state.step, model, val, args, device):
@@ -72,7 +73,7 @@ def main(args: Settings, signals: StopSignals) -> int:
 
 def launch(argv: list[str]) -> int:
     must_be_alone()
-    args = parse_settings("train_minimal", argv, saved=resumable_settings)
+    args = parse_settings("train_minimal", argv, 1, resumable_settings, settings_of_weights)
     use_threads(args.threads, local_world=1)
     with StopSignals() as signals:
         return main(args, signals)

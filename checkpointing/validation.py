@@ -25,6 +25,11 @@ def validation_of(
         raise UserError(f"{where} names no tokenizer for --val-data; say which: --tokenizer-name")
     now = _changed(args, settings, where)
     other_files = bool(args.val_data or args.val_npy)
+    if "imported" in run.data and not other_files:
+        raise UserError(
+            f"{where} holds the weights of {run.data['imported']}, and no data; say what to "
+            "evaluate them on with --val-data or --val-npy"
+        )
     if not other_files:
         other = "--val-npy" if settings.data_mode == "fineweb_npy" else "--val-data"
         refuse_missing(

@@ -42,10 +42,7 @@ FOREIGN = {
     **dict.fromkeys(("ckpt", "checkpoint"), "--checkpoint-path"),
     "gradient-checkpointing": "--use-activation-checkpoint",
     "no-compile": "--compile off",
-    **dict.fromkeys(
-        ("init-from", "from-pretrained", "model-name-or-path", "pretrained"),
-        "nothing: a run starts from fresh weights, or with --resume from a checkpoint of its own",
-    ),
+    **dict.fromkeys(("from-pretrained", "model-name-or-path", "pretrained"), "--init-from"),
     **dict.fromkeys(("wandb", "wandb-log"), "--use-wandb"),
     **dict.fromkeys(("num-tokens", "length"), "--max-new-tokens"),
 }

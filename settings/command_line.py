@@ -15,6 +15,7 @@ from runtime.console import aligned
 from runtime.flags import Help, flag_name, parse_flags
 from runtime.setting_fields import NothingSaved, UserError, choose
 from settings.batch import data_parallel_size, resolve_batch
+from settings.given_weights import values_from_weights
 from settings.paths import default_checkpoint, in_folder
 from settings.presets import PRESETS, WITH_ADAMW, preset_values
 from settings.wandb_mode import wandb_mode
@@ -27,6 +28,7 @@ def parse_settings(
     argv: list[str],
     world: int = 1,
     saved: Callable[[str], Mapping[str, Any]] | None = None,
+    weights: Callable[[str, str], Mapping[str, Any]] | None = None,
     restarted: bool = False,
 ) -> Settings:
     """Returns the settings of a training run from its command line. Raises UserError.
@@ -35,7 +37,8 @@ def parse_settings(
     the global batch. saved(path): returns the flat settings stored in a checkpoint; called if the
     run may be one to resume. restarted: the launcher has repeated the command after a failure.
     Then, and with --resume auto, a checkpoint at the path is taken as one of this very run, which
-    continues.
+    continues. weights(path, cache_dir): the settings that the weights of --init-from determine;
+    called if the run starts from them.
     """
     typed = trainer_flags(script, argv)
     path = in_folder(typed.get("checkpoint_path", ""), default_checkpoint(script))
@@ -48,7 +51,7 @@ def parse_settings(
             typed.pop("micro_batch", None)
             typed.pop("grad_accum_steps", None)
     else:
-        base = preset_values(typed.get("preset", "quickstart"), typed)
+        base = _new(typed, weights)
     values = {**base, **typed, "checkpoint_path": path, "resume": bool(found)}
     if not values.get("max_position_embeddings"):
         values["max_position_embeddings"] = values.get("seq_len", 128)
@@ -61,6 +64,24 @@ def parse_settings(
     if args.resume:
         _refuse_changes(base, args)
     return args
+
+
+def _new(
+    typed: Mapping[str, Any], weights: Callable[[str, str], Mapping[str, Any]] | None
+) -> dict[str, Any]:
+    """The settings of a new run that no flag gives: of its preset, and of given weights."""
+    path = typed.get("init_from", "")
+    preset = typed.get("preset", "finetune" if path else "quickstart")
+    base = {**preset_values(preset, typed), "preset": preset}
+    if preset == "finetune" and not path:
+        raise UserError(
+            "--preset finetune goes with --init-from, whose weights have the shape of the model; "
+            "give that too, or another preset"
+        )
+    if not (path and weights):
+        return base
+    cache = typed.get("cache_dir", Settings.cache_dir)
+    return values_from_weights(base, typed, weights(path, cache))
 
 
 def _found(
@@ -109,6 +130,11 @@ def _refuse_contradictions(typed: dict[str, Any], repeated: bool) -> None:
             "--preset with --resume: the run keeps its own settings; give single flags to "
             "change them, or --resume auto to start or continue with the same command"
         )
+    if typed.get("init_from") and typed.get("resume") and not repeated:
+        raise UserError(
+            "--init-from with --resume: the run goes on with its own weights; leave one of them "
+            "out, or give --resume auto to start or continue with the same command"
+        )
     if typed.get("dry_run") and typed.get("resume"):
         raise UserError("--dry-run is about a new run; leave out --resume")
     if typed.get("micro_batch") == "auto" and {"batch_size", "grad_accum_steps"} & typed.keys():
@@ -129,6 +155,7 @@ def _refuse_contradictions(typed: dict[str, Any], repeated: bool) -> None:
 _READ: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] = (
     (("decay_ratio",), lambda a: a.lr_scheduler == "wsd", "--lr-scheduler wsd"),
     (("min_lr",), lambda a: a.lr_scheduler != "none", "a --lr-scheduler that is not none"),
+    (("gelu",), lambda a: a.model.arch == "gpt2", "--arch gpt2"),
     (("muon_lr_ratio", "muon_momentum"), lambda a: a.optimizer == "muon", "--optimizer muon"),
     (("val_ratio",), lambda a: not a.has_val_files, "data without --val-data or --val-npy"),
     (("bin_dtype",), lambda a: a.data_mode == "fineweb_npy", "--train-npy"),
@@ -226,6 +253,8 @@ def _preset_table() -> str:
     usual = {f.name: f.default for k in (GPTConfig, Settings) for f in dataclasses.fields(k)}
     rows = [["preset", *columns]]
     for name, values in PRESETS.items():
+        if "arch" not in values:  # of finetune, the shape is that of the weights
+            values = {**dict.fromkeys(columns[:4], "-"), **values}
         rows.append([name, *(str((usual | values)[c]) for c in columns)])
     lines = aligned(rows)
     lines += [

@@ -47,6 +47,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         _GPT2 | dict(arch="modern"), n_layers=12, n_heads=12, d_model=768, ngram_rows=50_304,
         optimizer="muon", lr=6e-3, muon_lr_ratio=0.6, min_lr=0.0, lr_scheduler="linear",
     ),
+    # For --init-from, which gives the shape. Rate: the highest of Devlin et al. 2019, sec. A.3.
+    "finetune": dict(
+        seq_len=256, batch_size=4, global_batch_size=16, num_steps=400, lr=5e-5, min_lr=0.0,
+        lr_scheduler="linear", warmup_steps=40, eval_steps=50, save_steps=100,
+        val_max_tokens=100_000,
+    ),
     "gpt2-xl": dict(_GPT2, n_layers=48, n_heads=25, d_model=1600, lr=2e-4),
 }
 
@@ -64,6 +70,7 @@ _ABOUT_PRESETS = {
     "gpt2-medium": "shape: Radford et al. 2019, table 2; rate: Brown et al. 2020, table 2.1",
     "gpt2-large": "shape: Radford et al. 2019, table 2; rate: Brown et al. 2020, table 2.1",
     "gpt2-xl": "shape: Radford et al. 2019, table 2; rate: Brown et al. 2020, table 2.1",
+    "finetune": "goes on from --init-from; rate: the highest of Devlin et al. 2019, sec. A.3",
     "modern-small": "quickstart's recipe at the size of GPT-2 small; rates of public trainers",
 }
 _ABOUT_DEFAULTS = {

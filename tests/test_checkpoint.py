@@ -16,7 +16,6 @@ from checkpoint import (
     load_checkpoint,
     load_model,
     read_checkpoint,
-    resumable_settings,
     save_checkpoint,
     saved_settings,
 )
@@ -25,6 +24,7 @@ from checkpointing import writing
 from checkpointing.commands import CheckpointSettings, differences
 from checkpointing.file_format import Unreadable, write_with_checksum
 from checkpointing.reading import latest_valid
+from checkpointing.resuming import resumable_settings
 from checkpointing.writing import write_checkpoint
 from config import to_dict
 from corpus.tokenizer import build_tokenizer

@@ -7,8 +7,11 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-SCRIPTS = {"train_minimal", "train_ddp", "eval", "generate", "report", "bench"}
-FOLDERS = {"runtime", "settings", "corpus", "parallel", "training", "checkpointing", "reporting"}
+SCRIPTS = {"train_minimal", "train_ddp", "eval", "generate", "report", "bench", "hf"}
+FOLDERS = {
+    *("runtime", "settings", "corpus", "parallel", "training", "checkpointing", "conversion"),
+    "reporting",
+}
 # From the lowest floor up: a file imports from its own floor and from those below.
 FLOORS = [
     {"runtime"},
@@ -21,6 +24,7 @@ FLOORS = [
     {"dataset"},
     {"training"},
     {"checkpoint", "checkpointing"},
+    {"conversion"},
     {"reporting"},
     SCRIPTS,
 ]

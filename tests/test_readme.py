@@ -13,6 +13,7 @@ from conftest import ROOT
 from bench import VERBS as BENCHMARKS
 from bench import BenchSettings
 from checkpointing.commands import VERBS, CheckpointSettings
+from conversion.commands import ConversionSettings
 from report import ReportSettings, short_flags
 from runtime.flags import parse_flags
 from settings.command_line import parse_settings
@@ -39,6 +40,9 @@ def test_command_is_accepted(command):
         ReportSettings(**parse_flags(ReportSettings, script, short_flags(flags)))
     elif script == "checkpoint.py":
         assert CheckpointSettings(**parse_flags(CheckpointSettings, script, flags)).verb[0] in VERBS
+    elif script == "hf.py":
+        verb = ConversionSettings(**parse_flags(ConversionSettings, script, flags)).verb
+        assert verb[0] in ("export", "import") and len(verb) == 3
     elif script == "bench.py":
         own, _, trainer = " ".join(flags).partition(" -- ")
         settings = BenchSettings(**parse_flags(BenchSettings, script, own.split()))
