@@ -53,9 +53,6 @@ def main(args: SampleSettings) -> None:
             f"{path} was trained on token ids that name no tokenizer; "
             "say which with --tokenizer-name (gpt2 for FineWeb-Edu shards)"
         )
-    longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
-    if note := note_on_context(longest, args.max_new_tokens, model.config):
-        say_aside(note)
     options = dataclasses.asdict(args)
     sampling = Sampling(**{f.name: options[f.name] for f in dataclasses.fields(Sampling)})
     jobs = [(p, i) for p in range(len(prompts)) for i in range(args.num_samples)]
@@ -81,6 +78,9 @@ def main(args: SampleSettings) -> None:
             else:
                 say(heading(p, len(prompts), i, args))
                 say(str(text))
+    longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
+    if note := note_on_context(longest, args.max_new_tokens, model.config):
+        say_aside(note)
 
 
 def heading(p: int, prompts: int, i: int, args: SampleSettings) -> str:
