@@ -20,6 +20,7 @@ from corpus.contamination import REFUSED_SHARE, refuse_copies, refuse_leak, repe
 from corpus.find_text import find_texts, stdlib_files
 from corpus.hashing import permute
 from corpus.mixtures import Joined, Mixture, weighted
+from corpus.read_text import TEXT_COLUMN
 from corpus.shards import (
     TokenShards,
     ToyTokens,
@@ -47,7 +48,7 @@ class TextDatasetForCausalLM(TokenDataset):
 
     paths: files, folders and globs (see corpus/find_text.py); none = the Python standard library's
     source. document_separator: the text between two documents of a plain text file; "" = each file
-    is one document.
+    is one document. text_column: the name of the text in JSON lines and Parquet.
     """
 
     def __init__(
@@ -57,16 +58,22 @@ class TextDatasetForCausalLM(TokenDataset):
         seq_len: int,
         cache_dir: str | Path = "~/.cache/rosetrainer",
         document_separator: str = "",
+        text_column: str = TEXT_COLUMN,
     ) -> None:
         files, notes = find_texts(paths) if paths else (stdlib_files(), [])
         cache = expanded(cache_dir, "--cache-dir")
-        shards, made = tokenize_files(files, tokenizer, cache, document_separator)
+        shards, made = tokenize_files(files, tokenizer, cache, document_separator, text_column)
         name = f"source of the Python standard library ({len(files)} files)"
         name = ", ".join(map(str, paths)) or name
         texts = [(t["path"], t["sha256"], t["bytes"]) for t in made["sources"]]
         source = TokenShards(shards, tokenizer.vocab_size, name, made["key"], texts=texts)
         super().__init__(source, seq_len, tokenizer=tokenizer)
         self.notes = notes + note_on_documents(made, document_separator)
+        if not tokenizer.token_bytes.any():
+            self.notes.append(
+                f"tokenizer {tokenizer.name} changes text before it finds tokens, so there are no "
+                "bits per byte"
+            )
 
 
 class FineWebNPYDataset(TokenDataset):
@@ -133,7 +140,12 @@ def open_source(
             return FineWebNPYDataset(paths, args.seq_len, vocab_size, tokenizer, args.bin_dtype)
         assert tokenizer is not None
         return TextDatasetForCausalLM(
-            paths, tokenizer, args.seq_len, args.cache_dir, args.document_separator
+            paths,
+            tokenizer,
+            args.seq_len,
+            args.cache_dir,
+            args.document_separator,
+            args.text_column,
         )
 
     text, shards = (args.val_data, args.val_npy) if held_out else (args.train_data, args.train_npy)

@@ -21,6 +21,9 @@ class EvalSettings:
     data_mode: str = flag("auto", "kind of data", "auto", "text", "fineweb_npy", "toy")
     val_data: tuple[str, ...] = flag((), "text files to evaluate on, whole")
     val_npy: tuple[str, ...] = flag((), "token shards to evaluate on, whole")
+    text_column: str = flag(
+        "", "name of the text in .jsonl and .parquet; none = as in training", metavar="NAME"
+    )
     bin_dtype: str = flag(
         "auto",
         "ids of .bin files without header; auto = as in training",

@@ -169,7 +169,7 @@ def test_a_folder_of_other_tokens_is_not_touched(corpus, tmp_path):
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "line 2 is not a JSON object"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "line 2 has no 'text'; it has 'txt': name one"),
         ("a.jsonl", b'{"text": 5}\n', "line 1 is not"),
         ("a.jsonl", b"[1]\nx", "line 1 is not"),
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1 is not"),
