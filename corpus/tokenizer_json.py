@@ -49,7 +49,7 @@ def flat(part: Parts | None) -> list[Parts]:
     if part["type"] != "Sequence":
         return [part]
     kinds = ("normalizers", "pretokenizers", "decoders", "processors")
-    inner = next((part[kind] for kind in kinds if kind in part), [])
+    inner: list[Parts] = next((part[kind] for kind in kinds if kind in part), [])
     return [single for one in inner for single in flat(one)]
 
 

@@ -102,6 +102,7 @@ def _describe_job(
     workers: int,
     separator: str,
     column: str,
+    add_eos: bool = True,
 ) -> dict[str, Any]:
     """A record of all that determines the bytes of the output. Its entry `key` is a hash of that,
     in which the paths of the sources have no part.
@@ -118,6 +119,8 @@ def _describe_job(
         decides.append(["separator", separator])
     if column != TEXT_COLUMN:
         decides.append(["column", column])
+    if not add_eos:
+        decides.append(["no end tokens"])
     return {
         "format": _FORMAT,
         "key": hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest(),
@@ -263,17 +266,21 @@ def tokenize_files(
     cache_dir: Path,
     separator: str = "",
     column: str = TEXT_COLUMN,
+    add_eos: bool = True,
 ) -> tuple[list[Path], dict[str, Any]]:
     """Returns (the shards with the token ids of the files, made now or found in the cache; their
     manifest). The manifest's `key` is a hash of all that determines the ids, and its `sources` are
-    the files as given.
+    the files as given. add_eos: put the end token after each document; without, the manifest counts
+    no documents.
 
     The cache is keyed by content and tokenizer. If several processes start together, the first one
     does the work under a file lock and the others wait for it. Raises UserError.
     """
     workers = os.cpu_count() or 1
-    job = _describe_job(files, tokenizer, SHARD_TOKENS, workers, separator, column)
+    job = _describe_job(files, tokenizer, SHARD_TOKENS, workers, separator, column, add_eos)
     texts = _texts_of(files, tokenizer, separator, column)
+    if not add_eos:
+        texts = (text._replace(ends_document=False) for text in texts)
     folder = cache_dir / f"{Path(tokenizer.name).name}-{job['key']}"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)

@@ -249,7 +249,9 @@ def test_the_text_can_have_any_name(tmp_path):
     prepare(files, BYTES, tmp_path / "body", workers=1, column="body")
     prepare(files, BYTES, tmp_path / "text", workers=1)
     end = bytes([0])
-    body, other = ((stream(tmp_path / n) % 256).astype(np.uint8).tobytes() for n in ("body", "text"))
+    body, other = (
+        (stream(tmp_path / n) % 256).astype(np.uint8).tobytes() for n in ("body", "text")
+    )
     assert body == (b"one" + end + b"two" + end) * 2
     assert other == (b"x" + end + b"y" + end) * 2
 
