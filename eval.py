@@ -33,13 +33,14 @@ from reporting.evaluation_table import Evaluation
 from reporting.evaluations import EvalReport
 from reporting.wandb_log import log_evaluations
 from runtime.console import duration, say
-from runtime.device import pick_device, tune
+from runtime.device import Device, pick_device, tune
 from runtime.flags import parse_flags
 from runtime.run_script import run_script
 from runtime.setting_fields import UserError
 from runtime.signals import StopSignals
 from settings.eval_and_generate import EvalSettings
 from training.evaluation import evaluate
+from training.tasks import TaskModel, TaskScores, score_tasks
 
 _LOOK_SECONDS = 2.0  # between two looks for new checkpoints
 
@@ -114,9 +115,29 @@ class Evaluator:
         sources = {p.source.name: evaluate(model, p, size, device, self.parallel) for p in parts}
         self.wandb[file.run_id] = settings, file.wandb_run_id
         self.found[file.state] = Evaluation(
-            names[0], file.run_id, file.step, result, seconds, val.describe(), sources, names[1:]
+            names[0],
+            file.run_id,
+            file.step,
+            result,
+            seconds,
+            val.describe(),
+            sources,
+            names[1:],
+            self._tasks(file.run, device, size, names[0]),
         )
         return self.found[file.state]
+
+    def _tasks(
+        self, run: TrainedModel, device: Device, batch_size: int, where: str
+    ) -> dict[str, TaskScores]:
+        """The scores of the tasks that the flags name. Raises UserError."""
+        args = self.args
+        if not args.tasks:
+            return {}
+        if run.tokenizer is None:
+            raise UserError(f"{where} names no tokenizer for --tasks; say which: --tokenizer-name")
+        scored = TaskModel(run.model, run.tokenizer, device, batch_size)
+        return score_tasks(args.tasks, scored, args.task_path, args.task_limit, args.num_fewshot)
 
     def _validation(self, run: TrainedModel, where: str) -> TokenDataset:
         """The data for a checkpoint, which stay open for the next one of its run."""
@@ -186,7 +207,7 @@ def to_wandb(evaluator: Evaluator) -> None:
     for run_id, (trained, wandb_run_id) in evaluator.wandb.items():
         if evaluator.args.use_wandb:
             found = sorted(evaluator.evaluations, key=lambda e: e.step)
-            results = [(e.step, e.result) for e in found if e.run_id == run_id]
+            results = [(e.step, e.values) for e in found if e.run_id == run_id]
             log_evaluations(trained, wandb_run_id, results, say)
 
 
@@ -233,8 +254,10 @@ def _pause(signals: StopSignals) -> None:
 def main(args: EvalSettings) -> int:
     """Evaluates checkpoints, alone or under torchrun; rank 0 prints and logs the results."""
     with process_group(args) as ranks:
-        if args.watch and ranks.world > 1:
-            raise UserError("--watch works in one process; start eval.py without torchrun", True)
+        for flag in ("watch", "tasks"):
+            if getattr(args, flag) and ranks.world > 1:
+                said = f"--{flag} works in one process; start eval.py without torchrun"
+                raise UserError(said, of_all=True)
         pick_device(args.device, local_rank=ranks.local_rank)  # is there one?
         evaluator = Evaluator(args, ranks)
         tables = (args.log_dir, args.csv, args.json)

@@ -111,15 +111,22 @@ def read_tokenizer_json(text: str, where: str, config: Parts | None = None) -> H
     parts: Parts = json.loads(text)
     if complete(parts):
         text = json.dumps(parts, ensure_ascii=False)
-    _library_tokenizer(parts, where)
-    vocab = vocabulary(parts)
+    library, vocab = _library_tokenizer(parts, where), vocabulary(parts)
     if not vocab:
         raise UserError(f"{where}: has no tokens; take another tokenizer")
+    for token in (a["content"] for a in parts.get("added_tokens") or []):
+        if library.token_to_id(token) != vocab[token]:
+            raise UserError(
+                f"{where}: {token!r} has the id {vocab[token]} there, but the tokenizers library "
+                f"gives it {library.token_to_id(token)}; save it again with that library"
+            )
     end_token = end_token_of(parts, vocab, config or {}, where)
     if end_token is None:
         end_token = max(vocab.values()) + 1
         added: Parts = {"id": end_token, "content": ADDED_END, "special": True}
         added |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        if isinstance(parts["model"]["vocab"], dict):
+            parts["model"]["vocab"][ADDED_END] = end_token
         parts["added_tokens"] = [*(parts.get("added_tokens") or []), added]
         text = json.dumps(parts, ensure_ascii=False)
     path = Path(where)

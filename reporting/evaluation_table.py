@@ -13,6 +13,7 @@ from typing import Any
 from reporting.metrics_file import to_json
 from runtime.console import aligned
 from training.evaluation import EvalResult
+from training.tasks import TaskScores
 
 Row = dict[str, Any]
 
@@ -29,6 +30,7 @@ class Evaluation:
     data: dict[str, Any] = field(default_factory=dict)  # as `TokenDataset.describe` returns it
     sources: dict[str, EvalResult] = field(default_factory=dict)  # single ones of a mixture
     also: tuple[str, ...] = ()  # paths of other files that hold the same state
+    tasks: dict[str, TaskScores] = field(default_factory=dict)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -46,7 +48,25 @@ class Evaluation:
         if self.sources:
             parts = {k: dataclasses.asdict(v) for k, v in self.sources.items()}
             found["sources"] = {k: json.loads(to_json(v)) for k, v in parts.items()}
+        if self.tasks:
+            found["tasks"] = {name: scores.record for name, scores in self.tasks.items()}
         return found
+
+    @property
+    def task_metrics(self) -> dict[str, float]:
+        """The scores of tasks without their standard errors: `hellaswag/acc` and so on."""
+        return {
+            f"{name}/{metric}": value
+            for name, scores in self.tasks.items()
+            for metric, value in scores.metrics.items()
+            if not metric.split(",")[0].endswith("_stderr")
+        }
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """The results by their names, for Weights & Biases."""
+        r = self.result
+        return {"loss": r.loss, "ppl": r.ppl, "bpb": r.bpb, **self.task_metrics}
 
     @property
     def row(self) -> Row:
@@ -63,6 +83,7 @@ class Evaluation:
             "bpb": r.bpb,
             "tokens": r.tokens,
             "seconds": self.seconds,
+            **self.task_metrics,
             "data": f"{d['source']}, tokens {d['start']}..{d['stop'] - 1}" if d else "",
         }
 
@@ -110,6 +131,7 @@ def as_shown(e: Evaluation) -> dict[str, str]:
         "bpb": "n/a" if r.bpb is None else f"{r.bpb:.6f}",
         "tokens": str(r.tokens),
         "seconds": f"{e.seconds:.1f}",
+        **{name: f"{value:.4f}" for name, value in e.task_metrics.items()},
     }
 
 
@@ -120,7 +142,9 @@ def evaluation_lines(evaluations: Sequence[Evaluation]) -> list[str]:
     if len(set(labels)) > 1:
         rows = [{**row, "data": label} for row, label in zip(rows, labels, strict=True)]
     if len(rows) == 1:  # who parses these lines knows no others
-        lines = [f"{k}: {v}" for k, v in rows[0].items() if k not in ("step", "seconds")]
+        left_out = {"step", "seconds", *evaluations[0].task_metrics}
+        lines = [f"{k}: {v}" for k, v in rows[0].items() if k not in left_out]
+        lines += [scores.line(name) for name, scores in evaluations[0].tasks.items()]
     else:
         lines = aligned([list(row) for row in rows[:1]] + [list(row.values()) for row in rows])
     for e in evaluations:

@@ -336,6 +336,14 @@ def test_a_tokenizer_without_special_tokens_gets_an_end_token(tmp_path):
     assert stored["added_tokens"][0]["content"] == "<|endoftext|>"
 
 
+def test_an_id_that_the_library_does_not_give_is_refused(tmp_path):
+    made = json.loads(text_of("byte level"))
+    made["added_tokens"].append({**made["added_tokens"][0], "id": 5000, "content": "<pad>"})
+    (tmp_path / "t.json").write_text(json.dumps(made))
+    with pytest.raises(UserError, match="'<pad>' has the id 5000 there, but"):
+        build_tokenizer(str(tmp_path / "t.json"))
+
+
 def test_json_holds_the_whole_tokenizer(kind):
     _, path, _ = kind
     tokenizer = build_tokenizer(str(path))
