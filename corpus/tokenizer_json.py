@@ -96,9 +96,8 @@ def for_text(parts: Parts) -> Parts:
         model["vocab"] = [
             [_NO_TEXT + t if i in special else t, score] for i, (t, score) in enumerate(known)
         ]
-    added = [a for a in parts.get("added_tokens") or [] if not a["special"]]
     nothing = {"truncation": None, "padding": None, "post_processor": None}
-    return {**parts, **nothing, "model": model, "added_tokens": added}
+    return {**parts, **nothing, "model": model, "added_tokens": _added_words(parts)}
 
 
 def _starts_text(part: Parts) -> bool:
@@ -145,7 +144,16 @@ def keeps_text(parts: Parts) -> bool:
         for p in flat(parts.get("pre_tokenizer"))
     )
     whole_words = not model.get("continuing_subword_prefix") and not model.get("end_of_word_suffix")
-    return normalizers_keep and splits_keep and whole_words
+    words = _added_words(parts)
+    # Such a word may swallow spaces beside it, and what follows it is a text with its own space.
+    words_keep = not any(a["lstrip"] or a["rstrip"] for a in words)
+    words_keep &= not (words and adds_space(parts))
+    return normalizers_keep and splits_keep and whole_words and words_keep
+
+
+def _added_words(parts: Parts) -> list[Parts]:
+    """The added tokens that are found in text before all others."""
+    return [a for a in parts.get("added_tokens") or [] if not a["special"]]
 
 
 def is_byte_level(parts: Parts) -> bool:
@@ -201,8 +209,7 @@ def safe_cut(parts: Parts, vocab: dict[str, int]) -> re.Pattern[str] | None:
     normalizers, splits = flat(parts.get("normalizer")), flat(parts.get("pre_tokenizer"))
     simple = (*_COMPOSING, *_COMPATIBILITY)
     local = all(p["type"] in simple or _starts_text(p) or p == _SPACE_TO_MARK for p in normalizers)
-    words = [a for a in parts.get("added_tokens") or [] if not a["special"]]
-    if not local or words:  # an added word divides the text, and each part gets a space before it
+    if not local or _added_words(parts):
         return None
     if splits and splits[-1]["type"] == "ByteLevel":
         first = splits[0]
