@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class HuggingFaceTokenizer:
 
     def _encode(self, library: Any, text: str) -> np.ndarray:
         try:
-            found = library.encode(text, add_special_tokens=False).ids
+            # Of the ways to encode, only that of batches leaves out the positions in the text.
+            found = library.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except Exception as reason:  # the library has no kinds of errors
             raise UserError(f"tokenizer {self.name}: {reason} ({text[:40]!r})") from reason
         ids = np.array(found, np.uint32)
@@ -93,6 +95,7 @@ def _library_tokenizer(parts: Parts, where: str) -> Any:
         raise UserError(
             "a tokenizer.json of Hugging Face needs a package: pip install tokenizers"
         ) from None
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads don't survive a fork
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(parts))
     except Exception as reason:  # the library has no kinds of errors
