@@ -33,6 +33,7 @@ class PrepareSettings:
     split: str = flag("", "of --hf: none = the only one, or else train", metavar="NAME")
     text_column: str = flag(TEXT_COLUMN, "name of the text in .jsonl, .parquet and --hf",
                             metavar="NAME")  # fmt: skip
+    column: str = flag("", "of --hf: same as --text-column", metavar="NAME")
     out: str = flag("", "folder to write the shards to", metavar="PATH")
     tokenizer_name: str = flag("gpt2", "bytes, a tiktoken encoding, a trained tokenizer's file, a "
                                "tokenizer.json, or a SentencePiece .model",
@@ -51,8 +52,14 @@ class PrepareSettings:
             raise UserError(
                 f"--hf {self.hf} and {self.paths[0]} are two corpora; prepare each alone"
             )
-        if (self.config or self.split) and not self.hf:
-            raise UserError("--config and --split are of a data set of Hugging Face; give its --hf")
+        if (self.config or self.split or self.column) and not self.hf:
+            raise UserError(
+                "--config, --split and --column are of a data set of Hugging Face; give its --hf"
+            )
+        if self.column:
+            if self.text_column not in (TEXT_COLUMN, self.column):
+                raise UserError(f"--column {self.column} contradicts --text-column; give one")
+            object.__setattr__(self, "text_column", self.column)
 
 
 def open_sources(args: PrepareSettings) -> Sources:

@@ -134,5 +134,21 @@ def test_the_command_prepares_a_data_set_offline(program, tmp_path):
     env = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     out = program("data/prepare.py", "--out", "p", *flags.split(), **env)
     assert f"{len(WANTED)} tokens" in out and "3 documents" in out
-    said = program("data/prepare.py", "--out", "p", *flags.split(), "--split", "x", ok=False, **env)
-    assert "x" in said and "Traceback" not in said
+    same = program(
+        "data/prepare.py", "--out", "p", *flags.replace("text-column", "column").split(), **env
+    )
+    assert f"{len(WANTED)} tokens" in same
+    for more, wanted in (
+        (["--split", "x"], 'Unknown split "x"'),
+        (["--column", "n"], "--column n contradicts --text-column"),
+        (["a.txt"], "and a.txt are two corpora"),
+        (["--document-separator", "x"], "a row of --hf is a document"),
+    ):
+        said = program("data/prepare.py", "--out", "p", *flags.split(), *more, ok=False, **env)
+        assert wanted in said and "Traceback" not in said
+    said = program("data/prepare.py", "--out", "p", "a.txt", "--split", "x", ok=False)
+    assert "give its --hf" in said
+    (tmp_path / "a.txt").write_text("some text")
+    more = ["--text-column", "x", "--tokenizer-name", "bytes"]
+    said = program("data/prepare.py", "--out", "p", "a.txt", *more, ok=False)
+    assert "none of the files has columns" in said

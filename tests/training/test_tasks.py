@@ -14,6 +14,7 @@ from corpus.tokenizer import build_tokenizer
 from corpus.tokenizer_json import byte_characters
 from model import GPTModel
 from runtime.setting_fields import UserError
+from settings.eval_and_generate import EvalSettings
 from training.tasks import TaskModel, _harness_model, score_tasks
 
 WORDS = "the cat sat on a mat with some dogs and birds, who sang: don't! 12 Grüße 🌹".split()
@@ -275,6 +276,13 @@ def test_an_unknown_task_is_one_line(scored, tmp_path):
     with pytest.raises(UserError, match=said) as caught:
         score_tasks(["nothing_of_the_kind"], scored, str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_tasks_are_named_by_words_or_commas():
+    args = EvalSettings(checkpoint_path=("a.pt",), tasks=("one,two", "three", "one"))
+    assert args.tasks == ("one", "two", "three")
+    with pytest.raises(UserError, match="are of --tasks; name some"):
+        EvalSettings(checkpoint_path=("a.pt",), num_fewshot=2)
 
 
 @pytest.mark.long
