@@ -28,6 +28,9 @@ from corpus.tokenizer_json import (
 from runtime.setting_fields import UserError
 
 FILE_FORMAT = "rosetrainer tokenizer 1"  # how a tokenizer is stored, here and in tokenizer.py
+# The library has no kinds of errors, and what it calls a panic is no Exception.
+_NOT_OF_THE_LIBRARY = (KeyboardInterrupt, SystemExit, GeneratorExit)
+_MOST_IDS = 1 << 24  # the largest vocabularies have some 2^18
 
 
 class HuggingFaceTokenizer:
@@ -69,7 +72,9 @@ class HuggingFaceTokenizer:
         try:
             # Of the ways to encode, only that of batches leaves out the positions in the text.
             found = library.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        except Exception as reason:  # the library has no kinds of errors
+        except _NOT_OF_THE_LIBRARY:
+            raise
+        except BaseException as reason:
             raise UserError(f"tokenizer {self.name}: {reason} ({text[:40]!r})") from reason
         ids = np.array(found, np.uint32)
         if self._incomplete and self.token_bytes[ids].clip(0).sum() < len(text.encode()):
@@ -98,7 +103,9 @@ def _library_tokenizer(parts: Parts, where: str) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads don't survive a fork
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(parts))
-    except Exception as reason:  # the library has no kinds of errors
+    except _NOT_OF_THE_LIBRARY:
+        raise
+    except BaseException as reason:
         raise UserError(
             f"{where}: the tokenizers library can't read it ({' '.join(str(reason).split())[:100]})"
             "; another version of it might: pip install -U tokenizers"
@@ -117,6 +124,10 @@ def read_tokenizer_json(text: str, where: str, config: Parts | None = None) -> H
     library, vocab = _library_tokenizer(parts, where), vocabulary(parts)
     if not vocab:
         raise UserError(f"{where}: has no tokens; take another tokenizer")
+    if max(vocab.values()) >= _MOST_IDS:
+        raise UserError(
+            f"{where}: has ids up to {max(vocab.values()):,}; the most is {_MOST_IDS:,}"
+        )
     for token in (a["content"] for a in parts.get("added_tokens") or []):
         if library.token_to_id(token) != vocab[token]:
             raise UserError(

@@ -46,7 +46,10 @@ def read_sentencepiece(path: Path) -> HuggingFaceTokenizer:
     if model.trainer_spec.treat_whitespace_as_suffix:
         raise UserError(f"{path}: has spaces at the end of its tokens, which can't be converted")
     end = original.id_to_piece(original.eos_id()) if original.eos_id() >= 0 else ""
-    text = json.dumps(_tokenizer_json(model), ensure_ascii=False)
+    try:
+        text = json.dumps(_tokenizer_json(model), ensure_ascii=False)
+    except (TypeError, ValueError) as reason:
+        raise UserError(f"{path}: a piece or its score is damaged ({str(reason)[:80]})") from reason
     made = read_tokenizer_json(text, str(path), {"eos_token": end, **config_beside(path)})
     wanted, found = original.encode(_SAMPLE), made.encode(_SAMPLE).tolist()
     if wanted != found:

@@ -376,6 +376,7 @@ def test_json_holds_the_whole_tokenizer(kind):
         ('{"model": {}}', "can't read it"),
         ('{"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}', "can't read it"),
         ('{"model": 5}', "not a tokenizer file"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 4000000000}, "merges": []}}', "4,000,000,000"),
     ],
 )
 def test_what_is_no_tokenizer_is_refused_in_one_line(text, said, tmp_path):

@@ -1,5 +1,6 @@
 import argparse
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,19 @@ def test_other_models_are_refused(tmp_path):
     path, _ = model(tmp_path, treat_whitespace_as_suffix=True)
     with pytest.raises(UserError, match="spaces at the end of its tokens"):
         build_tokenizer(str(path))
+
+
+def test_damaged_models_are_refused_in_one_line_or_read(tmp_path):
+    path, _ = model(tmp_path)
+    data, draw, refused = path.read_bytes(), random.Random(1), 0
+    for i in range(40):
+        damaged = bytearray(data[: draw.randrange(len(data))] if i % 4 == 0 else data)
+        for _ in range(draw.choice((1, 20))):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            build_tokenizer(str(path)).encode("some text")
+        except UserError as reason:
+            refused += 1
+            assert "\n" not in str(reason)
+    assert refused > 20
