@@ -40,7 +40,7 @@ from runtime.setting_fields import UserError
 from runtime.signals import StopSignals
 from settings.eval_and_generate import EvalSettings
 from training.evaluation import evaluate
-from training.tasks import TaskModel, TaskScores, score_tasks
+from training.tasks import TaskModel, score_tasks
 
 _LOOK_SECONDS = 2.0  # between two looks for new checkpoints
 
@@ -106,38 +106,44 @@ class Evaluator:
         precision = "fp32" if args.no_amp else settings.precision
         device = pick_device(args.device, precision, self.ranks.local_rank)
         tune(device)
-        model = file.run.model.to(device.torch_device)
-        val = self._validation(file.run, names[0])
-        size, start = args.batch_size or settings.batch_size, time.perf_counter()
-        result = evaluate(model, val, size, device, self.parallel)
-        seconds = time.perf_counter() - start
-        parts = [p for p in val.parts if args.by_source and p.num_tokens > 1]
-        sources = {p.source.name: evaluate(model, p, size, device, self.parallel) for p in parts}
+        file.run.model.to(device.torch_device)
+        size = args.batch_size or settings.batch_size
+        found = Evaluation(names[0], file.run_id, file.step, None, also=names[1:])
+        if not args.tasks_only:
+            found = self._with_loss(found, file.run, device, size)
+        if args.tasks:
+            found = self._with_tasks(found, file.run, device, size)
         self.wandb[file.run_id] = settings, file.wandb_run_id
-        self.found[file.state] = Evaluation(
-            names[0],
-            file.run_id,
-            file.step,
-            result,
-            seconds,
-            val.describe(),
-            sources,
-            names[1:],
-            self._tasks(file.run, device, size, names[0]),
-        )
-        return self.found[file.state]
+        self.found[file.state] = found
+        return found
 
-    def _tasks(
-        self, run: TrainedModel, device: Device, batch_size: int, where: str
-    ) -> dict[str, TaskScores]:
-        """The scores of the tasks that the flags name. Raises UserError."""
+    def _with_loss(
+        self, found: Evaluation, run: TrainedModel, device: Device, batch_size: int
+    ) -> Evaluation:
+        """Adds the loss on validation data. Raises UserError."""
+        val, start = self._validation(run, found.checkpoint), time.perf_counter()
+        result = evaluate(run.model, val, batch_size, device, self.parallel)
+        seconds = time.perf_counter() - start
+        parts = [p for p in val.parts if self.args.by_source and p.num_tokens > 1]
+        sources = {
+            p.source.name: evaluate(run.model, p, batch_size, device, self.parallel) for p in parts
+        }
+        return dataclasses.replace(
+            found, result=result, seconds=seconds, data=val.describe(), sources=sources
+        )
+
+    def _with_tasks(
+        self, found: Evaluation, run: TrainedModel, device: Device, batch_size: int
+    ) -> Evaluation:
+        """Adds the scores of the tasks that the flags name. Raises UserError."""
         args = self.args
-        if not args.tasks:
-            return {}
         if run.tokenizer is None:
-            raise UserError(f"{where} names no tokenizer for --tasks; say which: --tokenizer-name")
+            raise UserError(
+                f"{found.checkpoint} names no tokenizer for --tasks; say which: --tokenizer-name"
+            )
         scored = TaskModel(run.model, run.tokenizer, device, batch_size)
-        return score_tasks(args.tasks, scored, args.task_path, args.task_limit, args.num_fewshot)
+        options = (args.task_path, args.task_limit, args.num_fewshot)
+        return dataclasses.replace(found, tasks=score_tasks(args.tasks, scored, *options))
 
     def _validation(self, run: TrainedModel, where: str) -> TokenDataset:
         """The data for a checkpoint, which stay open for the next one of its run."""

@@ -39,6 +39,7 @@ class EvalSettings:
     tasks: tuple[str, ...] = flag(
         (), "tasks of lm-evaluation-harness, such as hellaswag,arc_easy", metavar="NAME"
     )
+    tasks_only: bool = flag(False, "no loss on validation data, which need not be there")
     task_path: str = flag("", "folder with tasks of your own, as YAML files", metavar="PATH")
     task_limit: int = flag(0, "questions of each task; 0 = all", at_least=0)
     num_fewshot: int = flag(
@@ -71,8 +72,14 @@ class EvalSettings:
             raise UserError("--val-data and --val-npy are two data sets; evaluate one at a time")
         names = [name for word in self.tasks for name in word.split(",") if name]
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(names)))
-        if not names and (self.task_path or self.task_limit or self.num_fewshot >= 0):
-            raise UserError("--task-path, --task-limit and --num-fewshot are of --tasks; name some")
+        about = ("task_path", "task_limit", "tasks_only")
+        if not names and (any(getattr(self, n) for n in about) or self.num_fewshot >= 0):
+            raise UserError(
+                "--tasks-only, --task-path, --task-limit and --num-fewshot are of --tasks; "
+                "name some"
+            )
+        if self.tasks_only and (self.val_data or self.val_npy or self.by_source):
+            raise UserError("--tasks-only computes no loss; leave out --val-data and --by-source")
         if self.csv and self.csv == self.json:
             raise UserError(f"--csv and --json are both {self.csv}; give two files")
 

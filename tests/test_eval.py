@@ -219,5 +219,9 @@ def test_scores_of_tasks_go_to_table_lines_and_wandb(tmp_path, capsys):
     header, row = report(tmp_path, capsys, one, other)[:2]
     assert header.split()[-2:] == ["mine/acc", "mine/f1,strict"]
     assert row.split()[-2:] == ["0.2500", "0.5000"]
+    alone = Evaluation("3.pt", "r", 3, None, tasks=tasks)
+    assert report(tmp_path, capsys, alone) == ["checkpoint: 3.pt", lines[-1]]
+    assert report(tmp_path, capsys, one, alone)[2].split()[2:7] == ["n/a"] * 5
+    assert alone.values == {"mine/acc": 0.25, "mine/f1,strict": 0.5}
     (read,) = csv.DictReader(io.StringIO(as_csv([one.row])))
     assert float(read["mine/acc"]) == one.row["mine/acc"] == 0.25

@@ -281,8 +281,11 @@ def test_an_unknown_task_is_one_line(scored, tmp_path):
 def test_tasks_are_named_by_words_or_commas():
     args = EvalSettings(checkpoint_path=("a.pt",), tasks=("one,two", "three", "one"))
     assert args.tasks == ("one", "two", "three")
-    with pytest.raises(UserError, match="are of --tasks; name some"):
-        EvalSettings(checkpoint_path=("a.pt",), num_fewshot=2)
+    for alone in ({"num_fewshot": 2}, {"tasks_only": True}, {"task_path": "x"}):
+        with pytest.raises(UserError, match="are of --tasks; name some"):
+            EvalSettings(checkpoint_path=("a.pt",), **alone)
+    with pytest.raises(UserError, match="computes no loss"):
+        EvalSettings(checkpoint_path=("a.pt",), tasks=("a",), tasks_only=True, val_data=("a.txt",))
 
 
 @pytest.mark.long
@@ -316,5 +319,10 @@ def test_eval_prints_and_records_the_scores_offline(program, tmp_path):
     assert "mine/acc" in said and "other/acc" in said
     said = program("eval.py", "--checkpoint-path", "runs/a.pt", *more, ranks=2, ok=False, **env)
     assert "--tasks works in one process" in said
-    said = program("eval.py", "--checkpoint-path", "runs/a.pt", "--task-limit", "3", ok=False)
-    assert "are of --tasks; name some" in said
+    (tmp_path / "a.txt").unlink()  # without the data of the run
+    said = program("eval.py", "--checkpoint-path", "runs/a.pt", *more, ok=False, **env)
+    assert "no such file" in said
+    said = program("eval.py", "--checkpoint-path", "runs/a.pt", "--tasks-only", *more, **env)
+    assert "checkpoint: runs/a.pt\nmine: acc " in said and "loss" not in said
+    last = json.loads((tmp_path / "logs/eval.jsonl").read_text().splitlines()[-1])
+    assert "loss" not in last and last["tasks"]["mine"]["num_fewshot"] == 2
