@@ -49,7 +49,7 @@ class HuggingFaceTokenizer:
         parts = for_text(whole)
         rest = for_rest(parts)
         self._whole = _library_tokenizer(parts, name)
-        self._rest = self._whole if rest == parts else _library_tokenizer(rest, name)
+        self._rest = self._whole if rest is parts else _library_tokenizer(rest, name)
         self.vocab_size = max(vocab.values()) + 1
         self.token_bytes = token_bytes(whole, vocab, end_token)
         self.safe_cut = safe_cut(parts, vocab)

@@ -115,6 +115,8 @@ def adds_space(parts: Parts) -> bool:
 
 def for_rest(parts: Parts) -> Parts:
     """The tokenizer for a text that goes on where another ended: it puts no space before it."""
+    if not adds_space(parts):
+        return parts
     normalizers = [p for p in flat(parts.get("normalizer")) if not _starts_text(p)]
     splits = [dict(p) for p in flat(parts.get("pre_tokenizer"))]
     for p in splits:
