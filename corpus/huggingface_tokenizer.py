@@ -57,6 +57,7 @@ class HuggingFaceTokenizer:
         self._incomplete = (
             is_byte_level(parts)
             and keeps_text(parts)
+            and not parts.get("normalizer")
             and not byte_characters().keys() <= vocab.keys()
         )
         about = json.dumps([parts, end_token], sort_keys=True)
@@ -75,13 +76,17 @@ class HuggingFaceTokenizer:
         except _NOT_OF_THE_LIBRARY:
             raise
         except BaseException as reason:
-            raise UserError(f"tokenizer {self.name}: {reason} ({text[:40]!r})") from reason
+            said = " ".join(str(reason).split())[:100]
+            raise UserError(f"tokenizer {self.name}: {said} ({text[:40]!r})") from reason
         ids = np.array(found, np.uint32)
         if self._incomplete and self.token_bytes[ids].clip(0).sum() < len(text.encode()):
-            missing = next(c for c in text if not library.encode(c, add_special_tokens=False).ids)
+            half = len(text) // 2
+            if half:  # its own half says which character it is
+                self._encode(self._rest, text[:half])
+                self._encode(self._rest, text[half:])
             raise UserError(
-                f"tokenizer {self.name} has no token for {missing!r}, so that it would be lost; "
-                "take a tokenizer that has one for each byte"
+                f"tokenizer {self.name} has no token for {text[:20]!r}, so that it "
+                "would be lost; take a tokenizer that has one for each byte"
             )
         return ids
 

@@ -340,8 +340,9 @@ def test_a_tokenizer_without_special_tokens_gets_an_end_token(tmp_path):
     assert (tokenizer.vocab_size, tokenizer.end_token) == (4, 3)
     assert tokenizer.encode("abba").tolist() == [2, 1, 0]
     assert tokenizer.decode([2, 1, 0, 3]) == "abba"
-    with pytest.raises(UserError, match="no token for 'c', so that it would be lost"):
-        tokenizer.encode("abc")
+    for text in ("abc", "ab" * 50 + "🌹" + "ab" * 20):
+        with pytest.raises(UserError, match=r"no token for '[c🌹]', so that it would"):
+            tokenizer.encode(text)
     stored = json.loads(json.loads(tokenizer.to_json())["tokenizer_json"])
     assert stored["added_tokens"][0]["content"] == "<|endoftext|>"
 
