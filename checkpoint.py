@@ -241,12 +241,13 @@ class TrainedModel:
 
     def continue_text(self, prompt: str, max_new_tokens: int = 100, **options: Any) -> str:
         """The prompt and what the model writes after it. options: those of
-        `training.text_generation.continue_texts`, such as stop=["\n"], seeds=[7] or
+        `training.text_generation.continue_ids`, such as stop=["\n"], seeds=[7] or
         sampling=Sampling(temperature=0). Raises UserError without a tokenizer.
         """
         device = pick_device(str(next(self.model.parameters()).device), "fp32")
         tokenizer, tokens = self._tokenizer, max_new_tokens
-        return str(continue_texts(self.model, tokenizer, [prompt], device, tokens, **options)[0])
+        written = continue_texts(self.model, tokenizer, [prompt], device, tokens, **options)
+        return prompt + str(written[0])
 
     @property
     def _tokenizer(self) -> Tokenizer:

@@ -88,6 +88,7 @@ class Settings:
     document_separator: str = flag("", "what parts the documents of a plain text file, such as "
                                    "<|endoftext|>; none = each file is one document",
                                    metavar="TEXT")
+    text_column: str = flag("text", "name of the text in .jsonl and .parquet", metavar="NAME")
     bin_dtype: str = flag("auto", "ids of .bin files without header; auto = told from the data",
                           "auto", "uint8", "uint16", "uint32", fixed=True)
     use_toy_data: bool = flag(False, "random tokens: nothing to learn, everything to test",

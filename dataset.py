@@ -12,22 +12,17 @@ import glob
 import os
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from config import Settings
 from corpus.contamination import REFUSED_SHARE, refuse_copies, refuse_leak, repeated_files, some
-from corpus.find_text import find_texts, stdlib_files
+from corpus.data_kinds import FineWebNPYDataset, TextDatasetForCausalLM, ToyRandomDataset
 from corpus.hashing import permute
 from corpus.mixtures import Joined, Mixture, weighted
-from corpus.shards import (
-    TokenShards,
-    ToyTokens,
-    find_shards,
-)
+from corpus.shards import find_shards
 from corpus.token_dataset import TokenDataset
 from corpus.tokenizer import Tokenizer, build_tokenizer
-from corpus.tokenizing import TOKENIZER_FILE, note_on_documents, tokenize_files
+from corpus.tokenizing import TOKENIZER_FILE
 from runtime.files import expanded
 from runtime.setting_fields import UserError
 
@@ -40,66 +35,6 @@ __all__ = [
     "open_data",
     "permute",
 ]
-
-
-class TextDatasetForCausalLM(TokenDataset):
-    """Text, tokenized once into a cache.
-
-    paths: files, folders and globs (see corpus/find_text.py); none = the Python standard library's
-    source. document_separator: the text between two documents of a plain text file; "" = each file
-    is one document.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str | Path],
-        tokenizer: Tokenizer,
-        seq_len: int,
-        cache_dir: str | Path = "~/.cache/rosetrainer",
-        document_separator: str = "",
-    ) -> None:
-        files, notes = find_texts(paths) if paths else (stdlib_files(), [])
-        cache = expanded(cache_dir, "--cache-dir")
-        shards, made = tokenize_files(files, tokenizer, cache, document_separator)
-        name = f"source of the Python standard library ({len(files)} files)"
-        name = ", ".join(map(str, paths)) or name
-        texts = [(t["path"], t["sha256"], t["bytes"]) for t in made["sources"]]
-        source = TokenShards(shards, tokenizer.vocab_size, name, made["key"], texts=texts)
-        super().__init__(source, seq_len, tokenizer=tokenizer)
-        self.notes = notes + note_on_documents(made, document_separator)
-
-
-class FineWebNPYDataset(TokenDataset):
-    """Existing shards of token ids, such as those of FineWeb-Edu; needs no tokenizer."""
-
-    def __init__(
-        self,
-        paths: Sequence[str | Path],
-        seq_len: int,
-        vocab_size: int = 50257,
-        tokenizer: Tokenizer | None = None,
-        bin_dtype: str = "auto",
-    ) -> None:
-        shards = TokenShards(paths, vocab_size, bin_dtype=bin_dtype)
-        super().__init__(shards, seq_len, tokenizer=tokenizer)
-        self.notes = list(shards.notes)
-        largest = shards.largest_id_seen()
-        if tokenizer is None and 4 * (largest + 1) <= vocab_size:
-            self.notes.append(
-                f"the largest id seen in {shards.name} is {largest:,}, and the model has "
-                f"{vocab_size:,} of them; --vocab-size {largest + 1} fits it to what was seen"
-            )
-
-
-class ToyRandomDataset(TokenDataset):
-    """Uniformly random tokens. No model can predict unseen ones, so a validation loss clearly below
-    ln(vocab_size) means a bug.
-    """
-
-    def __init__(
-        self, vocab_size: int, seq_len: int, num_tokens: int = 1_000_000, seed: int = 0
-    ) -> None:
-        super().__init__(ToyTokens(num_tokens, vocab_size, seed), seq_len)
 
 
 def tokenizer_of(args: Settings) -> Tokenizer | None:
@@ -133,7 +68,12 @@ def open_source(
             return FineWebNPYDataset(paths, args.seq_len, vocab_size, tokenizer, args.bin_dtype)
         assert tokenizer is not None
         return TextDatasetForCausalLM(
-            paths, tokenizer, args.seq_len, args.cache_dir, args.document_separator
+            paths,
+            tokenizer,
+            args.seq_len,
+            args.cache_dir,
+            args.document_separator,
+            args.text_column,
         )
 
     text, shards = (args.val_data, args.val_npy) if held_out else (args.train_data, args.train_npy)

@@ -33,13 +33,14 @@ from reporting.evaluation_table import Evaluation
 from reporting.evaluations import EvalReport
 from reporting.wandb_log import log_evaluations
 from runtime.console import duration, say
-from runtime.device import pick_device, tune
+from runtime.device import Device, pick_device, tune
 from runtime.flags import parse_flags
 from runtime.run_script import run_script
 from runtime.setting_fields import UserError
 from runtime.signals import StopSignals
 from settings.eval_and_generate import EvalSettings
 from training.evaluation import evaluate
+from training.tasks import TaskModel, score_tasks
 
 _LOOK_SECONDS = 2.0  # between two looks for new checkpoints
 
@@ -105,18 +106,44 @@ class Evaluator:
         precision = "fp32" if args.no_amp else settings.precision
         device = pick_device(args.device, precision, self.ranks.local_rank)
         tune(device)
-        model = file.run.model.to(device.torch_device)
-        val = self._validation(file.run, names[0])
-        size, start = args.batch_size or settings.batch_size, time.perf_counter()
-        result = evaluate(model, val, size, device, self.parallel)
-        seconds = time.perf_counter() - start
-        parts = [p for p in val.parts if args.by_source and p.num_tokens > 1]
-        sources = {p.source.name: evaluate(model, p, size, device, self.parallel) for p in parts}
+        file.run.model.to(device.torch_device)
+        size = args.batch_size or settings.batch_size
+        found = Evaluation(names[0], file.run_id, file.step, None, also=names[1:])
+        if not args.tasks_only:
+            found = self._with_loss(found, file.run, device, size)
+        if args.tasks:
+            found = self._with_tasks(found, file.run, device, size)
         self.wandb[file.run_id] = settings, file.wandb_run_id
-        self.found[file.state] = Evaluation(
-            names[0], file.run_id, file.step, result, seconds, val.describe(), sources, names[1:]
+        self.found[file.state] = found
+        return found
+
+    def _with_loss(
+        self, found: Evaluation, run: TrainedModel, device: Device, batch_size: int
+    ) -> Evaluation:
+        """Adds the loss on validation data. Raises UserError."""
+        val, start = self._validation(run, found.checkpoint), time.perf_counter()
+        result = evaluate(run.model, val, batch_size, device, self.parallel)
+        seconds = time.perf_counter() - start
+        parts = [p for p in val.parts if self.args.by_source and p.num_tokens > 1]
+        sources = {
+            p.source.name: evaluate(run.model, p, batch_size, device, self.parallel) for p in parts
+        }
+        return dataclasses.replace(
+            found, result=result, seconds=seconds, data=val.describe(), sources=sources
         )
-        return self.found[file.state]
+
+    def _with_tasks(
+        self, found: Evaluation, run: TrainedModel, device: Device, batch_size: int
+    ) -> Evaluation:
+        """Adds the scores of the tasks that the flags name. Raises UserError."""
+        args = self.args
+        if run.tokenizer is None:
+            raise UserError(
+                f"{found.checkpoint} names no tokenizer for --tasks; say which: --tokenizer-name"
+            )
+        scored = TaskModel(run.model, run.tokenizer, device, batch_size)
+        options = (args.task_path, args.task_limit, args.num_fewshot)
+        return dataclasses.replace(found, tasks=score_tasks(args.tasks, scored, *options))
 
     def _validation(self, run: TrainedModel, where: str) -> TokenDataset:
         """The data for a checkpoint, which stay open for the next one of its run."""
@@ -186,7 +213,7 @@ def to_wandb(evaluator: Evaluator) -> None:
     for run_id, (trained, wandb_run_id) in evaluator.wandb.items():
         if evaluator.args.use_wandb:
             found = sorted(evaluator.evaluations, key=lambda e: e.step)
-            results = [(e.step, e.result) for e in found if e.run_id == run_id]
+            results = [(e.step, e.values) for e in found if e.run_id == run_id]
             log_evaluations(trained, wandb_run_id, results, say)
 
 
@@ -233,8 +260,10 @@ def _pause(signals: StopSignals) -> None:
 def main(args: EvalSettings) -> int:
     """Evaluates checkpoints, alone or under torchrun; rank 0 prints and logs the results."""
     with process_group(args) as ranks:
-        if args.watch and ranks.world > 1:
-            raise UserError("--watch works in one process; start eval.py without torchrun", True)
+        for flag in ("watch", "tasks"):
+            if getattr(args, flag) and ranks.world > 1:
+                said = f"--{flag} works in one process; start eval.py without torchrun"
+                raise UserError(said, of_all=True)
         pick_device(args.device, local_rank=ranks.local_rank)  # is there one?
         evaluator = Evaluator(args, ranks)
         tables = (args.log_dir, args.csv, args.json)

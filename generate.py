@@ -77,7 +77,7 @@ def main(args: SampleSettings) -> None:
                 say(text.end_mark)
             else:
                 say(heading(p, len(prompts), i, args))
-                say(str(text))
+                say(prompts[p] + str(text))
     longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
     if note := note_on_context(longest, args.max_new_tokens, model.config):
         say_aside(note)

@@ -60,7 +60,7 @@ def _changed(args: EvalSettings, settings: Settings, where: str) -> Settings:
             f"give at most --seq-len {longest}, or leave it out"
         )
     changes: dict[str, Any] = {
-        k: getattr(args, k) for k in ("seq_len", "cache_dir") if getattr(args, k)
+        k: getattr(args, k) for k in ("seq_len", "cache_dir", "text_column") if getattr(args, k)
     }
     if args.bin_dtype != "auto":
         changes["bin_dtype"] = args.bin_dtype

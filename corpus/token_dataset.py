@@ -26,7 +26,8 @@ from corpus.tokenizer import Tokenizer
 
 class TokenDataset(torch.utils.data.Dataset):
     """The windows of tokens start .. stop - 1 of a source; stop None = its end. len() is the number
-    of full windows, which are the ones used in training. T is seq_len.
+    of full windows, which are the ones used in training. T is seq_len. shuffle_seed: of the order
+    in which data[i] gives them; None = the order of the source.
     """
 
     def __init__(
@@ -36,23 +37,27 @@ class TokenDataset(torch.utils.data.Dataset):
         start: int = 0,
         stop: int | None = None,
         tokenizer: Tokenizer | None = None,
+        shuffle_seed: int | None = None,
     ) -> None:
         self.source, self.seq_len, self.tokenizer = source, seq_len, tokenizer
         self.start, self.stop = start, source.num_tokens if stop is None else stop
-        self.num_tokens = self.stop - self.start
+        self.num_tokens, self.shuffle_seed = self.stop - self.start, shuffle_seed
         self.notes: list[str] = []  # what the run's log should say about this data
 
     def __len__(self) -> int:
         return max(self.num_tokens - 1, 0) // (self.seq_len - 1)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Window `index` as a dict of the model's inputs: input_ids, attention_mask (ones) and
-        labels (equal to input_ids, since the model shifts them), each (T,) int64. Raises
-        IndexError.
+        """Window `index`, or with a shuffle_seed the sample `index` of that, as a dict of the
+        model's inputs: input_ids, attention_mask (ones) and labels (equal to input_ids, since the
+        model shifts them), each (T,) int64. Raises IndexError.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        ids = self.rows(np.array([index]))[0]
+        window = np.array([index])
+        if self.shuffle_seed is not None:
+            window = self.ordered(window, self.shuffle_seed)
+        ids = self.rows(window)[0]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
     def rows(self, windows: np.ndarray) -> Tensor:

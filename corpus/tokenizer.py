@@ -1,4 +1,5 @@
-"""Tokenizers: bytes, the encodings of tiktoken (GPT-2's and its successors), and trained BPE files.
+"""Tokenizers: bytes, the encodings of tiktoken (GPT-2's and its successors), trained BPE files, and
+those of Hugging Face and SentencePiece.
 
 `build_tokenizer(name_or_path)` returns one. Its `to_json` text holds all of it, so a checkpoint
 that stores this text can decode its own samples anywhere.
@@ -10,6 +11,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Protocol
@@ -17,10 +19,16 @@ from typing import Protocol
 import numpy as np
 import regex
 
+from corpus.huggingface_tokenizer import (
+    FILE_FORMAT,
+    HuggingFaceTokenizer,
+    config_beside,
+    read_tokenizer_json,
+)
+from corpus.read_text import SAFE_CUT
+from corpus.sentencepiece_model import read_sentencepiece
 from runtime.files import write_atomically
 from runtime.setting_fields import UserError
-
-_FILE_FORMAT = "rosetrainer tokenizer 1"
 
 
 class Tokenizer(Protocol):
@@ -31,9 +39,18 @@ class Tokenizer(Protocol):
     end_token: int  # put after each document; stands for no byte of text
     token_bytes: np.ndarray  # (vocab_size,) int64: bytes of text that each id stands for
     fingerprint: str  # two tokenizers that give some text different ids differ in it
+    safe_cut: re.Pattern[str] | None  # where a text can be cut for `encode_rest`; None = nowhere
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, without any special token: (n,) of an integer type."""
+        """The ids of a text, without any special token: (n,) of an integer type. Raises UserError
+        for a text that has none.
+        """
+        ...
+
+    def encode_rest(self, text: str) -> np.ndarray:
+        """The ids of a text that goes on at a `safe_cut` of a document: together with those of the
+        text before it they are the ids of the document.
+        """
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -49,6 +66,7 @@ class ByteTokenizer:
     """Each UTF-8 byte is a token; id 256 ends a document. Never needs a file."""
 
     name, vocab_size, end_token, fingerprint = "bytes", 257, 256, "bytes"
+    safe_cut: re.Pattern[str] | None = SAFE_CUT
 
     def __init__(self) -> None:
         self.token_bytes = np.array([1] * 256 + [0])
@@ -56,11 +74,13 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8)
 
+    encode_rest = encode
+
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
     def to_json(self) -> str:
-        return json.dumps({"format": _FILE_FORMAT, "name": "bytes"})
+        return json.dumps({"format": FILE_FORMAT, "name": "bytes"})
 
 
 class BPETokenizer:
@@ -69,6 +89,8 @@ class BPETokenizer:
     pattern: the regular expression that splits text before merging. ranks: token to id, in the
     order of the merges. end_token: an id that is not in ranks. All ids are below vocab_size.
     """
+
+    safe_cut: re.Pattern[str] | None = SAFE_CUT
 
     def __init__(
         self, name: str, pattern: str, ranks: dict[bytes, int], end_token: int, vocab_size: int
@@ -99,6 +121,8 @@ class BPETokenizer:
             ids = [i for piece in pieces for i in self._bpe._encode_single_piece(piece)]
             return np.array(ids, np.uint32)
 
+    encode_rest = encode
+
     def decode(self, ids: list[int]) -> str:
         return b"".join(self._texts.get(i, b"") for i in ids).decode(errors="replace")
 
@@ -108,26 +132,26 @@ class BPETokenizer:
         return {"pattern": self._pattern, "end_token": self.end_token, "tokens": coded}
 
     def to_json(self) -> str:
-        return json.dumps({"format": _FILE_FORMAT, "name": self.name, **self._record()})
+        return json.dumps({"format": FILE_FORMAT, "name": self.name, **self._record()})
 
 
 def tokenizer_from_json(text: str, where: str) -> Tokenizer:
-    """Returns the tokenizer that `to_json` has written. where: the file that the text is from, for
-    error messages. Raises UserError for any other text.
+    """Returns the tokenizer that `to_json` has written, or that of a tokenizer.json of Hugging
+    Face. where: the file that the text is from, for error messages; a tokenizer_config.json beside
+    it may name the end token of the latter. Raises UserError for any other text.
     """
     try:
         record = json.loads(text)
         if isinstance(record, dict) and isinstance(record.get("model"), dict):
-            raise UserError(
-                f"{where} is a tokenizer of Hugging Face, which is not read here; for GPT-2's give "
-                "--tokenizer-name gpt2; with another one, tokenize the text with its own library "
-                "into 1-D .npy files of ids for --train-npy, with --vocab-size; or train one here "
-                "with data/train_tokenizer.py"
-            )
-        if not isinstance(record, dict) or record.get("format") != _FILE_FORMAT:
+            return read_tokenizer_json(text, where, config_beside(Path(where)))
+        if not isinstance(record, dict) or record.get("format") != FILE_FORMAT:
             raise ValueError("it does not say so")
         if record["name"] == "bytes":
             return ByteTokenizer()
+        if "tokenizer_json" in record:
+            return HuggingFaceTokenizer(
+                str(record["name"]), record["tokenizer_json"], int(record["end_token"])
+            )
         tokens = [None if t is None else base64.b64decode(t) for t in record["tokens"]]
         ranks = {t: i for i, t in enumerate(tokens) if t is not None}
         missing = 256 - sum(len(t) == 1 for t in ranks)
@@ -148,8 +172,9 @@ def tokenizer_from_json(text: str, where: str) -> Tokenizer:
 
 
 def build_tokenizer(name_or_path: str) -> Tokenizer:
-    """Returns the tokenizer "bytes", a tiktoken encoding by its name ("gpt2"), or that of a file
-    made by data/train_tokenizer.py.
+    """Returns the tokenizer "bytes", a tiktoken encoding by its name ("gpt2"), or that of a file:
+    one made by data/train_tokenizer.py, a tokenizer.json of Hugging Face or a folder with one, or a
+    model of SentencePiece.
 
     Raises UserError for any other name, and if the files of an encoding are not here and can't be
     downloaded.
@@ -166,9 +191,15 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
         ranks = known._mergeable_ranks
         return BPETokenizer(name_or_path, known._pat_str, ranks, known.eot_token, known.n_vocab)
     path = Path(name_or_path)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{name_or_path}: is a folder without a tokenizer.json; name a file")
     if path.is_file():
+        if path.suffix == ".model":
+            return read_sentencepiece(path)
         try:
-            return tokenizer_from_json(path.read_text(encoding="utf-8"), name_or_path)
+            return tokenizer_from_json(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as reason:
             raise UserError(
                 f"{name_or_path}: not a tokenizer file ({reason}); data/train_tokenizer.py makes "

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import (
     ThreadPoolExecutor,
 )
@@ -23,7 +23,15 @@ import numpy as np
 from tqdm import tqdm
 
 from corpus.find_text import kind_of
-from corpus.read_text import BLOCK_BYTES, USUAL_SEPARATOR, Text, read_pieces
+from corpus.huggingface_dataset import HuggingFaceTexts
+from corpus.read_text import (
+    BLOCK_BYTES,
+    TEXT_COLUMN,
+    USUAL_SEPARATOR,
+    Text,
+    in_pieces,
+    read_texts,
+)
 from corpus.tokenizer import Tokenizer
 from corpus.tokenizing_workers import encode_in_order
 from runtime.locks import lock
@@ -32,6 +40,9 @@ from runtime.setting_fields import UserError
 MANIFEST, TOKENIZER_FILE, _PROGRESS = "tokens.json", "tokenizer.json", "progress.json"
 _FORMAT = "rosetrainer tokens 1"
 SHARD_TOKENS = 100_000_000
+
+
+Sources = Sequence[Path] | HuggingFaceTexts
 
 
 class _ShardFile:
@@ -85,22 +96,31 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _describe_job(
-    sources: Sequence[Path],
+    sources: Sources,
     tokenizer: Tokenizer,
     shard_tokens: int,
     workers: int,
     separator: str,
+    column: str,
+    add_eos: bool = True,
 ) -> dict[str, Any]:
     """A record of all that determines the bytes of the output. Its entry `key` is a hash of that,
     in which the paths of the sources have no part.
     """
-    with ThreadPoolExecutor(workers) as pool:
-        digests = list(pool.map(_digest, sources))
-    kinds = [kind_of(p)[0] for p in sources]
+    if isinstance(sources, HuggingFaceTexts):
+        digests, kinds = [sources.record], [sources.kind]
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            digests = list(pool.map(_digest, sources))
+        kinds = [kind_of(p)[0] for p in sources]
     decides = [_FORMAT, tokenizer.fingerprint, shard_tokens, BLOCK_BYTES, kinds]
     decides += [d["sha256"] for d in digests]
     if separator:
         decides.append(["separator", separator])
+    if column != TEXT_COLUMN:
+        decides.append(["column", column])
+    if not add_eos:
+        decides.append(["no end tokens"])
     return {
         "format": _FORMAT,
         "key": hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest(),
@@ -113,12 +133,13 @@ def _describe_job(
 
 
 def prepare(
-    sources: Sequence[Path],
+    sources: Sources,
     tokenizer: Tokenizer,
     folder: Path,
     shard_tokens: int = SHARD_TOKENS,
     workers: int = 0,
     separator: str = "",
+    column: str = TEXT_COLUMN,
 ) -> dict[str, Any]:
     """Tokenizes the sources and writes the ids as shards into folder, with the end token after each
     document.
@@ -126,21 +147,33 @@ def prepare(
     A shard ends with the first piece of text that brings it to shard_tokens or more. A call that
     was killed at any moment and is repeated keeps the finished shards and ends with the same bytes.
     workers: 0 = one per core. separator: the text between two documents of a plain text file.
-    Returns the manifest, which is also written as tokens.json. Raises UserError.
+    column: the name of the text in JSON lines and Parquet. Returns the manifest, which is also
+    written as tokens.json. Raises UserError.
     """
     workers = workers or os.cpu_count() or 1
-    job = _describe_job(sources, tokenizer, shard_tokens, workers, separator)
-    return _write_shards(sources, tokenizer, folder, job, shard_tokens, workers, separator)
+    job = _describe_job(sources, tokenizer, shard_tokens, workers, separator, column)
+    texts = _texts_of(sources, tokenizer, separator, column)
+    return _write_shards(texts, tokenizer, folder, job, shard_tokens, workers)
+
+
+def _texts_of(
+    sources: Sources, tokenizer: Tokenizer, separator: str, column: str
+) -> Iterator[Text]:
+    """All texts in their order, long documents in parts where the tokenizer allows that."""
+    if isinstance(sources, HuggingFaceTexts):
+        yield from sources.texts()
+    else:
+        for path in sources:
+            yield from read_texts(path, separator, column, tokenizer.safe_cut)
 
 
 def _write_shards(
-    sources: Sequence[Path],
+    texts: Iterator[Text],
     tokenizer: Tokenizer,
     folder: Path,
     job: dict[str, Any],
     shard_tokens: int,
     workers: int,
-    separator: str,
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     shards = _finished(folder, job)
@@ -149,10 +182,9 @@ def _write_shards(
     dtype = np.dtype("<u2" if job["dtype"] == "uint16" else "<u4")
     for rest in folder.glob(f"*.{os.uname().nodename}.*.tmp"):
         rest.unlink()
-    pieces = islice(read_pieces(sources, separator), sum(s["pieces"] for s in shards), None)
-    total = (
-        sum(s["bytes"] for s in job["sources"]) if not any(kind_of(p)[1] for p in sources) else None
-    )
+    pieces = islice(in_pieces(texts), sum(s["pieces"] for s in shards), None)
+    packed = any(kind_of(Path(s["path"]))[1] for s in job["sources"])
+    total = None if packed else sum(s["bytes"] for s in job["sources"])
     shard: _ShardFile | None = None
     bar = tqdm(
         total=total, initial=sum(s["bytes"] for s in shards), unit="B", unit_scale=True,
@@ -178,7 +210,7 @@ def _write_shards(
         if shard is not None:
             shard.drop()
     if not shards:
-        raise UserError(f"{', '.join(map(str, sources[:3]))}: no text in it")
+        raise UserError(f"{', '.join(s['path'] for s in job['sources'][:3])}: no text in it")
     names = ("tokens", "bytes", "documents", "separators")
     counts = {k: sum(s.get(k, 0) for s in shards) for k in names}
     manifest = {**job, **counts, "shards": shards}
@@ -229,25 +261,32 @@ def note_on_documents(manifest: dict[str, Any], separator: str) -> list[str]:
 
 
 def tokenize_files(
-    files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path, separator: str = ""
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    separator: str = "",
+    column: str = TEXT_COLUMN,
+    add_eos: bool = True,
 ) -> tuple[list[Path], dict[str, Any]]:
     """Returns (the shards with the token ids of the files, made now or found in the cache; their
     manifest). The manifest's `key` is a hash of all that determines the ids, and its `sources` are
-    the files as given.
+    the files as given. add_eos: put the end token after each document; without, the manifest counts
+    no documents.
 
     The cache is keyed by content and tokenizer. If several processes start together, the first one
     does the work under a file lock and the others wait for it. Raises UserError.
     """
     workers = os.cpu_count() or 1
-    job = _describe_job(files, tokenizer, SHARD_TOKENS, workers, separator)
+    job = _describe_job(files, tokenizer, SHARD_TOKENS, workers, separator, column, add_eos)
+    texts = _texts_of(files, tokenizer, separator, column)
+    if not add_eos:
+        texts = (text._replace(ends_document=False) for text in texts)
     folder = cache_dir / f"{Path(tokenizer.name).name}-{job['key']}"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with open(cache_dir / f"{folder.name}.lock", "w") as held:
             lock(held)
-            manifest = _write_shards(
-                files, tokenizer, folder, job, SHARD_TOKENS, workers, separator
-            )
+            manifest = _write_shards(texts, tokenizer, folder, job, SHARD_TOKENS, workers)
     except OSError as reason:
         raise UserError(
             f"cannot write the token cache {folder}: {reason.strerror}; name another folder with "

@@ -41,7 +41,10 @@ def _encode(piece: list[Text]) -> bytes:
     tokenizer, dtype = _encoder
     end = np.array([tokenizer.end_token], dtype).tobytes()
     return b"".join(
-        tokenizer.encode(t.text).astype(dtype).tobytes() + (end if t.ends_document else b"")
+        (tokenizer.encode if t.starts_document else tokenizer.encode_rest)(t.text)
+        .astype(dtype)
+        .tobytes()
+        + (end if t.ends_document else b"")
         for t in piece
     )
 

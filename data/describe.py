@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from corpus.find_text import find_sources, kind_of
-from corpus.read_text import read_texts
+from corpus.read_text import TEXT_COLUMN, read_texts
 from corpus.shards import TokenShards
 from corpus.tokenizer import Tokenizer, build_tokenizer
 from corpus.tokenizing import MANIFEST, TOKENIZER_FILE
@@ -29,6 +29,7 @@ class DescribeSettings:
 
     paths: tuple[str, ...] = flag((), "token shards, folders of them, texts", positional=True)
     tokenizer_name: str = flag("", "tokenizer of the shards; none = the one stored beside them")
+    text_column: str = flag(TEXT_COLUMN, "name of the text in .jsonl and .parquet", metavar="NAME")
     bin_dtype: str = flag("auto", "ids of .bin files without header; auto = told from the data",
                           "auto", "uint8", "uint16", "uint32")  # fmt: skip
 
@@ -67,7 +68,7 @@ def describe_tokens(
     about |= {
         "tokenizer": tokenizer.name,
         "documents": int(counts[tokenizer.end_token]) if tokenizer.end_token < len(counts) else 0,
-        "bytes": n_bytes,
+        "bytes": n_bytes if tokenizer.token_bytes.any() else "not known of this tokenizer",
         "bytes per token": round(n_bytes / source.num_tokens, 3),
         "first text": tokenizer.decode(source.read(0, min(60, source.num_tokens)).tolist()),
     }
@@ -76,25 +77,27 @@ def describe_tokens(
     return about
 
 
-def describe_text(path: str) -> dict[str, object]:
+def describe_text(path: str, column: str) -> dict[str, object]:
     """Counts of a text file or folder, read to its end."""
     documents, n_bytes, first = 0, 0, ""
     for source in find_sources([path]):
-        for text in read_texts(source):
+        for text in read_texts(source, column=column):
             first = first or text.text[:200]
             documents += text.ends_document
             n_bytes += text.n_bytes
     return {"documents": documents, "bytes": n_bytes, "first text": first}
 
 
-def describe(path: str, tokenizer_name: str, bin_dtype: str = "auto") -> dict[str, object]:
+def describe(
+    path: str, tokenizer_name: str, bin_dtype: str = "auto", column: str = TEXT_COLUMN
+) -> dict[str, object]:
     """What there is to say of a path; a problem that stops the reading is said too."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     files = Path(path).iterdir() if Path(path).is_dir() else [Path(path)]
     is_tokens = any(file.suffix.lower() in (".npy", ".bin") for file in files)
     try:
         if not is_tokens:
-            return {"kind": f"text {kind_of(Path(path))[0]}".strip(), **describe_text(path)}
+            return {"kind": f"text {kind_of(Path(path))[0]}".strip(), **describe_text(path, column)}
         beside = folder / TOKENIZER_FILE
         name = tokenizer_name or (str(beside) if beside.exists() else "")
         about = describe_tokens(path, build_tokenizer(name) if name else None, bin_dtype)
@@ -112,7 +115,8 @@ def main(args: DescribeSettings) -> None:
     problems = 0
     for path in args.paths:
         say(path)
-        for name, value in describe(path, args.tokenizer_name, args.bin_dtype).items():
+        found = describe(path, args.tokenizer_name, args.bin_dtype, args.text_column)
+        for name, value in found.items():
             problems += name == "problem"
             say(f"  {name}: {value!r}" if name == "first text" else f"  {name}: {value}")
     if problems:

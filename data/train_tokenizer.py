@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from corpus.find_text import find_sources, stdlib_files
-from corpus.read_text import read_texts
+from corpus.read_text import TEXT_COLUMN, read_texts
 from corpus.tokenizer import BPETokenizer
 from runtime.console import say
 from runtime.flags import parse_flags
@@ -31,13 +31,14 @@ class TrainTokenizerSettings:
     out: str = flag("tokenizer.json", "file to write", metavar="PATH")
     vocab_size: int = flag(4096, "ids, the end token included", at_least=258)
     max_bytes: int = flag(1_000_000_000, "learn from at most so much of the text", at_least=1)
+    text_column: str = flag(TEXT_COLUMN, "name of the text in .jsonl and .parquet", metavar="NAME")
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 def train_tokenizer(
-    sources: list[Path], vocab_size: int, max_bytes: int, name: str
+    sources: list[Path], vocab_size: int, max_bytes: int, name: str, column: str = TEXT_COLUMN
 ) -> BPETokenizer:
     """A tokenizer whose merges are learned from the texts by rustbpe; the last id ends
     documents.
@@ -51,7 +52,7 @@ def train_tokenizer(
     def texts() -> Iterator[str]:
         left = max_bytes
         for path in sources:
-            for piece in read_texts(path):
+            for piece in read_texts(path, column=column):
                 if left <= 0:
                     return
                 left -= piece.n_bytes
@@ -67,7 +68,8 @@ def main(args: TrainTokenizerSettings) -> None:
     """Writes the tokenizer file and says how to use it."""
     out = in_folder(args.out, "tokenizer.json")
     sources, start = find_sources(args.paths) if args.paths else stdlib_files(), time.perf_counter()
-    tokenizer = train_tokenizer(sources, args.vocab_size, args.max_bytes, Path(out).stem)
+    column = args.text_column
+    tokenizer = train_tokenizer(sources, args.vocab_size, args.max_bytes, Path(out).stem, column)
     if tokenizer.vocab_size < args.vocab_size:
         raise UserError(
             f"the text has merges for {tokenizer.vocab_size} ids only; give more text or "
@@ -78,7 +80,7 @@ def main(args: TrainTokenizerSettings) -> None:
         Path(out).write_text(tokenizer.to_json(), encoding="utf-8")
     except OSError as reason:
         raise UserError(f"cannot write {out}: {reason.strerror}") from reason
-    sample = "".join(next(read_texts(path)).text[:20_000] for path in sources[:200])
+    sample = "".join(next(read_texts(path, column=column)).text[:20_000] for path in sources[:200])
     rate = len(sample.encode()) / len(tokenizer.encode(sample))
     say(
         f"{out}: {tokenizer.vocab_size} ids in {time.perf_counter() - start:.1f} s; about "

@@ -13,6 +13,7 @@ from typing import Any
 from reporting.metrics_file import to_json
 from runtime.console import aligned
 from training.evaluation import EvalResult
+from training.tasks import TaskScores
 
 Row = dict[str, Any]
 
@@ -24,11 +25,12 @@ class Evaluation:
     checkpoint: str  # its path
     run_id: str
     step: int
-    result: EvalResult
+    result: EvalResult | None  # None: only tasks were scored
     seconds: float = 0.0  # that the evaluation took, without reading the checkpoint and the data
     data: dict[str, Any] = field(default_factory=dict)  # as `TokenDataset.describe` returns it
     sources: dict[str, EvalResult] = field(default_factory=dict)  # single ones of a mixture
     also: tuple[str, ...] = ()  # paths of other files that hold the same state
+    tasks: dict[str, TaskScores] = field(default_factory=dict)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -39,14 +41,33 @@ class Evaluation:
             "also": list(self.also),
             "run_id": self.run_id,
             "step": self.step,
-            **dataclasses.asdict(self.result),
+            **(dataclasses.asdict(self.result) if self.result else {}),
             "data": self.data,
             "time": {"seconds": self.seconds},
         }
         if self.sources:
             parts = {k: dataclasses.asdict(v) for k, v in self.sources.items()}
             found["sources"] = {k: json.loads(to_json(v)) for k, v in parts.items()}
+        if self.tasks:
+            found["tasks"] = {name: scores.record for name, scores in self.tasks.items()}
         return found
+
+    @property
+    def task_metrics(self) -> dict[str, float]:
+        """The scores of tasks without their standard errors: `hellaswag/acc` and so on."""
+        return {
+            f"{name}/{metric}": value
+            for name, scores in self.tasks.items()
+            for metric, value in scores.metrics.items()
+            if not metric.split(",")[0].endswith("_stderr")
+        }
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """The results by their names, for Weights & Biases."""
+        r = self.result
+        losses = {"loss": r.loss, "ppl": r.ppl, "bpb": r.bpb} if r else {}
+        return {**losses, **self.task_metrics}
 
     @property
     def row(self) -> Row:
@@ -57,12 +78,13 @@ class Evaluation:
             "also": list(self.also),
             "run_id": self.run_id,
             "step": self.step,
-            "avg_loss": r.loss,
-            "loss_se": r.loss_se,
-            "ppl": r.ppl,
-            "bpb": r.bpb,
-            "tokens": r.tokens,
+            "avg_loss": r and r.loss,
+            "loss_se": r and r.loss_se,
+            "ppl": r and r.ppl,
+            "bpb": r and r.bpb,
+            "tokens": r and r.tokens,
             "seconds": self.seconds,
+            **self.task_metrics,
             "data": f"{d['source']}, tokens {d['start']}..{d['stop'] - 1}" if d else "",
         }
 
@@ -91,6 +113,7 @@ def as_json(rows: list[Row]) -> str:
 
 def curves(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
     """The evaluations of each run on each data set, by step."""
+    evaluations = [e for e in evaluations if e.result]
     labels = _data_labels([e.data for e in evaluations])
     found: dict[tuple[str, str], list[Evaluation]] = {}
     for e, label in zip(evaluations, labels, strict=True):
@@ -104,12 +127,13 @@ def as_shown(e: Evaluation) -> dict[str, str]:
     return {
         "checkpoint": e.checkpoint,
         "step": str(e.step),
-        "avg_loss": f"{r.loss:.6f}",
-        "loss_se": f"{r.loss_se:.6f}",
-        "ppl": f"{r.ppl:.4f}",
-        "bpb": "n/a" if r.bpb is None else f"{r.bpb:.6f}",
-        "tokens": str(r.tokens),
+        "avg_loss": f"{r.loss:.6f}" if r else "n/a",
+        "loss_se": f"{r.loss_se:.6f}" if r else "n/a",
+        "ppl": f"{r.ppl:.4f}" if r else "n/a",
+        "bpb": "n/a" if r is None or r.bpb is None else f"{r.bpb:.6f}",
+        "tokens": str(r.tokens) if r else "n/a",
         "seconds": f"{e.seconds:.1f}",
+        **{name: f"{value:.4f}" for name, value in e.task_metrics.items()},
     }
 
 
@@ -120,7 +144,11 @@ def evaluation_lines(evaluations: Sequence[Evaluation]) -> list[str]:
     if len(set(labels)) > 1:
         rows = [{**row, "data": label} for row, label in zip(rows, labels, strict=True)]
     if len(rows) == 1:  # who parses these lines knows no others
-        lines = [f"{k}: {v}" for k, v in rows[0].items() if k not in ("step", "seconds")]
+        (one,) = evaluations
+        left_out = {"step", "seconds", *one.task_metrics}
+        left_out |= set() if one.result else rows[0].keys() - {"checkpoint"}
+        lines = [f"{k}: {v}" for k, v in rows[0].items() if k not in left_out]
+        lines += [scores.line(name) for name, scores in one.tasks.items()]
     else:
         lines = aligned([list(row) for row in rows[:1]] + [list(row.values()) for row in rows])
     for e in evaluations:

@@ -101,8 +101,8 @@ def draw_evaluations(curves: Sequence[Sequence[Evaluation]], picture: Path) -> N
         first = min((e.checkpoint for e in curve), key=len)
         axes.errorbar(
             [e.step for e in curve],
-            [e.result.loss for e in curve],
-            yerr=[e.result.loss_se for e in curve],
+            [e.result.loss for e in curve if e.result],
+            yerr=[e.result.loss_se for e in curve if e.result],
             fmt="o-",
             label=f"{first} (run {curve[0].run_id})",
             linewidth=1,

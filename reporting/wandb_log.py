@@ -10,7 +10,6 @@ from typing import Any
 
 from config import Settings
 from settings.wandb_mode import wandb_mode
-from training.evaluation import EvalResult
 from training.step import RunState
 
 _START_SECONDS = 8  # how long it may take to start; with its own overhead, 10
@@ -93,15 +92,15 @@ class WandB:
 def log_evaluations(
     args: Settings,
     wandb_run_id: str,
-    results: Sequence[tuple[int, EvalResult]],
+    results: Sequence[tuple[int, dict[str, float | None]]],
     say: Callable[[str], None],
 ) -> None:
-    """Adds evaluations of a run's checkpoints to its run of Weights & Biases, as eval/loss,
-    eval/ppl and eval/bpb over eval/step. It never raises, and takes no longer than a start and an
-    end of a run may.
+    """Adds evaluations of a run's checkpoints to its run of Weights & Biases, as eval/loss and so
+    on over eval/step. It never raises, and takes no longer than a start and an end of a run may.
 
     args: the settings in the checkpoints, with their project and mode. wandb_run_id: in them; "" if
-    there is none, which is said. results: updates finished, and the result. say: prints a line.
+    there is none, which is said. results: updates finished, and the values by their names; None =
+    not known. say: prints a line.
     """
     if not wandb_run_id:
         say("wandb: the checkpoint belongs to no run of Weights & Biases; nothing is sent")
@@ -112,8 +111,8 @@ def log_evaluations(
         if run is None:
             return
         run.define_metric("eval/*", step_metric="eval/step")
-        for step, result in results:
-            values = {"loss": result.loss, "ppl": result.ppl, "bpb": result.bpb, "step": step}
+        for step, found in results:
+            values = {**found, "step": step}
             # Without step=: the next row after those that the run has; the client ignores others.
             run.log({f"eval/{name}": value for name, value in values.items() if value is not None})
     except Exception as reason:

@@ -39,6 +39,7 @@ FOREIGN = {
     **dict.fromkeys(("dtype", "amp", "mixed-precision", "fp16"), "--precision"),
     **dict.fromkeys(("out-dir", "output-dir"), "--checkpoint-path and --log-dir"),
     **dict.fromkeys(("data", "dataset", "data-dir", "input"), "--train-data or --train-npy"),
+    **dict.fromkeys(("text-field", "dataset-text-field", "text-key"), "--text-column"),
     **dict.fromkeys(("ckpt", "checkpoint"), "--checkpoint-path"),
     "gradient-checkpointing": "--use-activation-checkpoint",
     "no-compile": "--compile off",

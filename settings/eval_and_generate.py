@@ -21,6 +21,9 @@ class EvalSettings:
     data_mode: str = flag("auto", "kind of data", "auto", "text", "fineweb_npy", "toy")
     val_data: tuple[str, ...] = flag((), "text files to evaluate on, whole")
     val_npy: tuple[str, ...] = flag((), "token shards to evaluate on, whole")
+    text_column: str = flag(
+        "", "name of the text in .jsonl and .parquet; none = as in training", metavar="NAME"
+    )
     bin_dtype: str = flag(
         "auto",
         "ids of .bin files without header; auto = as in training",
@@ -33,6 +36,15 @@ class EvalSettings:
         "", "tokenizer of val-data; none = that of the checkpoint", metavar="NAME|PATH"
     )
     max_tokens: int = flag(0, "evaluate on at most this many tokens; 0 = all", at_least=0)
+    tasks: tuple[str, ...] = flag(
+        (), "tasks of lm-evaluation-harness, such as hellaswag,arc_easy", metavar="NAME"
+    )
+    tasks_only: bool = flag(False, "no loss on validation data, which need not be there")
+    task_path: str = flag("", "folder with tasks of your own, as YAML files", metavar="PATH")
+    task_limit: int = flag(0, "questions of each task; 0 = all", at_least=0)
+    num_fewshot: int = flag(
+        -1, "examples before each question of a task; -1 = as it says", at_least=-1
+    )
     by_source: bool = flag(False, "of a mixture, the loss of each source too")
     seq_len: int = flag(0, "tokens per sequence; 0 = as in training", at_least=0)
     batch_size: int = flag(0, "sequences per rank and forward pass; 0 = as before", at_least=0)
@@ -58,6 +70,16 @@ class EvalSettings:
             raise UserError("seq_len=1 leaves nothing to predict; try the length used in training")
         if self.val_data and self.val_npy:
             raise UserError("--val-data and --val-npy are two data sets; evaluate one at a time")
+        names = [name for word in self.tasks for name in word.split(",") if name]
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(names)))
+        about = ("task_path", "task_limit", "tasks_only")
+        if not names and (any(getattr(self, n) for n in about) or self.num_fewshot >= 0):
+            raise UserError(
+                "--tasks-only, --task-path, --task-limit and --num-fewshot are of --tasks; "
+                "name some"
+            )
+        if self.tasks_only and (self.val_data or self.val_npy or self.by_source):
+            raise UserError("--tasks-only computes no loss; leave out --val-data and --by-source")
         if self.csv and self.csv == self.json:
             raise UserError(f"--csv and --json are both {self.csv}; give two files")
 

@@ -387,3 +387,43 @@ def test_tokenizer_stored_beside_the_shards_is_used(tmp_path):
         text_flags(tmp_path, "--train-npy", str(tmp_path), "--seq-len", "16")
     )
     assert train.tokenizer.name == "bytes" and args.model.vocab_size == 257
+
+
+def test_the_keyword_names_of_the_articles_work(tmp_path):
+    (tmp_path / "a.txt").write_text("abc" * 40)
+    (tmp_path / "b.txt").write_text("def" * 40)
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    common = {"tokenizer": build_tokenizer("bytes"), "seq_len": 8, "cache_dir": tmp_path}
+    with_end = TextDatasetForCausalLM(file_paths=files, **common)
+    without = TextDatasetForCausalLM(file_paths=files, add_eos=False, **common)
+    ids = with_end.source.read(0, with_end.num_tokens)
+    assert (with_end.num_tokens, without.num_tokens) == (242, 240)
+    assert without.source.read(0, 240).tolist() == ids[ids != 256].tolist()
+    assert without.describe()["fingerprint"] != with_end.describe()["fingerprint"]
+    short = TextDatasetForCausalLM(file_paths=files, max_tokens=50, add_eos=True, **common)
+    assert short.num_tokens == 50 and len(short) == 7
+    assert TextDatasetForCausalLM(file_paths=files, max_tokens=None, **common).num_tokens == 242
+
+
+def test_a_seed_gives_items_in_the_order_of_the_first_epoch(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(2000, dtype=np.uint16))
+    plain = FineWebNPYDataset(file_paths=[tmp_path / "a.npy"], seq_len=16)
+    data = FineWebNPYDataset(file_paths=[tmp_path / "a.npy"], seq_len=16, seed=3, max_tokens=1500)
+    items = torch.stack([data[i]["input_ids"] for i in range(len(data))])
+    assert torch.equal(items, plain.limited(1500).samples(0, len(data), seed=3))
+    assert torch.equal(plain[5]["input_ids"], torch.arange(75, 91))
+
+
+def test_a_random_start_shifts_all_windows_by_an_offset_of_the_seed(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(2000, dtype=np.uint16))
+    offsets = set()
+    for seed in range(200):
+        options = {"seed": seed, "random_start": True}
+        data = FineWebNPYDataset(file_paths=[tmp_path / "a.npy"], seq_len=8, **options)
+        again = FineWebNPYDataset(file_paths=[tmp_path / "a.npy"], seq_len=8, **options)
+        assert torch.equal(data[2]["input_ids"], again[2]["input_ids"])
+        firsts = data.rows(np.arange(len(data)))[:, 0]
+        assert torch.equal(firsts, data.start + 7 * torch.arange(len(data)))
+        assert data.describe()["start"] == data.start
+        offsets.add(data.start)
+    assert offsets == set(range(7))  # every token can be the first of a window

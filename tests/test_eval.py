@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import math
 from types import SimpleNamespace
@@ -11,10 +13,11 @@ from corpus.token_dataset import TokenDataset
 from dataset import TextDatasetForCausalLM, build_tokenizer, open_data
 from model import GPTModel
 from parallel.context import ParallelContext
-from reporting.evaluation_table import Evaluation
+from reporting.evaluation_table import Evaluation, as_csv
 from reporting.evaluations import EvalReport
 from runtime.device import Device
 from training.evaluation import EvalResult, evaluate, perplexity, starts_with_evaluation
+from training.tasks import TaskScores
 
 
 def awake_model(**changes):
@@ -201,3 +204,24 @@ def test_the_total_of_an_evaluation_is_the_number_of_its_batches(monkeypatch):
     for size in (1, 7, 66, 67, 100):  # 67 windows of 15 scored tokens
         evaluate(GPTModel(args.model, seed=0), val, size, CPU)
     assert totals == [(n, n) for n in (67, 10, 2, 1, 1)]
+
+
+def test_scores_of_tasks_go_to_table_lines_and_wandb(tmp_path, capsys):
+    metrics = {"acc": 0.25, "acc_stderr": 0.0442, "f1,strict": 0.5}
+    tasks = {"mine": TaskScores(metrics, samples=96, num_fewshot=2)}
+    result = EvalResult(2.5, 0.1, 12.18, None, 99)
+    one, other = (Evaluation(f"{i}.pt", "r", i, result, tasks=tasks) for i in (1, 2))
+    assert one.values == {
+        "loss": 2.5, "ppl": 12.18, "bpb": None, "mine/acc": 0.25, "mine/f1,strict": 0.5
+    }  # fmt: skip
+    lines = report(tmp_path, capsys, one)
+    assert "mine: acc 0.2500 +- 0.0442, f1,strict 0.5000 (96 questions, 2-shot)" in lines
+    header, row = report(tmp_path, capsys, one, other)[:2]
+    assert header.split()[-2:] == ["mine/acc", "mine/f1,strict"]
+    assert row.split()[-2:] == ["0.2500", "0.5000"]
+    alone = Evaluation("3.pt", "r", 3, None, tasks=tasks)
+    assert report(tmp_path, capsys, alone) == ["checkpoint: 3.pt", lines[-1]]
+    assert report(tmp_path, capsys, one, alone)[2].split()[2:7] == ["n/a"] * 5
+    assert alone.values == {"mine/acc": 0.25, "mine/f1,strict": 0.5}
+    (read,) = csv.DictReader(io.StringIO(as_csv([one.row])))
+    assert float(read["mine/acc"]) == one.row["mine/acc"] == 0.25

@@ -24,6 +24,7 @@ from reporting.metrics_file import read_records
 from runtime.files import write_atomically
 from runtime.setting_fields import UserError
 from training.evaluation import EvalResult
+from training.tasks import TaskScores
 
 FLAGS = f"{TINY} --global-batch-size 4 --warmup-steps 1 --sample-tokens 1 --val-max-tokens 300"
 
@@ -216,7 +217,8 @@ def result(loss):
 
 def test_the_fields_of_the_records_are_those_of_the_document():
     page = (ROOT / "docs/metrics.md").read_text().split("\n# eval.jsonl\n")[1]
-    record = Evaluation("a.pt", "a", 1, result(1.0), sources={"b.npy": result(2.0)}).record
+    more = {"sources": {"b.npy": result(2.0)}, "tasks": {"mine": TaskScores({"acc": 0.5})}}
+    record = Evaluation("a.pt", "a", 1, result(1.0), **more).record
     assert record.keys() - {"event"} == set(re.findall(r"^\| `(\w+)` \|", page, re.M))
 
 

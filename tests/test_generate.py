@@ -218,7 +218,7 @@ def test_empty_prompt(model):
 def written(model, *prompts, new=3, **options):
     options = {"seeds": range(len(prompts)), **options}
     found = continue_texts(model, build_tokenizer("bytes"), prompts, CPU, new, **options)
-    return [str(text) for text in found]
+    return [prompt + str(text) for prompt, text in zip(prompts, found, strict=True)]
 
 
 def test_text_starts_with_the_prompt(model):

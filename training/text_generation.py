@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,6 @@ class Continuation:
     "document" (the end token was drawn), "stop" (a stop string), "length" (max_new_tokens).
     """
 
-    prompt: str
     text: str
     ids: list[int]
     end: str
@@ -88,13 +88,23 @@ class Continuation:
         return USUAL_SEPARATOR if self.end == "document" else ""
 
     def __str__(self) -> str:
-        return self.prompt + self.text + self.end_mark
+        return self.text + self.end_mark
 
 
 def continue_texts(
+    model: GPTModel, tokenizer: Tokenizer, prompts: Sequence[str], *others: Any, **options: Any
+) -> list[Continuation]:
+    """Continues texts: `continue_ids` for prompts as text. An empty one is the start of a document.
+    others, options: see there.
+    """
+    encoded = [prompt_ids(tokenizer, printable(prompt)) for prompt in prompts]
+    return continue_ids(model, tokenizer, encoded, *others, **options)
+
+
+def continue_ids(
     model: GPTModel,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[list[int]],
     device: Device,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008  # it is frozen
@@ -102,15 +112,12 @@ def continue_texts(
     stop: Sequence[str] = (),
     on_text: Callable[[int, str], None] = lambda row, text: None,
 ) -> list[Continuation]:
-    """Continues texts as one batch, each to the end of its document, a stop string, or
-    max_new_tokens. An empty prompt is the start of a document. Ids that stand for nothing are never
-    drawn. seeds: one of each text.
+    """Continues prompts of token ids as one batch, each to the end of its document, a stop string,
+    or max_new_tokens. Ids that stand for nothing are never drawn. seeds: one of each prompt.
 
     on_text(i, text) is called with each piece of text i as soon as it can be shown.
     """
-    prompts = [printable(prompt) for prompt in prompts]
-    encoded = [prompt_ids(tokenizer, p) for p in prompts]
-    streams = [TextStream(tokenizer, ids, stop) for ids in encoded]
+    streams = [TextStream(tokenizer, ids, stop) for ids in prompts]
     texts = [""] * len(prompts)
 
     def show(row: int, text: str) -> None:
@@ -123,16 +130,9 @@ def continue_texts(
             show(row, streams[row].add(new))
         return bool(streams[row].stopped_by)
 
+    limits = drawable(tokenizer), tokenizer.end_token
     written = generate(
-        model,
-        encoded,
-        max_new_tokens,
-        device,
-        sampling,
-        seeds,
-        drawable(tokenizer),
-        tokenizer.end_token,
-        on_token,
+        model, prompts, max_new_tokens, device, sampling, seeds, *limits, on_token=on_token
     )
     for row, stream in enumerate(streams):
         show(row, stream.finish())
@@ -140,7 +140,7 @@ def continue_texts(
         "stop" if s.stopped_by else "document" if ids[-1:] == [tokenizer.end_token] else "length"
         for s, ids in zip(streams, written, strict=True)
     ]
-    return [Continuation(*parts) for parts in zip(prompts, texts, written, ends, strict=True)]
+    return [Continuation(*parts) for parts in zip(texts, written, ends, strict=True)]
 
 
 def printable(prompt: str) -> str:
@@ -203,4 +203,5 @@ def sample(
         return None
     prompt, tokens = args.sample_prompt or "\n", args.sample_tokens
     with parallel.gathered():
-        return str(continue_texts(model, tokenizer, [prompt], device, tokens, seeds=[args.seed])[0])
+        written = continue_texts(model, tokenizer, [prompt], device, tokens, seeds=[args.seed])
+        return prompt + str(written[0])

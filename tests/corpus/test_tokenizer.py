@@ -73,14 +73,6 @@ def test_long_runs_have_the_ids_of_tiktoken(pairs, monkeypatch):
     assert pairs.encode(text).tolist() == wanted
 
 
-def test_a_tokenizer_of_hugging_face_is_refused_with_what_to_do(tmp_path):
-    (tmp_path / "t.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {}}}')
-    with pytest.raises(UserError) as caught:
-        build_tokenizer(str(tmp_path / "t.json"))
-    said = str(caught.value)
-    assert "Hugging Face" in said and "--train-npy" in said and "--tokenizer-name gpt2" in said
-
-
 def test_missing_gpt2_files_are_named_with_the_way_out(tmp_path, monkeypatch):
     import tiktoken.load
     import tiktoken.registry

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import os
 import signal
@@ -169,7 +170,7 @@ def test_a_folder_of_other_tokens_is_not_touched(corpus, tmp_path):
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "line 2 is not a JSON object"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "line 2 has no 'text'; it has 'txt': name one"),
         ("a.jsonl", b'{"text": 5}\n', "line 1 is not"),
         ("a.jsonl", b"[1]\nx", "line 1 is not"),
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1 is not"),
@@ -202,6 +203,7 @@ def test_text_without_any_place_to_cut_stays_bounded(tmp_path, monkeypatch):
 def test_wide_vocabularies_take_uint32(tmp_path):
     class Wide:
         name, fingerprint, vocab_size, end_token = "wide", "wide", 70_000, 69_999
+        safe_cut = None
 
         def encode(self, text):
             return np.full(len(text), 69_000)
@@ -235,3 +237,44 @@ def test_nothing_is_forked_once_a_gpu_is_in_use(monkeypatch):
     with workers._pool(tokenizer, dtype, 1) as pool:
         assert isinstance(pool, ThreadPoolExecutor)
         assert pool.submit(workers._work, [Text("ab", 2, True)]).result() == b"a\0b\0\0\1"
+
+
+def test_the_text_can_have_any_name(tmp_path):
+    rows = [{"body": "one", "text": "x"}, {"body": "two", "text": "y"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    files = [tmp_path / "a.jsonl", tmp_path / "b.parquet"]
+    prepare(files, BYTES, tmp_path / "body", workers=1, column="body")
+    prepare(files, BYTES, tmp_path / "text", workers=1)
+    end = bytes([0])
+    body, other = (
+        (stream(tmp_path / n) % 256).astype(np.uint8).tobytes() for n in ("body", "text")
+    )
+    assert body == (b"one" + end + b"two" + end) * 2
+    assert other == (b"x" + end + b"y" + end) * 2
+
+
+def test_a_missing_column_is_one_line_that_names_those_there_are(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x", "title": "y"}\n')
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"body": ["x"], "title": ["y"]}), tmp_path / "b.parquet")
+    for name, where in (("a.jsonl", "a.jsonl: line 1 "), ("b.parquet", "b.parquet ")):
+        with pytest.raises(UserError) as caught:
+            prepare([tmp_path / name], BYTES, tmp_path / "out", workers=1)
+        assert f"{where}has no 'text'; it has 'body', 'title': name one with --text-column" in str(
+            caught.value
+        )
+
+
+def test_the_cache_of_texts_read_as_ever_keeps_its_key(tmp_path):
+    # As data prepared by earlier versions has it: the name of the text is a part only if it is new.
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "body": "y"}\n')
+    sha = hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
+    decides = ["rosetrainer tokens 1", "bytes", 100_000_000, 1 << 20, [".jsonl"], sha]
+    key = hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest()
+    files = [tmp_path / "a.jsonl"]
+    assert token_files._describe_job(files, BYTES, 100_000_000, 1, "", "text")["key"] == key
+    assert token_files._describe_job(files, BYTES, 100_000_000, 1, "", "body")["key"] != key

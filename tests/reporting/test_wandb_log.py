@@ -21,6 +21,7 @@ from training.step import RunState
 wandb = pytest.importorskip("wandb")
 
 RESULT = EvalResult(loss=2.5, loss_se=0.1, ppl=12.2, bpb=None, tokens=99)
+VALUES = {"loss": 2.5, "ppl": 12.2, "bpb": None, "mine/acc": 0.25}
 
 
 @pytest.fixture
@@ -320,11 +321,14 @@ def test_an_evaluation_is_added_to_the_run_of_its_checkpoint(here, server):
     log.log({"train/loss": 3.0}, 20)
     log.finish()
     for step in (10, 20):  # older than the last row, or the same
-        log_evaluations(args, state.wandb_run_id, [(step, RESULT)], said.append)
+        log_evaluations(args, state.wandb_run_id, [(step, VALUES)], said.append)
     rows = server.rows()
     assert [row["train/loss"] for row in rows if "train/loss" in row] == [3.0]
     found = [{k: v for k, v in row.items() if k.startswith("eval/")} for row in rows[1:]]
-    assert found == [{"eval/loss": 2.5, "eval/ppl": 12.2, "eval/step": step} for step in (10, 20)]
+    assert found == [
+        {"eval/loss": 2.5, "eval/ppl": 12.2, "eval/mine/acc": 0.25, "eval/step": step}
+        for step in (10, 20)
+    ]
     wandb.teardown()
     defined = [
         (r.metric.glob_name, r.metric.step_metric)
@@ -337,11 +341,11 @@ def test_an_evaluation_is_added_to_the_run_of_its_checkpoint(here, server):
 
 def test_no_trouble_of_an_evaluation_is_raised(here, monkeypatch):
     said = []
-    log_evaluations(toy_settings(), "", [(10, RESULT)], said.append)
+    log_evaluations(toy_settings(), "", [(10, VALUES)], said.append)
     monkeypatch.setenv("WANDB_MODE", "offlin")
-    log_evaluations(toy_settings(), "abc", [(10, RESULT)], said.append)
+    log_evaluations(toy_settings(), "abc", [(10, VALUES)], said.append)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    log_evaluations(toy_settings(wandb_mode="offline"), "abc", [(10, RESULT)], said.append)
+    log_evaluations(toy_settings(wandb_mode="offline"), "abc", [(10, VALUES)], said.append)
     assert ["belongs to no run" in said[0], "not sent: UserError" in said[1]] == [True, True]
     assert "offline did not start" in said[2] and len(said) == 3
 
