@@ -16,7 +16,7 @@ from runtime.run_script import run_script
 from runtime.setting_fields import UserError
 from settings.eval_and_generate import SampleSettings
 from settings.paths import checkpoint_in
-from training.sampling import Sampling
+from training.sampling import Sampling, lay_out_for_generation
 from training.text_generation import continue_texts, note_on_context, printable, prompt_ids
 
 
@@ -48,6 +48,7 @@ def main(args: SampleSettings) -> None:
     prompts, path = prompts_of(args), checkpoint_in(args.checkpoint_path)
     run = load_model(path, args.tokenizer_name)
     model, tokenizer = run.model.to(device.torch_device), run.tokenizer
+    lay_out_for_generation(model, device)
     if tokenizer is None:
         raise UserError(
             f"{path} was trained on token ids that name no tokenizer; "

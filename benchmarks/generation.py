@@ -15,7 +15,7 @@ from benchmarks.speed import SMALL, gpt2_small, hugging_face_model
 from model import GPTModel
 from runtime.device import pick_device, tune
 from settings.command_line import parse_settings
-from training.sampling import Sampling, generate
+from training.sampling import Sampling, generate, lay_out_for_generation
 
 
 def build_generation(args: BenchSettings, side: str) -> Callable[[], float]:
@@ -38,6 +38,8 @@ def build_generation(args: BenchSettings, side: str) -> Callable[[], float]:
     else:
         tune(device)
         ours = GPTModel(settings.model, seed=0).to(device.torch_device)
+        if side == "cached":
+            lay_out_for_generation(ours, device)  # as generate.py does
         greedy, seeds, cached = Sampling(temperature=0), range(args.batch_size), side == "cached"
 
         def work() -> None:

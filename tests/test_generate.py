@@ -9,7 +9,7 @@ from corpus.tokenizer import build_tokenizer
 from dataset import TextDatasetForCausalLM
 from kv_cache import KVCache, LayerCache
 from model import GPTModel
-from training.sampling import Sampling, generate, window_start
+from training.sampling import Sampling, generate, lay_out_for_generation, window_start
 from training.text_generation import TextStream, continue_texts, drawable, fitting_prompt
 
 GREEDY = Sampling(temperature=0)
@@ -363,3 +363,17 @@ def test_the_suggested_prompt_starts_as_a_document_does(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines)
     data = TextDatasetForCausalLM([tmp_path / "a.jsonl"], build_tokenizer("bytes"), 16, tmp_path)
     assert fitting_prompt(data) == "Number 1 is"
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_the_layout_of_weights_for_generation_changes_no_prediction(arch):
+    plain, laid_out = sharp(arch).eval(), sharp(arch).eval()
+    lay_out_for_generation(laid_out, CPU)
+    strides = {p.stride()[0] for p in laid_out.parameters() if p.ndim == 2}
+    assert 1 in strides and all(
+        p.equal(q) for p, q in zip(plain.parameters(), laid_out.parameters(), strict=True)
+    )
+    ids = torch.tensor([numbers(16)])
+    with torch.no_grad():
+        torch.testing.assert_close(laid_out(ids)[0], plain(ids)[0], rtol=0, atol=1e-4)
+    assert generate(laid_out, [PROMPT], 30, CPU) == generate(plain, [PROMPT], 30, CPU)

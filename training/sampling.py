@@ -113,7 +113,10 @@ def generate(
             p = sampling.probabilities(logits, [rows[i] for i in alive])
             ended = []
             for i, row_p in zip(alive, p, strict=True):
-                new = int(torch.multinomial(row_p, 1, generator=generators[i]))
+                if sampling.temperature == 0:
+                    new = int(row_p.argmax())
+                else:
+                    new = int(torch.multinomial(row_p, 1, generator=generators[i]))
                 rows[i].append(new)
                 if (on_token is not None and on_token(i, new)) or new == end_token:
                     ended.append(i)
@@ -122,6 +125,17 @@ def generate(
                 break
     model.train(was_training)
     return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def lay_out_for_generation(model: GPTModel, device: Device) -> None:
+    """Stores the matrices that make a vector longer column by column, in place, if the model
+    generates on a CPU. In a product with a single row, MKL then reads them at 18 instead of 12 GB/s
+    (GPT-2 small on 2 cores of an AMD EPYC); the others are faster as they are.
+    """
+    if device.torch_device.type == "cpu":
+        for p in model.parameters():
+            if p.ndim == 2 and p.shape[0] > p.shape[1]:
+                p.data = p.data.T.contiguous().T
 
 
 class _Window:
