@@ -14,6 +14,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED
 
+for part in ("conversion", "training"):
+    sys.path.append(str(ROOT / "tests" / part))
+
+from test_other_trainers import nanogpt_tensors, write_llmc, write_nanogpt  # noqa: E402
+from test_tasks import byte_tokenizer_json, task  # noqa: E402
+
 PAGES = ["README.md", *sorted(f"docs/guides/{p.name}" for p in (ROOT / "docs/guides").glob("*.md"))]
 PROGRAMS = r"(?:\w+=\S+ )*(?:python|torchrun|make|cp|sbatch|pip|python3)\b"
 MARK = re.compile(r"# needs (?:a GPU|the network|several machines)")
@@ -54,6 +60,23 @@ def words_of(line):
     return [*starts.get(words[0], words[:1]), *words[1:]], env, "--watch" in words
 
 
+def models_and_texts_of_others(here):
+    """What the pages name of Hugging Face, nanoGPT, llm.c and lm-evaluation-harness."""
+    stories = [{"story": f"A tale of {i} cats.", "content": f"Number {i}."} for i in range(900)]
+    for path in ("stories.jsonl", "a.jsonl", "tales/train.jsonl"):
+        (here / path).parent.mkdir(exist_ok=True)
+        (here / path).write_text("".join(json.dumps(s) + "\n" for s in stories))
+    (here / "stories.txt").write_text("<|endoftext|>".join(s["story"] for s in stories))
+    (here / "models/mistral").mkdir(parents=True)
+    for path in ("models/tokenizer.json", "models/mistral/tokenizer.json"):
+        (here / path).write_text(byte_tokenizer_json())
+    (here / "my_tasks").mkdir()
+    task(here / "my_tasks")
+    write_nanogpt(here / "ckpt.pt", nanogpt_tensors())
+    write_llmc(here / "gpt2_124M.bin", nanogpt_tensors(), 3)
+    shutil.copy(here / "docs/speed.md", here / "my.txt")
+
+
 @pytest.fixture
 def folder(tmp_path, request):
     """A copy of the project, with the files that the commands of a page name."""
@@ -70,6 +93,7 @@ def folder(tmp_path, request):
     curve = json.loads((here / "references/quickstart.json").read_text())  # of a run of 800 steps
     shorter = {**curve, "val_loss": {"3": 4.0, "6": 4.0}, "tolerance": 0.9}
     (here / "references/quickstart.json").write_text(json.dumps(shorter))
+    models_and_texts_of_others(here)
     draw = np.random.default_rng(0)
     for name in ("shard_0", "shard_1", "web", "code"):
         np.save(here / f"{name}.npy", draw.integers(0, 50257, 6000).astype(np.uint16))

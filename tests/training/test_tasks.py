@@ -3,12 +3,17 @@ import importlib.util
 import json
 import math
 import random
+import sys
 from itertools import takewhile
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU, tiny
+from conftest import CPU, ROOT, tiny
+
+sys.path.append(str(ROOT / "tests/conversion"))
+
+from converted import checkpoint_of, hf
 
 from corpus.huggingface_tokenizer import read_tokenizer_json
 from corpus.tokenizer import build_tokenizer
@@ -88,9 +93,6 @@ def merged_tokenizer_json():
     return json.dumps(parts)
 
 
-TOKENIZERS = {"bytes": byte_tokenizer_json, "bpe": merged_tokenizer_json}
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     if not importlib.util.find_spec("datasets"):
@@ -100,52 +102,22 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.fixture(params=TOKENIZERS)
+@pytest.fixture(params=["bytes", "bpe"])
 def pair(request, tmp_path):
-    """Our model and tokenizer, and the harness's own backend of the same model and tokenizer."""
+    """Our model and tokenizer, and the harness's own backend of both as hf.py exports them."""
     lm_eval = pytest.importorskip("lm_eval")
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
-    text = TOKENIZERS[request.param]()
-    (tmp_path / "tokenizer.json").write_text(text)
-    ours = read_tokenizer_json(text, "made")
     if request.param == "bytes":
         ours = build_tokenizer("bytes")
+    else:
+        ours = read_tokenizer_json(merged_tokenizer_json(), "made")
     model = model_of(ours)
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|endoftext|>"
-    )
-    theirs.pad_token = "<|endoftext|>"
-    backend = huggingface.HFLM(
-        pretrained=gpt2_of(transformers, model), tokenizer=theirs, device="cpu", batch_size=3
-    )
+    hf("export", checkpoint_of(model, tmp_path / "model.pt", ours), tmp_path / "exported")
+    backend = huggingface.HFLM(pretrained=str(tmp_path / "exported"), device="cpu", batch_size=3)
     return SimpleNamespace(
         lm_eval=lm_eval, scored=TaskModel(model, ours, CPU, 5), theirs=backend, model=model
     )
-
-
-def gpt2_of(transformers, model):
-    """Our weights in transformers' model: matrices transposed, q, k, v of all heads together."""
-    c = model.config
-    config = transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.max_position_embeddings, n_embd=c.d_model,
-        n_layer=c.n_layers, n_head=c.n_heads, n_inner=c.d_ff, bos_token_id=256, eos_token_id=256,
-    )  # fmt: skip
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    ours, D = model.state_dict(), c.d_model // c.n_heads
-    order = torch.arange(3 * c.d_model).view(c.n_heads, 3, D).transpose(0, 1).flatten()
-    found = {"wte.weight": ours["wte.weight"], "wpe.weight": ours["wpe.weight"]}
-    found |= {f"ln_f.{p}": ours[f"norm_f.{p}"] for p in ("weight", "bias")}
-    names = {"norm_1": "ln_1", "norm_2": "ln_2", "attn.qkv": "attn.c_attn"}
-    names |= {"attn.proj": "attn.c_proj", "mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}
-    for i in range(c.n_layers):
-        for mine, other in names.items():
-            for p in ("weight", "bias"):
-                x = ours[f"blocks.{i}.{mine}.{p}"]
-                x = x[order] if mine == "attn.qkv" else x
-                found[f"h.{i}.{other}.{p}"] = x.T if x.ndim == 2 else x
-    theirs.transformer.load_state_dict(found)
-    return theirs
 
 
 @pytest.mark.long
