@@ -1,10 +1,8 @@
 """The scripts as a user runs them."""
 
-import gc
 import io
 import math
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -21,25 +19,6 @@ from checkpointing.commands import differences
 from reporting.metrics_file import comparable, read_records
 
 SMALL = "--n-layers 1 --n-heads 2 --d-model 16 --seq-len 16 --global-batch-size 4 --num-steps 6 --eval-steps 3 --device cpu"
-
-
-@pytest.fixture
-def script(tmp_path, monkeypatch, capsys):
-    """Runs a script in this process: (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-
-    def run(name, *flags):
-        monkeypatch.setattr(sys, "argv", [name, *flags])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        gc.collect()  # its locks end with it
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
