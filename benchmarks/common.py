@@ -38,7 +38,7 @@ class BenchSettings:
                            at_least=1)
     new_tokens: int = flag(512, "generate: tokens to write", at_least=1)
     global_batch_size: int = flag(0, "train: sequences of a step; 0 = batch-size", at_least=0)
-    device: str = flag("auto", "train, loss, optim, profile: auto, cpu, cuda")
+    device: str = flag("auto", "train, loss, optim, profile, generate: auto, cpu, cuda")
     small: bool = flag(False, "train, loss, optim, profile, generate: toy sizes, to try "
                         "them out")
     seeds: int = flag(3, "recipe: runs of each side", at_least=1)

@@ -24,7 +24,7 @@ def build_generation(args: BenchSettings, side: str) -> Callable[[], float]:
     """
     flags = gpt2_small(1, *(SMALL if args.small else []), *args.trainer)
     settings = parse_settings("train_minimal", flags)
-    device = pick_device(settings.device, settings.precision)
+    device = pick_device(args.device, settings.precision)
     prompts, new = [[1, 2, 3, 4]] * args.batch_size, args.new_tokens
     if side == "hugging face":
         theirs = hugging_face_model(settings.model).to(device.torch_device).eval()

@@ -5,11 +5,15 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CPU, tiny
 from helpers import TINY
 
 import loss
+from model import GPTModel
 from parallel.process_group import queue_of
 from reporting.metrics_file import first_difference, read_records
+from runtime.device import Device
+from training.sampling import Sampling, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ON_GPU = TINY.replace("--device cpu", "--device cuda") + " --num-steps 20 --global-batch-size 4"
@@ -88,3 +92,19 @@ def test_the_guard_sees_from_its_thread_that_the_gpu_has_work():
     look.start(), look.join()
     torch.cuda.synchronize()
     assert seen == [True] and not busy()
+
+
+@pytest.mark.parametrize("arch, rows", [("gpt2", 0), ("modern", 0), ("modern", 500)])
+def test_a_gpu_generates_what_the_cpu_does(arch, rows):
+    model = GPTModel(tiny(arch, ngram_rows=rows), seed=1)
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.normal_(0, 0.3, generator=draw)
+    prompts, greedy = [[1, 2, 3], [4] * 9], Sampling(temperature=0)  # beyond the 16 positions too
+    wanted = generate(model, prompts, 20, CPU, greedy, [0, 0])
+    on = Device(torch.device("cuda", 0), "fp32", "test")
+    model = model.cuda()
+    assert generate(model, prompts, 20, on, greedy, [0, 0]) == wanted
+    assert generate(model, prompts, 20, on, greedy, [0, 0], use_cache=False) == wanted

@@ -19,7 +19,16 @@ def test_every_stage_of_the_gpu_check_passes_on_a_cpu(tmp_path):
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-5000:]
     stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
-    assert list(stages) == ["smoke", "tests", "curves", "train", "profile", "loss", "optim"]
+    assert list(stages) == [
+        "smoke",
+        "tests",
+        "curves",
+        "train",
+        "profile",
+        "loss",
+        "optim",
+        "generate",
+    ]
     assert not any(stage["failed"] for stage in stages.values())
     assert stages["train"]["table"][0]["side"] == "ours"
     assert stages["curves"]["table"][-1]["largest"] == "same bits"
