@@ -239,7 +239,7 @@ class GPTModel(nn.Module):
         if labels is None:
             return logits, None
         if attention_mask is not None:
-            labels = labels.masked_fill(attention_mask == 0, IGNORE)
+            labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, IGNORE)
         if reduction == "none":
             return logits, token_losses(hidden, weight, labels, part, self.compiled)
         total, count = next_token_loss(hidden, weight, labels, part, self.compiled)

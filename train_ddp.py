@@ -82,8 +82,9 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
 
 def launch(argv: list[str]) -> int:
     start = rendezvous()  # waits for all ranks
-    read = resumable_settings, settings_of_weights  # of --resume and of --init-from
-    args = parse_settings("train_ddp", argv, start.world, *read, start.restarted)
+    args = parse_settings(
+        "train_ddp", argv, start.world, resumable_settings, settings_of_weights, start.restarted
+    )
     with StopSignals() as signals, process_group(args, start, alone=True) as ranks:
         return main(args, signals, ranks)
 

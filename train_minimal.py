@@ -73,7 +73,9 @@ def main(args: Settings, signals: StopSignals) -> int:
 
 def launch(argv: list[str]) -> int:
     must_be_alone()
-    args = parse_settings("train_minimal", argv, 1, resumable_settings, settings_of_weights)
+    args = parse_settings(
+        "train_minimal", argv, saved=resumable_settings, weights=settings_of_weights
+    )
     use_threads(args.threads, local_world=1)
     with StopSignals() as signals:
         return main(args, signals)

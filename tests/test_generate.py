@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CPU, tiny
 
 import training.sampling as sampling_module
@@ -102,6 +103,11 @@ def test_text_in_parts_gives_the_logits_of_the_whole(arch, changes):
             for start, end in ((0, 7), (7, 8), (8, 14), (14, 16)):
                 seen = None if mask is None else mask[:, :end]
                 parts.append(model(ids[:, start:end], seen, cache=cache)[0])
+            cache = KVCache(model.config.n_layers, 16)
+            model(ids[:, :7], None if mask is None else mask[:, :7], cache=cache)
+            loss = model(ids[:, 7:], mask, ids[:, 7:], cache=cache)[1]
+            wanted = F.cross_entropy(whole[:, 7:-1].flatten(0, 1), ids[:, 8:].flatten())
+            torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-4)
         torch.testing.assert_close(torch.cat(parts, 1)[:, 6:], whole[:, 6:], rtol=0, atol=1e-4)
 
 
