@@ -26,10 +26,11 @@ def prompts_of(args: SampleSettings) -> list[str]:
         return [printable(args.prompt)]
     try:
         if args.prompt_file == "-":
-            text = sys.stdin.read()
+            text = sys.stdin.read() if sys.stdin else ""  # None where it is closed
+            text.encode()  # some locales let bytes that are not UTF-8 pass
         else:
             text = expanded(args.prompt_file, "--prompt-file").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as reason:
+    except (OSError, UnicodeError) as reason:
         raise UserError(f"--prompt-file {args.prompt_file} cannot be read: {reason}") from reason
     found = text.split(args.prompt_separator) if args.prompt_separator else [text]
     prompts = [prompt for prompt in found if prompt.strip()]

@@ -59,6 +59,9 @@ def export(path: str, folder: str) -> None:
         say(check_agreement(run.model, load_huggingface(made)))
         if config.ngram_rows:
             shutil.copyfile(MODELING, made / MODELING.name)
+        mode = (made / "config.json").stat().st_mode  # safetensors keeps others from reading
+        for file in made.iterdir():
+            file.chmod(mode)
         with open_weights(made) as back:
             wrong = [n for n, p in run.model.state_dict().items() if not back.read(n).equal(p)]
             if wrong:

@@ -73,7 +73,12 @@ def load_huggingface(folder: Path) -> Any:
     loader = transformers.AutoModelForCausalLM
     if kind == "rosetrainer":
         loader = _modeling().RosetrainerForCausalLM
-    return loader.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval()
+    try:
+        found = loader.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+    except Exception as reason:  # of many kinds: an entry of config.json, quantized weights
+        said = f"{type(reason).__name__}: {' '.join(str(reason).split())[:160]}"
+        raise UserError(f"{folder}: transformers can't read it ({said})") from reason
+    return found.eval()
 
 
 def filled(made: Any, tensors: dict[str, Tensor]) -> Any:

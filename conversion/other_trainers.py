@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig
-from conversion.names import is_transposed
+from conversion.names import gpt2_name, is_transposed
 from conversion.weights import Weights, of_gpt2
 from runtime.setting_fields import UserError
 
@@ -29,6 +29,8 @@ def open_nanogpt(path: Path, content: dict[str, Any]) -> Weights:
     which computes the same. Raises UserError.
     """
     args = content["model_args"]
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content["model"].items()):
+        raise UserError(f"{path}: its model holds more than tensors by their names")
     tensors = {
         k.removeprefix(_COMPILED).removeprefix("transformer."): v
         for k, v in content["model"].items()
@@ -57,7 +59,7 @@ def open_nanogpt(path: Path, content: dict[str, Any]) -> Weights:
         weight = (
             tensors.get(f"{name.removesuffix('bias')}weight") if name.endswith("bias") else None
         )
-        if weight is not None and not biases:
+        if weight is not None and not biases and name not in tensors:
             return torch.zeros(len(weight))
         if name not in tensors:
             raise UserError(f"{path}: a checkpoint of nanoGPT without {name}")
@@ -65,7 +67,12 @@ def open_nanogpt(path: Path, content: dict[str, Any]) -> Weights:
 
     notes = ["its GELU is nanoGPT's, exact: --gelu none"]
     notes += [] if biases else ["it has no biases, here they are zeros: it computes the same"]
-    return of_gpt2(f"nanoGPT checkpoint {path}", config, read, notes)
+    weights = of_gpt2(f"nanoGPT checkpoint {path}", config, read, notes)
+    if unknown := sorted(tensors.keys() - {gpt2_name(name) for name in weights.shapes}):
+        raise UserError(
+            f"{path}: weights that its model_args do not explain: {', '.join(unknown)[:200]}"
+        )
+    return weights
 
 
 def open_llmc(path: Path) -> Weights:

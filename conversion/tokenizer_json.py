@@ -171,6 +171,8 @@ def tokenizer_in(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, list[
             tokenizer = build_tokenizer(str(path))
     except (UserError, OSError, ValueError) as reason:
         return None, [f"no tokenizer: {reason}"]
+    except (TypeError, AttributeError, LookupError) as reason:  # JSON, but of another form
+        return None, [f"no tokenizer: {path} is damaged ({type(reason).__name__}: {reason})"]
     if tokenizer is None:
         return None, [f"{folder} has a vocabulary that is not GPT-2's, but no {FILE}: no tokenizer"]
     if tokenizer.vocab_size > vocab_size:

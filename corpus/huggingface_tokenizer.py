@@ -52,6 +52,8 @@ class HuggingFaceTokenizer:
         self._rest = self._whole if rest is parts else _library_tokenizer(rest, name)
         self.vocab_size = max(vocab.values()) + 1
         self.token_bytes = token_bytes(whole, vocab, end_token)
+        self.is_text = np.zeros(self.vocab_size, bool)  # also where the bytes are not known
+        self.is_text[[i for token, i in vocab.items() if token and i not in self._special]] = True
         self.safe_cut = safe_cut(parts, vocab)
         # A byte without a token would be dropped without a word.
         self._incomplete = (

@@ -38,6 +38,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_token: int  # put after each document; stands for no byte of text
     token_bytes: np.ndarray  # (vocab_size,) int64: bytes of text that each id stands for
+    is_text: np.ndarray  # (vocab_size,) bool: ids that stand for some text
     fingerprint: str  # two tokenizers that give some text different ids differ in it
     safe_cut: re.Pattern[str] | None  # where a text can be cut for `encode_rest`; None = nowhere
 
@@ -70,6 +71,7 @@ class ByteTokenizer:
 
     def __init__(self) -> None:
         self.token_bytes = np.array([1] * 256 + [0])
+        self.is_text = self.token_bytes > 0
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8)
@@ -109,6 +111,7 @@ class BPETokenizer:
         self.token_bytes = np.zeros(vocab_size, np.int64)
         for token, i in ranks.items():
             self.token_bytes[i] = len(token)
+        self.is_text = self.token_bytes > 0
         self.fingerprint = hashlib.blake2b(
             json.dumps(self._record()).encode(), digest_size=16
         ).hexdigest()

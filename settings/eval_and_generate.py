@@ -114,7 +114,9 @@ class SampleSettings:
     repetition_penalty: float = flag(
         1.0, "divides the logits of tokens that have occurred; 1 = off", at_least=0
     )
-    stop: tuple[str, ...] = flag((), "strings that end a continuation; it is shown up to there")
+    stop: tuple[str, ...] = flag(
+        (), "strings that end a continuation; it is shown up to there", metavar="TEXT"
+    )
     seed: int = flag(1337, "seed of the draws; of sample i, seed + i", at_least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     threads: int = flag(0, "CPU threads; 0 = as torch chooses", at_least=0)

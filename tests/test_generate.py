@@ -150,6 +150,28 @@ def test_a_full_cache_is_refused():
         cache.append(k, k)
 
 
+def test_the_cache_has_room_for_the_text_and_not_for_the_whole_context(model, monkeypatch):
+    rooms = []
+    monkeypatch.setattr(
+        sampling_module, "KVCache", lambda *sizes: rooms.append(sizes[1]) or KVCache(*sizes)
+    )
+    generate(model, [PROMPT], 5, CPU, GREEDY)
+    generate(model, [numbers(12)], 6, CPU, GREEDY)  # of 16 positions: it starts again once
+    assert rooms == [8, 16, 16]
+
+
+@pytest.mark.parametrize("penalty", [1e-320, 1e-40, 1e39, 1e300])
+def test_the_strongest_repetition_penalties_give_probabilities(penalty):
+    p = Sampling(0.5, 0, repetition_penalty=penalty).probabilities(
+        torch.tensor([[1.0, 0.0, -2.0, 0.5]]), [[0, 1, 2]]
+    )
+    # Below 1 it favours token 0, the only one of those that occurred with a positive logit; above
+    # 1 the tokens that have not occurred, and 0 and 1, whose logits become 0.
+    expected = [1, 0, 0, 0] if penalty < 1 else [1, 1, 0, torch.tensor(1.0).exp()]
+    expected = torch.tensor([expected], dtype=torch.float32)
+    torch.testing.assert_close(p, expected / expected.sum())
+
+
 def test_draws_follow_the_predicted_probabilities(model):
     # 4000 draws of one token: the frequency of the likeliest is within 5 standard deviations.
     many = generate(model, [PROMPT] * 4000, 1, CPU, Sampling(1.0, top_k=0), range(4000))
@@ -342,8 +364,8 @@ def test_a_stream_of_any_ids_is_the_text_of_all(gpt2_files):
 
 def test_ids_that_stand_for_nothing_are_never_drawn(model):
     bytes_ = build_tokenizer("bytes")
-    gaps = dataclasses.make_dataclass("Gaps", ["token_bytes", "end_token"])
-    allowed = drawable(gaps(bytes_.token_bytes * (torch.arange(257).numpy() % 2), 256))
+    gaps = dataclasses.make_dataclass("Gaps", ["is_text", "end_token"])
+    allowed = drawable(gaps(bytes_.is_text & (torch.arange(257).numpy() % 2 > 0), 256))
     assert allowed.nonzero().flatten().tolist() == [*range(1, 257, 2), 256]
 
 

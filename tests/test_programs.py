@@ -738,6 +738,10 @@ def test_prompts_come_from_a_file_or_standard_input(script, text, tmp_path, monk
         "generate.py", "--prompt-file", "-", "--prompt-separator", "", "--max-new-tokens", "4"
     )
     assert code == 0 and out.startswith("line 1\nline 22\n"), err
+    for wrong in (io.StringIO("not UTF-8: \udcff\n"), None):  # None = a closed standard input
+        monkeypatch.setattr(sys, "stdin", wrong)
+        code, _, err = script("generate.py", "--prompt-file", "-")
+        assert code == 2 and err.startswith("error: --prompt-file - ") and err.count("\n") == 1
     code, _, err = script("generate.py", "--prompt-file", "none.txt")
     assert code == 2 and "none.txt cannot be read" in err and err.count("\n") == 1
 

@@ -13,7 +13,7 @@ from kv_cache import KVCache
 from model import GPTModel
 from runtime.device import Device
 
-_COLDEST, _HOTTEST = 1e-30, 1e30  # beyond them float32 divides by zero or infinity
+_LEAST, _MOST = 1e-30, 1e30  # beyond them float32 divides by zero or infinity
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Sampling:
             logits = logits.clone()
             for row, ids in zip(logits, occurred, strict=True):
                 seen = torch.tensor(sorted(set(ids)))
-                x, penalty = row[seen], self.repetition_penalty
+                x, penalty = row[seen], _within_float32(self.repetition_penalty)
                 row[seen] = torch.where(x > 0, x / penalty, x * penalty)
         if self.temperature == 0:
             best = logits.argmax(-1, keepdim=True)
@@ -50,7 +50,7 @@ class Sampling:
         if 0 < self.top_k < logits.shape[-1]:
             floor = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < floor, float("-inf"))
-        temperature = min(max(self.temperature, _COLDEST), _HOTTEST)
+        temperature = _within_float32(self.temperature)
         p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
         if self.top_p < 1:
             ordered, order = p.sort(dim=-1, descending=True, stable=True)
@@ -60,6 +60,10 @@ class Sampling:
         if self.min_p > 0:
             p = p.masked_fill(p < self.min_p * p.amax(-1, keepdim=True), 0.0)
         return p / p.sum(-1, keepdim=True)
+
+
+def _within_float32(divisor: float) -> float:
+    return min(max(divisor, _LEAST), _MOST)
 
 
 def window_start(length: int, context: int) -> int:
@@ -102,7 +106,7 @@ def generate(
     rows = [list(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(s) for _, s in zip(rows, seeds, strict=True)]
     alive = list(range(len(rows)))
-    window = _Window(model, device, use_cache)
+    window = _Window(model, device, max_new_tokens if use_cache else 0)
     # A compiled model would be compiled again for each length.
     eager = torch.compiler.set_stance("force_eager") if model.compiled else nullcontext()
     with device.autocast(), eager:  # around all tokens: it keeps the weights that it has cast
@@ -139,10 +143,12 @@ def lay_out_for_generation(model: GPTModel, device: Device) -> None:
 
 
 class _Window:
-    """What the model sees of several rows of tokens, and their keys and values."""
+    """What the model sees of several rows of tokens, and their keys and values. new: at most so
+    many tokens will follow, for which the cache has room; 0 = no cache.
+    """
 
-    def __init__(self, model: GPTModel, device: Device, use_cache: bool) -> None:
-        self.model, self.device, self.use_cache = model, device, use_cache
+    def __init__(self, model: GPTModel, device: Device, new: int) -> None:
+        self.model, self.device, self.new = model, device, new
         self.starts: dict[int, int] = {}
         self.cache: KVCache | None = None
         self.mask: Tensor | None = None  # (B, T) int64, 0 = padding; None = there is none
@@ -172,7 +178,8 @@ class _Window:
         ids = torch.tensor([[0] * (longest - len(w)) + w for w in windows])
         mask = torch.tensor([[0] * (longest - len(w)) + [1] * len(w) for w in windows])
         self.mask = None if bool(mask.all()) else mask.to(self.device.torch_device)
-        if self.use_cache:
+        if self.new:  # a context may be long, and the text short
             config = self.model.config
-            self.cache = KVCache(config.n_layers, config.max_position_embeddings)
+            room = min(config.max_position_embeddings, longest + self.new)
+            self.cache = KVCache(config.n_layers, room)
         return ids

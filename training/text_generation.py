@@ -169,7 +169,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def drawable(tokenizer: Tokenizer) -> torch.Tensor:
     """Which ids can be drawn, (V,) bool: those that stand for some text, and the end token."""
-    allowed = torch.from_numpy(tokenizer.token_bytes > 0)
+    allowed = torch.from_numpy(tokenizer.is_text.copy())
     allowed[tokenizer.end_token] = True
     return allowed
 

@@ -146,6 +146,19 @@ def test_imported_weights_are_evaluated_only_on_data_that_are_named(exported, tm
         validation_of(EvalSettings(checkpoint_path=("i.pt",)), run.settings, run, "i.pt")
 
 
+def test_whoever_may_read_one_file_of_an_export_may_read_all(exported):
+    folder = exported["gpt2"][0]
+    (folder.parent / "usual").touch()
+    usual = (folder.parent / "usual").stat().st_mode
+    assert {file.stat().st_mode for file in folder.iterdir()} == {usual}
+
+
+@pytest.mark.parametrize("entry", [{"eos_token_id": "x"}, {"quantization_config": {"bits": 4}}])
+def test_what_transformers_cannot_read_is_one_line(exported, entry, tmp_path):
+    with pytest.raises(UserError, match="transformers can't read it"):
+        hf("import", edited(exported, "gpt2", tmp_path, **entry), tmp_path / "out.pt")
+
+
 def edited(exported, kind, tmp_path, **entries):
     folder = tmp_path / "edited"
     shutil.copytree(exported[kind][0], folder)

@@ -162,6 +162,12 @@ def test_a_model_of_llmc_has_the_loss_computed_independently(tmp_path, version):
     assert load_model(tmp_path / "out.pt").model.config.vocab_size == V  # without padding
 
 
+def test_biases_in_a_file_of_nanogpt_count_whatever_its_arguments_say(tmp_path):
+    write_nanogpt(tmp_path / "x.pt", nanogpt_tensors(), bias=False)
+    found = read_weights(tmp_path / "x.pt").state_dict["blocks.1.mlp.fc.bias"]
+    assert found.tolist() == nanogpt_tensors()["transformer.h.1.mlp.c_fc.bias"].tolist()
+
+
 def test_files_are_told_by_their_content_not_by_their_name(tmp_path):
     tensors = nanogpt_tensors()
     write_nanogpt(tmp_path / "a.bin", tensors)
@@ -177,7 +183,9 @@ WRONG = [
     (lambda p: p.write_bytes(b"hello"), "neither a whole checkpoint of ours"),
     (lambda p: torch.save({"weights": 1}, p), "it has weights"),
     (lambda p: write_nanogpt(p, nanogpt_tensors(), n_layer=3), "without h.2."),
+    (lambda p: write_nanogpt(p, nanogpt_tensors(), n_layer=1), "do not explain: h.1.attn"),
     (lambda p: write_nanogpt(p, nanogpt_tensors(), n_embd=28), "has the shape"),
+    (lambda p: torch.save({"model": {"a": 1}, "model_args": {}}, p), "more than tensors"),
     (lambda p: torch.save({"model": {}, "model_args": {"n_layer": 2}}, p), "without 'vocab_size'"),
 ]
 

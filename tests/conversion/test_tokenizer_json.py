@@ -11,6 +11,7 @@ from conversion.tokenizer_json import (
     byte_characters,
     huggingface_json,
     merges_of,
+    tokenizer_in,
     write_tokenizer,
 )
 from corpus.tokenizer import BPETokenizer, ByteTokenizer, build_tokenizer
@@ -136,6 +137,13 @@ def test_gpt2s_vocabulary_is_known_as_gpt2(gpt2_files, tmp_path):
     (tmp_path / "x/vocab.json").write_text(json.dumps(vocab))
     hf("import", tmp_path / "x", tmp_path / "c.pt")
     assert load_model(tmp_path / "c.pt").tokenizer.fingerprint == ours.fingerprint
+
+
+@pytest.mark.parametrize("damaged", ["[]", '{"model": null}', '{"model": {"vocab": 3}}', "{"])
+def test_a_damaged_tokenizer_is_a_note_and_not_the_end_of_an_import(damaged, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(damaged)
+    tokenizer, notes = tokenizer_in(tmp_path, 257)
+    assert tokenizer is None and len(notes) == 1 and notes[0].startswith("no tokenizer: ")
 
 
 class FromHuggingFace:

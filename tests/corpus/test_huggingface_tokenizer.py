@@ -248,6 +248,9 @@ def test_bytes_of_the_ids_are_those_of_the_text(kind):
     unknown = name in ("word piece", "added words and space")
     assert counted == (0 if unknown else len(text.encode()))
     assert len(tokenizer.token_bytes) == tokenizer.vocab_size > max(ids)
+    assert tokenizer.is_text[tokenizer.encode(LEARN)].all()
+    assert not tokenizer.is_text[tokenizer.end_token]
+    assert unknown or (tokenizer.is_text == (tokenizer.token_bytes > 0)).all()
 
 
 def test_the_space_before_a_document_is_not_counted(tmp_path):

@@ -77,9 +77,12 @@ def test_bytes_text_and_pieces_are_right(model_type, tmp_path, monkeypatch):
 
 
 def test_text_that_it_changes_has_no_known_bytes(tmp_path):
-    path, _ = model(tmp_path)  # compatibility forms and extra spaces go
+    path, original = model(tmp_path)  # compatibility forms and extra spaces go
     tokenizer = build_tokenizer(str(path))
     assert not tokenizer.token_bytes.any() and tokenizer.safe_cut is None
+    # Its ids stand for text all the same, so that they can be drawn.
+    special = [original.unk_id(), original.bos_id(), original.eos_id()]
+    assert (~tokenizer.is_text).nonzero()[0].tolist() == sorted(special)
 
 
 def test_a_checkpoint_can_keep_it(tmp_path):
