@@ -9,7 +9,7 @@ writes them, is in checkpointing/manager.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from runtime.flags import parse_flags
 from runtime.run_script import run_script
 from runtime.setting_fields import UserError
 from training.optimizers import note_on_rising_rate
+from training.sampling import Sampling
 from training.step import RunState
 from training.text_generation import continue_texts
 
@@ -239,14 +240,29 @@ class TrainedModel:
         """The text of token ids, of any shape. Raises UserError without a tokenizer."""
         return self._tokenizer.decode(ids.flatten().tolist())
 
-    def continue_text(self, prompt: str, max_new_tokens: int = 100, **options: Any) -> str:
-        """The prompt and what the model writes after it. options: those of
-        `training.text_generation.continue_ids`, such as stop=["\n"], seeds=[7] or
-        sampling=Sampling(temperature=0). Raises UserError without a tokenizer.
+    def continue_text(
+        self,
+        prompt: str,
+        max_new_tokens: int = 100,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        **sampling: float,
+    ) -> str:
+        """The prompt and what the model writes after it, up to the end of the document or a stop
+        string. sampling: the fields of `training.sampling.Sampling`, such as temperature=0 or
+        top_p=0.9. Raises UserError without a tokenizer.
         """
         device = pick_device(str(next(self.model.parameters()).device), "fp32")
-        tokenizer, tokens = self._tokenizer, max_new_tokens
-        written = continue_texts(self.model, tokenizer, [prompt], device, tokens, **options)
+        written = continue_texts(
+            self.model,
+            self._tokenizer,
+            [prompt],
+            device,
+            max_new_tokens,
+            Sampling(**sampling),  # type: ignore[arg-type]
+            [seed],
+            [stop] if isinstance(stop, str) else stop,
+        )
         return prompt + str(written[0])
 
     @property

@@ -204,9 +204,11 @@ def with_vocab_size(args: Settings, vocab_size: int, tokenizer_name: str) -> Set
     vocabulary size, the given one. Raises UserError if they have a smaller one than that.
     """
     if args.model.vocab_size and args.model.vocab_size < vocab_size:
+        hint = f"try --vocab-size {vocab_size}"
+        if args.init_from:
+            hint = f"{args.init_from} was trained with another one: leave out --tokenizer-name"
         raise UserError(
-            f"vocab_size={args.model.vocab_size} is below the tokenizer's {vocab_size} ids; "
-            f"try --vocab-size {vocab_size}"
+            f"vocab_size={args.model.vocab_size} is below the tokenizer's {vocab_size} ids; {hint}"
         )
     model = dataclasses.replace(args.model, vocab_size=args.model.vocab_size or vocab_size)
     return dataclasses.replace(args, model=model, tokenizer_name=tokenizer_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import settings.before_torch  # noqa: F401  # before torch loads
 
 import dataclasses
+import json
 import sys
 
 from checkpoint import load_model
@@ -17,7 +18,13 @@ from runtime.setting_fields import UserError
 from settings.eval_and_generate import SampleSettings
 from settings.paths import checkpoint_in
 from training.sampling import Sampling, lay_out_for_generation
-from training.text_generation import continue_texts, note_on_context, printable, prompt_ids
+from training.text_generation import (
+    Continuation,
+    continue_texts,
+    note_on_context,
+    printable,
+    prompt_ids,
+)
 
 
 def prompts_of(args: SampleSettings) -> list[str]:
@@ -57,38 +64,47 @@ def main(args: SampleSettings) -> None:
         )
     options = dataclasses.asdict(args)
     sampling = Sampling(**{f.name: options[f.name] for f in dataclasses.fields(Sampling)})
-    jobs = [(p, i) for p in range(len(prompts)) for i in range(args.num_samples)]
-    live = len(jobs) == 1  # shown while it is generated
+    jobs = [prompt for prompt in prompts for _ in range(args.num_samples)]
+    live = len(jobs) == 1 and not args.json  # shown while it is generated
     if live:
         say_part(prompts[0])
     for start in range(0, len(jobs), args.batch_size):
-        batch = jobs[start : start + args.batch_size]
+        batch = range(start, min(start + args.batch_size, len(jobs)))
         written = continue_texts(
             model,
             tokenizer,
-            [prompts[p] for p, _ in batch],
+            [jobs[job] for job in batch],
             device,
             args.max_new_tokens,
             sampling,
-            [args.seed + i for _, i in batch],
+            [args.seed + job for job in batch],
             args.stop,
             on_text=lambda row, text: say_part(text) if live else None,
         )
-        for (p, i), text in zip(batch, written, strict=True):
+        for job, text in zip(batch, written, strict=True):
             if live:
                 say(text.end_mark)
+            elif args.json:
+                say(as_json(jobs[job], text, args.seed + job))
             else:
-                say(heading(p, len(prompts), i, args))
-                say(prompts[p] + str(text))
+                say(heading(job, len(prompts), args))
+                say(jobs[job] + str(text))
     longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
     if note := note_on_context(longest, args.max_new_tokens, model.config):
         say_aside(note)
 
 
-def heading(p: int, prompts: int, i: int, args: SampleSettings) -> str:
+def heading(job: int, prompts: int, args: SampleSettings) -> str:
     """The line above a continuation that is one of several."""
+    p, i = divmod(job, args.num_samples)
     prompt = f"prompt {p + 1} of {prompts}, " if prompts > 1 else ""
-    return f"--- {prompt}sample {i + 1} of {args.num_samples}, seed {args.seed + i} ---"
+    return f"--- {prompt}sample {i + 1} of {args.num_samples}, seed {args.seed + job} ---"
+
+
+def as_json(prompt: str, written: Continuation, seed: int) -> str:
+    """A continuation as a line of JSON. end: "document", "stop" or "length"."""
+    found = {"prompt": prompt, "text": written.text, "end": written.end, "seed": seed}
+    return json.dumps(found, ensure_ascii=False)
 
 
 if __name__ == "__main__":

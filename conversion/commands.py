@@ -78,10 +78,10 @@ def _say_how_to_load(kind: str, folder: str, config: GPTConfig, has_tokenizer: b
         say(
             f"transformers has no n-gram embeddings: {MODELING.name} in the folder is code for them"
         )
-    say(
-        f"{folder}: a {kind}, all weights bit for bit those of the checkpoint; "
-        f'AutoModelForCausalLM.from_pretrained("{folder}"{remote})'
-    )
+    say(f"{folder}: a {kind}, all weights bit for bit those of the checkpoint")
+    say(f'  AutoModelForCausalLM.from_pretrained("{folder}"{remote})')
+    if has_tokenizer:
+        say(f'  AutoTokenizer.from_pretrained("{folder}"{remote})')
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from corpus.find_text import find_texts, stdlib_files
 from corpus.hashing import hash_of
+from corpus.huggingface_tokenizer import HuggingFaceTokenizer
 from corpus.read_text import TEXT_COLUMN
 from corpus.shards import Source, TokenShards, ToyTokens
 from corpus.token_dataset import TokenDataset
@@ -50,6 +51,9 @@ class TextDatasetForCausalLM(TokenDataset):
         source = TokenShards(shards, tokenizer.vocab_size, name, made["key"], texts=texts)
         super().__init__(source, seq_len, 0, _stop(source, 0, max_tokens), tokenizer, seed)
         self.notes = notes + (note_on_documents(made, document_separator) if add_eos else [])
+        if isinstance(tokenizer, HuggingFaceTokenizer) and add_eos:
+            ends = f"{tokenizer.end_text!r} (id {tokenizer.end_token})"
+            self.notes.append(f"documents end with {ends} of tokenizer {tokenizer.name}")
         if not tokenizer.token_bytes.any():
             self.notes.append(
                 f"tokenizer {tokenizer.name} changes text before it finds tokens, so there are no "

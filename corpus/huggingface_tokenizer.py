@@ -50,6 +50,7 @@ class HuggingFaceTokenizer:
         rest = for_rest(parts)
         self._whole = _library_tokenizer(parts, name)
         self._rest = self._whole if rest is parts else _library_tokenizer(rest, name)
+        self.end_text = next((t for t, i in vocab.items() if i == end_token), "")
         self.vocab_size = max(vocab.values()) + 1
         self.token_bytes = token_bytes(whole, vocab, end_token)
         self.is_text = np.zeros(self.vocab_size, bool)  # also where the bytes are not known

@@ -29,7 +29,7 @@ while state.step < args.num_steps:
     stats = train_step(model, optimizer, batch, args, state, device)
     losses.append(float(stats.nll_sum) / stats.n_tokens)  # nats per token
 result = evaluate(model, val, args.batch_size, device)
-print(f"validation loss {result.loss:.3f}, perplexity {result.ppl:.2f}")
+print(f"validation loss {result.loss:.3f}, perplexity {result.ppl:.2f}; see example.png")
 
 plt.plot(losses)
 plt.axhline(result.loss, linestyle="--", label="validation")

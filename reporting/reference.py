@@ -117,11 +117,11 @@ def read_reference(name: str, args: Settings) -> Reference:
         raise UserError(
             f"{path} is no reference curve; report.py --make-reference writes one"
         ) from None
-    evaluated = [s for s in losses if 0 < s <= args.num_steps and s % args.eval_steps == 0]
-    if not evaluated:
-        some = ", ".join(str(s) for s in sorted(losses)[:4])
+    last = args.num_steps  # evaluated in any case
+    if not any((0 < s < last and s % args.eval_steps == 0) or s == last for s in losses):
+        some = ", ".join(str(s) for s in sorted(losses)[:4]) + (", ..." if len(losses) > 4 else "")
         raise UserError(
-            f"{path} has losses at steps {some}, ..., and this run is evaluated at none of its "
+            f"{path} has losses at steps {some}, and this run is evaluated at none of its "
             "steps; give another --eval-steps"
         )
     return reference

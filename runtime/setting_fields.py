@@ -33,7 +33,7 @@ def flag(
     help: str,
     *choices: str,
     at_least: float | None = None,
-    at_most: float = 2**62,
+    at_most: float | None = None,
     fixed: bool = False,
     positional: bool = False,
     word: str = "",
@@ -80,7 +80,9 @@ def check_fields(settings: Any) -> None:
         if at_least is not None and value < at_least:
             raise UserError(f"{field.name}={value} must be at least {at_least}")
         at_most = field.metadata.get("at_most")
-        if at_most is not None and isinstance(value, int) and value > at_most:
+        if at_most is None and isinstance(value, int):
+            at_most = 2**62  # what torch and NumPy take
+        if at_most is not None and value > at_most:
             raise UserError(f"{field.name}={value} must be at most {at_most}")
 
 

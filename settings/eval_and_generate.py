@@ -117,12 +117,15 @@ class SampleSettings:
     stop: tuple[str, ...] = flag(
         (), "strings that end a continuation; it is shown up to there", metavar="TEXT"
     )
-    seed: int = flag(1337, "seed of the draws; of sample i, seed + i", at_least=0)
+    seed: int = flag(1337, "seed of the draws; each further continuation has one more", at_least=0)
+    json: bool = flag(False, "print each continuation as a line of JSON, without headings")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     threads: int = flag(0, "CPU threads; 0 = as torch chooses", at_least=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if "" in self.stop:
+            raise UserError("--stop '' would stop at once; leave it out")
         if not self.repetition_penalty:
             raise UserError("repetition_penalty=0 must be above 0; 1 = off, try 1.1")
         if self.prompt_file and self.prompt != "\n":

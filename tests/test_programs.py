@@ -1,6 +1,7 @@
 """The scripts as a user runs them."""
 
 import io
+import json
 import math
 import re
 import shlex
@@ -724,15 +725,25 @@ def test_prompts_come_from_a_file_or_standard_input(script, text, tmp_path, monk
     assert code == 0, err
     heads = [line for line in out.splitlines() if line.startswith("--- ")]
     assert heads == [
-        f"--- prompt {p} of 2, sample {i} of 2, seed {1336 + i} ---" for p in (1, 2) for i in (1, 2)
+        f"--- prompt {p} of 2, sample {i} of 2, seed {1334 + 2 * p + i} ---"
+        for p in (1, 2)
+        for i in (1, 2)
     ]
     alone = [
         script("generate.py", "--prompt", p, *flags[:2], "--seed", s)[1][:-1]
-        for p in ("line 1", "line 22")
-        for s in ("1337", "1338")
+        for p, s in (
+            ("line 1", "1337"),
+            ("line 1", "1338"),
+            ("line 22", "1339"),
+            ("line 22", "1340"),
+        )
     ]
     assert re.split(r"--- .* ---\n", out)[1:] == [f"{x}\n" for x in alone]
     assert alone[0].startswith("line 1") and alone[2].startswith("line 22")
+    code, out, err = script("generate.py", "--prompt-file", "prompts.txt", *flags, "--json")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [x["seed"] for x in found] == [1337, 1338, 1339, 1340], err
+    assert [x["prompt"] + x["text"] for x in found] == alone
     monkeypatch.setattr(sys, "stdin", io.StringIO("line 1\nline 22\n"))
     code, out, err = script(
         "generate.py", "--prompt-file", "-", "--prompt-separator", "", "--max-new-tokens", "4"
@@ -766,3 +777,8 @@ def test_a_stop_string_ends_what_is_generated(script, text):
     character = whole[10]
     code, out, err = script(*flags, "--stop", "zzzz", character)
     assert out == whole[: whole.index(character, 6)] + "\n"
+    code, _, err = script(*flags, "--stop", "")
+    assert code == 2 and "would stop at once" in err
+    for flag in ("--top-p", "--min-p"):
+        code, _, err = script(*flags, flag, "1.5")
+        assert code == 2 and "must be at most 1" in err

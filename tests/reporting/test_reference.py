@@ -86,6 +86,8 @@ def test_a_reference_that_cannot_be_used_is_refused_at_the_start(tmp_path):
     with pytest.raises(UserError, match=r"at steps 100, 200, .* evaluated at none"):
         read_reference(str(path), toy_settings(num_steps=99))
     assert json.loads(path.read_text())["val_loss"]
+    last = toy_settings(num_steps=200, eval_steps=150)  # evaluated at 150 and at its end
+    assert isinstance(read_reference(str(path), last), Reference)
     assert isinstance(read_reference(str(path), toy_settings(num_steps=100)), Reference)
 
 
