@@ -80,7 +80,7 @@ def compare(paths: tuple[str, ...]) -> None:
         raise UserError(f"compare takes two files, not {len(paths)}")
     about, state = differences(*paths)
     print("\n".join(map(printable, [*about, *state] or ["no difference"])))
-    if not any(line.startswith("model ") for line in state):
+    if (about or state) and not any(line.startswith("model ") for line in state):
         print("the weights are equal, bit for bit")
     if state:
         raise UserError(f"{paths[0]} and {paths[1]} are different states")

@@ -98,7 +98,7 @@ def main(args: PrepareSettings) -> None:
         say(note)
     say(
         f"{folder}: {made['tokens']:,} tokens of {made['bytes']:,} bytes in {made['documents']:,} "
-        f"documents, {len(made['shards'])} shard" + ("s" if len(made["shards"]) > 1 else "")
+        f"documents, {len(made['shards'])} shards"
     )
     say(f"train: {command('train_minimal.py')} --train-npy {shlex.quote(str(folder))}")
 
