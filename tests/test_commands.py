@@ -145,3 +145,12 @@ def test_pages_have_commands_and_only_marked_ones_are_left_out():
     assert min(counts.values()) >= 3 and counts["README.md"] >= 40
     left_out = {line for page in PAGES for line in commands_of(page) if MARK.search(line)}
     assert all(re.search("npy|gpt2|fineweb|hellaswag", line) for line in left_out)
+
+
+def test_links_between_the_pages_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "data/README.md", *ROOT.glob("docs/**/*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page}: {link}"
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"docs/guides/{p.name}" in readme for p in (ROOT / "docs/guides").glob("*.md"))
