@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -203,8 +204,17 @@ def _same(tensor: Tensor) -> Tensor:
 
 def load_pickled(path: Path) -> dict[str, Any]:
     """What torch.load reads from a file without running code of it; tensors are mapped into memory
-    where the format allows that. Raises UserError.
+    where the format allows that. Raises UserError, also for a zip file with a wrong checksum, which
+    torch.load does not look at.
     """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"{path}: damaged: {damaged} in it has a wrong checksum")
+    except zipfile.BadZipFile as reason:
+        raise UserError(f"{path}: damaged: {reason}") from None
     try:
         try:
             found = torch.load(path, "cpu", weights_only=True, mmap=True)

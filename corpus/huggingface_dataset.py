@@ -68,8 +68,9 @@ def _open(name: str, config: str, split: str) -> tuple[Any, str]:
             "--hf reads data sets of Hugging Face and needs a package: pip install datasets"
         ) from None
     folder = Path(name)
+    saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     try:
-        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        if saved:
             found = datasets.load_from_disk(name)
         else:
             found = datasets.load_dataset(name, config or None, split=split or None)
@@ -78,7 +79,10 @@ def _open(name: str, config: str, split: str) -> tuple[Any, str]:
         raise UserError(f"{name}: datasets can't load it ({type(reason).__name__}: {said})") from (
             reason
         )
-    splits = {split or "train": found} if isinstance(found, datasets.Dataset) else dict(found)
+    if isinstance(found, datasets.Dataset):
+        splits = {str(found.split or "train") if saved else split or "train": found}
+    else:
+        splits = dict(found)
     chosen = split or (next(iter(splits)) if len(splits) == 1 else "train")
     if chosen not in splits:
         raise UserError(

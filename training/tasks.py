@@ -24,6 +24,7 @@ from runtime.setting_fields import UserError
 from training.sampling import Sampling
 from training.text_generation import Continuation, continue_ids, prompt_ids
 
+_LIMITS = ("max_gen_toks", "max_new_tokens")  # how tasks call the most tokens of a text
 _MOST_NEW_TOKENS = 256  # of a text whose task names no limit; the harness's own default
 
 
@@ -149,7 +150,8 @@ class TaskModel:
     ) -> list[Continuation]:
         sampling = _sampling_of(options)
         until = options.get("until") or []
-        most = int(options.get("max_gen_toks") or _MOST_NEW_TOKENS)
+        limits = [options[k] for k in _LIMITS if options.get(k)]
+        most = int(limits[0]) if limits else _MOST_NEW_TOKENS
         prompts = [prompt_ids(self.tokenizer, context) for context in contexts]
         if self.longest > most:  # what the model sees is the same throughout, as in the harness
             prompts = [ids[-(self.longest - most) :] for ids in prompts]
@@ -161,7 +163,7 @@ class TaskModel:
 def _sampling_of(options: dict[str, Any]) -> Sampling:
     """How a task wants tokens to be drawn. Raises UserError for a wish that is not known here."""
     names = {f.name for f in dataclasses.fields(Sampling)}
-    known = names | {"until", "max_gen_toks", "do_sample"}
+    known = names | {"until", "do_sample", *_LIMITS}
     for name in sorted(options.keys() - known):
         raise UserError(
             f"a task wants {name}={options[name]!r} of the text to write, which is not known here; "

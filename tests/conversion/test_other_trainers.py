@@ -176,6 +176,16 @@ def test_files_are_told_by_their_content_not_by_their_name(tmp_path):
     assert read_weights(tmp_path / "b.pt").source.startswith("llm.c")
 
 
+def test_a_flipped_byte_of_a_weight_is_found(tmp_path):
+    path = write_nanogpt(tmp_path / "ckpt.pt", nanogpt_tensors())
+    content = bytearray(path.read_bytes())
+    weight = nanogpt_tensors()["transformer.wte.weight"].tobytes()
+    content[content.index(weight) + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="wrong checksum"):
+        read_weights(path)
+
+
 WRONG = [
     (lambda p: write_llmc(p, nanogpt_tensors(), 1), "version 1 of llm.c"),
     (lambda p: write_llmc(p, nanogpt_tensors(), 3).write_bytes(p.read_bytes()[:-4]), "bytes, but"),

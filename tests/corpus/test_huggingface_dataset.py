@@ -56,6 +56,8 @@ def test_a_parquet_folder_and_a_saved_set_are_the_same_texts(tmp_path):
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "both")
     names = [folder(tmp_path), *(str(tmp_path / n) for n in ("p", "saved", "both"))]
     assert len({HuggingFaceTexts(n, "", "", "body").record["sha256"] for n in names}) == 1
+    with pytest.raises(UserError, match="has no split 'test'"):
+        HuggingFaceTexts(str(tmp_path / "saved"), "", "test", "body")
 
 
 def test_the_key_is_of_the_content_and_not_of_the_place(tmp_path):

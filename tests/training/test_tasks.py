@@ -250,6 +250,8 @@ def test_texts_end_at_the_given_strings(scored, monkeypatch):
         (1, 9, Sampling(temperature=0), [5]),
         (1, 256, Sampling(2.0, 0, 0.9), [1]),
     ]
+    scored.texts_after([("x", {"max_new_tokens": 7})])
+    assert asked[-1][1] == 7
     with pytest.raises(UserError, match=r"wants num_beams=4 of the text to write"):
         scored.texts_after([("x", {"num_beams": 4})])
 
