@@ -1,6 +1,9 @@
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -309,3 +312,27 @@ def test_large_models_agree_at_1024_positions(name):
     print(f"{name}: {difference:.2g}, of logits up to {largest:.3g}")
     assert tokens == 1024 and largest > 3
     assert difference < BOUND * largest
+
+
+@pytest.mark.long
+def test_a_model_of_the_hub_is_imported_by_its_name(tmp_path):
+    """Out of the cache of huggingface_hub, as it is after a download."""
+    model = random_model(KINDS["gpt2"])
+    hf("export", checkpoint_of(model, tmp_path / "a.pt"), tmp_path / "exported")
+    cached = tmp_path / "hub/models--someone--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("0" * 40)
+    shutil.copytree(tmp_path / "exported", cached / "snapshots" / ("0" * 40))
+    command = [sys.executable, str(ROOT / "hf.py"), "import", "someone/tiny", "b.pt"]
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_model(tmp_path / "b.pt").model.state_dict()
+    assert all(found[name].equal(p) for name, p in model.state_dict().items())
+    command[3:] = ["someone/other", "c.pt"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "not to be had from Hugging Face's hub" in done.stderr
