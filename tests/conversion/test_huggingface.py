@@ -269,10 +269,10 @@ def test_the_bound_is_passed_by_rounding_and_not_by_small_mistakes():
 
 SHAPES = {  # heads, width, blocks: the larger ones have fewer blocks than GPT-2's
     "GPT-2 small": GPTConfig(n_heads=12, d_model=768, n_layers=12),
-    "GPT-2 medium": GPTConfig(n_heads=16, d_model=1024, n_layers=6),
-    "GPT-2 large": GPTConfig(n_heads=20, d_model=1280, n_layers=4),
-    "GPT-2 XL": GPTConfig(n_heads=25, d_model=1600, n_layers=3),
-    "modern 768": GPTConfig("modern", n_heads=12, d_model=768, n_layers=6),
+    "GPT-2 medium": GPTConfig(n_heads=16, d_model=1024, n_layers=3),
+    "GPT-2 large": GPTConfig(n_heads=20, d_model=1280, n_layers=2),
+    "GPT-2 XL": GPTConfig(n_heads=25, d_model=1600, n_layers=2),
+    "modern 768": GPTConfig("modern", n_heads=12, d_model=768, n_layers=4),
     "modern 1280": GPTConfig("modern", n_heads=10, d_model=1280, n_layers=3),
 }
 

@@ -59,6 +59,7 @@ def test_gradients_are_synchronised_once_per_optimizer_step(group, accumulation)
 MUON = "--arch modern --optimizer muon --ngram-rows 300"
 
 
+@pytest.mark.long
 def test_two_ranks_match_one_process_with_twice_the_accumulation(program):
     # Without dropout, and for the other layouts, see test_layouts.py.
     common = f"{TINY} --arch gpt2 --dropout 0.2 --num-steps 30 --batch-size 4".split()
