@@ -353,6 +353,7 @@ def started(program, *flags):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_training_that_saves_every_step_is_watched_without_a_torn_read(program):
     watch = started(program, "runs", "--json", "t.json")
     try:

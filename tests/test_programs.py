@@ -603,6 +603,7 @@ def test_eval_shows_the_loss_of_each_source_of_a_mixture(script):
     assert code == 2 and "16 positions" in err and "--max-position-embeddings" not in err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
 def test_a_terminal_of_another_encoding_gets_escapes(program, encoding):
     (program.folder / "a.txt").write_text("世界 文 🌹\n" * 300)

@@ -191,6 +191,7 @@ def test_the_picture_alone(tmp_path, capsys):
         run_report(capsys, str(path), "--png", str(tmp_path / "none/p.png"))
 
 
+@pytest.mark.long
 def test_a_finished_run_leaves_its_report(program: Program):
     toy = "--preset toy --use-toy-data --num-steps 6 --device cpu".split()
     out = program("train_minimal.py", *toy)
