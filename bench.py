@@ -77,6 +77,7 @@ def main(args: BenchSettings) -> None:
 
 
 def launch(argv: list[str]) -> None:
+    """Runs the benchmark that the command line names; after -- come the flags of a trainer."""
     own, trainer = (
         (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     )

@@ -20,7 +20,7 @@ from settings.paths import checkpoint_in
 from training.sampling import Sampling, lay_out_for_generation
 from training.text_generation import (
     Continuation,
-    continue_texts,
+    continue_ids,
     note_on_context,
     printable,
     prompt_ids,
@@ -64,16 +64,17 @@ def main(args: SampleSettings) -> None:
         )
     options = dataclasses.asdict(args)
     sampling = Sampling(**{f.name: options[f.name] for f in dataclasses.fields(Sampling)})
-    jobs = [prompt for prompt in prompts for _ in range(args.num_samples)]
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    jobs = [p for p in range(len(prompts)) for _ in range(args.num_samples)]
     live = len(jobs) == 1 and not args.json  # shown while it is generated
     if live:
         say_part(prompts[0])
     for start in range(0, len(jobs), args.batch_size):
         batch = range(start, min(start + args.batch_size, len(jobs)))
-        written = continue_texts(
+        written = continue_ids(
             model,
             tokenizer,
-            [jobs[job] for job in batch],
+            [encoded[jobs[job]] for job in batch],
             device,
             args.max_new_tokens,
             sampling,
@@ -85,12 +86,11 @@ def main(args: SampleSettings) -> None:
             if live:
                 say(text.end_mark)
             elif args.json:
-                say(as_json(jobs[job], text, args.seed + job))
+                say(as_json(prompts[jobs[job]], text, args.seed + job))
             else:
                 say(heading(job, len(prompts), args))
-                say(jobs[job] + str(text))
-    longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
-    if note := note_on_context(longest, args.max_new_tokens, model.config):
+                say(prompts[jobs[job]] + str(text))
+    if note := note_on_context(max(map(len, encoded)), args.max_new_tokens, model.config):
         say_aside(note)
 
 

@@ -81,6 +81,7 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
 
 
 def launch(argv: list[str]) -> int:
+    """Trains as the command line says, once all ranks are there; returns the exit code."""
     start = rendezvous()  # waits for all ranks
     args = parse_settings(
         "train_ddp", argv, start.world, resumable_settings, settings_of_weights, start.restarted

@@ -72,6 +72,7 @@ def main(args: Settings, signals: StopSignals) -> int:
 
 
 def launch(argv: list[str]) -> int:
+    """Trains as the command line says; returns the exit code."""
     must_be_alone()
     args = parse_settings(
         "train_minimal", argv, saved=resumable_settings, weights=settings_of_weights

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.process_group import Ranks
+from runtime.console import one_line
 from runtime.setting_fields import check_fields, flag
 
 
@@ -173,7 +174,7 @@ def one_by_one(sides: dict[str, Side], repeats: int, warm_up: int = 1) -> dict[s
             side.built.result()
             found[name] = [side() for _ in range(warm_up + repeats)][warm_up:]
         except Exception as reason:  # out of memory, a compiler, a package that is not there
-            found[name] = f"failed: {' '.join(str(reason).split())[:300]}"
+            found[name] = f"failed: {one_line(reason)}"
         print(f"{name}: {found[name]}", flush=True)  # in case that the time is up before the table
         side.end()
     return found

@@ -28,6 +28,7 @@ from checkpointing.safe_pickle import (
     TensorRef,
     size_of,
 )
+from runtime.console import one_line
 from runtime.setting_fields import UserError
 
 _CHECKSUM_MARK = b"sha256:"
@@ -120,7 +121,7 @@ def as_unreadable(path: str | Path) -> Iterator[None]:
     except UserError as reason:
         raise Unreadable(printable(f"{path}: {reason}")) from None
     except Exception as reason:  # a crafted file takes zipfile and the unpickler to many places
-        what = f"{type(reason).__name__}: {' '.join(str(reason).split())[:120]}"
+        what = f"{type(reason).__name__}: {one_line(reason, 120)}"
         raise Unreadable(printable(f"{path}: not a checkpoint, or damaged ({what})")) from reason
 
 

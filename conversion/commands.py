@@ -21,7 +21,7 @@ from conversion.opening import open_weights
 from conversion.tokenizer_json import write_tokenizer
 from conversion.weights import Weights
 from model import GPTModel
-from runtime.console import say
+from runtime.console import one_line, say
 from runtime.setting_fields import UserError, check_fields, choose, flag
 from training.step import RunState
 
@@ -156,7 +156,7 @@ def _from_hub(name: str) -> Path:
             snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
         return folder
     except Exception as reason:  # of many kinds, by where the network fails
-        what = f"{type(reason).__name__}: {' '.join(str(reason).split())[:120]}"
+        what = f"{type(reason).__name__}: {one_line(reason, 120)}"
         raise UserError(
             f"{name}: no such file or folder, and not to be had from Hugging Face's hub ({what}); "
             "where there is no network, copy the model's folder here"

@@ -22,6 +22,7 @@ from conversion.huggingface import EPSILON, GELUS, ROTARY, load_huggingface
 from conversion.names import Read, from_nanochat, gpt2_name, nanochat_names
 from conversion.tokenizer_json import tokenizer_in
 from conversion.weights import Weights, of_gpt2
+from runtime.console import one_line
 from runtime.setting_fields import UserError
 
 _HEAD = "lm_head.weight"
@@ -221,7 +222,7 @@ def load_pickled(path: Path) -> dict[str, Any]:
         except RuntimeError:  # the format before torch 1.6 can't be mapped
             found = torch.load(path, "cpu", weights_only=True)
     except Exception as reason:  # a damaged file may fail anywhere in zipfile and pickle
-        what = " ".join(str(reason).split())[:160]
+        what = one_line(reason, 160)
         raise UserError(f"{path}: not to be read as weights alone ({what})") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: it holds no table of weights, but a {type(found).__name__}")

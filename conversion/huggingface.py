@@ -15,6 +15,7 @@ from config import GPTConfig
 from conversion.names import gpt2_name, to_gpt2, to_nanochat
 from corpus.tokenizer import Tokenizer
 from model import GPTModel
+from runtime.console import one_line
 from runtime.setting_fields import UserError
 
 MODELING = Path(__file__).with_name("modeling_rosetrainer.py")  # for models with n-grams
@@ -76,7 +77,7 @@ def load_huggingface(folder: Path) -> Any:
     try:
         found = loader.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
     except Exception as reason:  # of many kinds: an entry of config.json, quantized weights
-        said = f"{type(reason).__name__}: {' '.join(str(reason).split())[:160]}"
+        said = f"{type(reason).__name__}: {one_line(reason, 160)}"
         raise UserError(f"{folder}: transformers can't read it ({said})") from reason
     return found.eval()
 

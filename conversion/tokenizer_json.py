@@ -10,6 +10,7 @@ from typing import Any
 
 from conversion.huggingface import import_transformers
 from corpus.tokenizer import Tokenizer, build_tokenizer, tokenizer_from_json
+from corpus.tokenizer_json import byte_characters
 from runtime.setting_fields import UserError
 
 END = "<|endoftext|>"
@@ -27,15 +28,6 @@ SAMPLE = (
     "\U0001d54f\u00ac\u2260 <html>&amp;</html> $100,000.00 (a+b)/c == d;;; \x00\x07\x1c\x85 end   "
     "\n \n   "
 )
-
-
-def byte_characters() -> list[str]:
-    """The character that stands for each byte in the vocabularies of byte-level BPE: itself where
-    it is printable Latin-1, else one from U+0100 on (Radford et al. 2019, their encoder.py).
-    """
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [b for b in range(256) if b not in printable]
-    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
 def merges_of(ranks: dict[bytes, int]) -> tuple[list[tuple[bytes, bytes]], bool]:
@@ -87,7 +79,8 @@ def huggingface_json(tokenizer: Tokenizer) -> str:
     levels = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     steps = [] if gpt2 else split
     before = [*steps, {**levels, "use_regex": gpt2}]
-    chars, (merges, in_order) = byte_characters(), merges_of(ranks)
+    chars = {byte: character for character, byte in byte_characters().items()}
+    merges, in_order = merges_of(ranks)
     texts = {token: "".join(chars[b] for b in token) for token in ranks}
     special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     written = {

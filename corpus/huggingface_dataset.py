@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.read_text import Text, other_columns
+from runtime.console import one_line
 from runtime.setting_fields import UserError
 
 _ROWS = 1024  # read at once
@@ -75,7 +76,7 @@ def _open(name: str, config: str, split: str) -> tuple[Any, str]:
         else:
             found = datasets.load_dataset(name, config or None, split=split or None)
     except Exception as reason:  # of many kinds: the hub, its files, Arrow
-        said = " ".join(str(reason).split())[:300]
+        said = one_line(reason)
         raise UserError(f"{name}: datasets can't load it ({type(reason).__name__}: {said})") from (
             reason
         )

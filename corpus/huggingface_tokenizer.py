@@ -25,6 +25,7 @@ from corpus.tokenizer_json import (
     token_bytes,
     vocabulary,
 )
+from runtime.console import one_line
 from runtime.setting_fields import UserError
 
 FILE_FORMAT = "rosetrainer tokenizer 1"  # how a tokenizer is stored, here and in tokenizer.py
@@ -79,7 +80,7 @@ class HuggingFaceTokenizer:
         except _NOT_OF_THE_LIBRARY:
             raise
         except BaseException as reason:
-            said = " ".join(str(reason).split())[:100]
+            said = one_line(reason, 100)
             raise UserError(f"tokenizer {self.name}: {said} ({text[:40]!r})") from reason
         ids = np.array(found, np.uint32)
         if self._incomplete and self.token_bytes[ids].clip(0).sum() < len(text.encode()):
@@ -115,7 +116,7 @@ def _library_tokenizer(parts: Parts, where: str) -> Any:
         raise
     except BaseException as reason:
         raise UserError(
-            f"{where}: the tokenizers library can't read it ({' '.join(str(reason).split())[:100]})"
+            f"{where}: the tokenizers library can't read it ({one_line(reason, 100)})"
             "; another version of it might: pip install -U tokenizers"
         ) from reason
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from corpus.find_text import converting_command, kind_of
+from runtime.console import one_line
 from runtime.setting_fields import UserError
 
 TEXT_COLUMN = "text"  # what most data sets call the column with the text
@@ -83,7 +84,7 @@ def _read(path: Path, separator: str, column: str, cut: re.Pattern[str]) -> Iter
                 else:
                     yield from _plain(path, file, cut)
     except (OSError, EOFError) as reason:
-        said = " ".join((getattr(reason, "strerror", None) or str(reason)).split())[:200]
+        said = one_line(getattr(reason, "strerror", None) or reason, 200)
         raise UserError(f"{path}: cannot be read: {said}") from reason
     except Exception as reason:
         if packed and type(reason).__name__ in ("ZstdError", "error"):
@@ -234,7 +235,7 @@ def _parquet(path: Path, column: str) -> Iterator[Text]:
     except Exception as reason:  # of many kinds: Arrow, decoding, memory
         raise UserError(
             f"{path}: not a Parquet file with text in the column {column!r} "
-            f"({' '.join(str(reason).split())[:100]})"
+            f"({one_line(reason, 100)})"
         ) from reason
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from corpus.huggingface_tokenizer import HuggingFaceTokenizer, config_beside, read_tokenizer_json
 from corpus.tokenizer_json import SPACE, Parts
+from runtime.console import one_line
 from runtime.setting_fields import UserError
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of pieces in sentencepiece_model.proto
@@ -39,7 +40,7 @@ def read_sentencepiece(path: Path) -> HuggingFaceTokenizer:
         model.ParseFromString(data)
         original = sentencepiece.SentencePieceProcessor(model_proto=data)
     except Exception as reason:  # of protobuf, of SentencePiece, of the file system
-        said = " ".join(str(reason).split())[:100]
+        said = one_line(reason, 100)
         raise UserError(f"{path}: is no model of SentencePiece ({said})") from reason
     if model.trainer_spec.model_type not in (_UNIGRAM, _BPE):
         raise UserError(f"{path}: is neither a unigram nor a BPE model; others can't be converted")

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from corpus.bin_dtype import sample_bytes, width_of_ids
+from runtime.console import one_line
 from runtime.setting_fields import UserError
 
 OTHER_FORMATS = {  # first bytes, too many to be ids by chance -> what the file is
@@ -147,7 +148,7 @@ class _Shard:
             )
             shape, _, dtype = read(file)
         except Exception as reason:  # a damaged header takes NumPy's parser to many places
-            said = " ".join(str(reason).split())[:100]
+            said = one_line(reason, 100)
             raise UserError(f"{self.path}: damaged .npy header: {said}") from reason
         if len(shape) != 1 or dtype.str not in ("<u2", "<u4", "<i4"):
             raise UserError(

@@ -171,7 +171,8 @@ def _marks_spaces(parts: Parts) -> bool:
 
 def byte_characters() -> dict[str, int]:
     """The character that stands for each byte in GPT-2's vocabulary: printable ones of Latin-1 for
-    themselves, then those from U+0100 on for the other bytes in their order.
+    themselves, then those from U+0100 on for the other bytes in their order (Radford et al. 2019,
+    their encoder.py).
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]

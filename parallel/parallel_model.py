@@ -104,11 +104,7 @@ class ParallelModel(ParallelContext):
     def gathered(self) -> Iterator[None]:
         """Keeps the parameters that a forward pass gathers, if all ranks have memory for them."""
         groups = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
-        width = self.device.dtype.itemsize
-        needed = 2.0 * width * self.model.num_parameters() / self.tp_size  # 2: with what is in use
-        each = self.local_world if self.device.torch_device.type == "cpu" else 1
-        short = torch.tensor(float(free_memory_of(self.device) / each < needed))
-        if groups and not self.sum(short):
+        if groups and self._all_have_room():
             for group in groups:
                 group.set_reshard_after_forward(False, recurse=False)
         try:
@@ -118,6 +114,15 @@ class ParallelModel(ParallelContext):
                 outermost = id(group) == id(self.model)  # FSDP keeps it gathered by itself
                 group.set_reshard_after_forward(not outermost, recurse=False)
                 group.reshard()
+
+    def _all_have_room(self) -> bool:
+        """Whether each rank has memory for the unsharded parameters, and as much again for the rest
+        of a forward pass. All ranks must call it together.
+        """
+        needed = 2.0 * self.device.dtype.itemsize * self.model.num_parameters() / self.tp_size
+        each = self.local_world if self.device.torch_device.type == "cpu" else 1
+        short = torch.tensor(float(free_memory_of(self.device) / each < needed))
+        return not self.sum(short)
 
     def reshard(self) -> None:
         """Frees the outermost parameter group, which FSDP leaves gathered after an evaluation."""

@@ -58,8 +58,7 @@ class Evaluation:
         return {
             f"{name}/{metric}": value
             for name, scores in self.tasks.items()
-            for metric, value in scores.metrics.items()
-            if not metric.split(",")[0].endswith("_stderr")
+            for metric, value in scores.values.items()
         }
 
     @property

@@ -72,6 +72,11 @@ def say_aside(text: str) -> None:
     print(visible(text), file=sys.stderr, flush=True)
 
 
+def one_line(said: object, most: int = 300) -> str:
+    """What an exception or another program says, without line breaks, up to `most` characters."""
+    return " ".join(str(said).split())[:most]
+
+
 def duration(seconds: float) -> str:
     """A time span in words, such as 45 s, 12 min or 3.2 h."""
     if seconds < 100:

@@ -13,6 +13,7 @@ from torch import nn
 from config import Settings
 from loss import next_token_loss, token_losses
 from model import Block, GPTModel, rotary_table
+from runtime.console import one_line
 from runtime.device import Device
 from runtime.setting_fields import UserError
 
@@ -63,7 +64,7 @@ def compile_model(
         failure = found
     if not agree(failure is not None)[0]:
         return [f"compiled in {time.perf_counter() - start:.0f} s"]
-    cause = " ".join(str(failure or "it failed on another rank").split())[:200]
+    cause = one_line(failure or "it failed on another rank", 200)
     if args.compile == "on":
         raise UserError(f"--compile on: {cause}; try --compile off") from failure
     for unit in units:

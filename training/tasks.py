@@ -18,7 +18,7 @@ from torch import Tensor
 
 from corpus.tokenizer import Tokenizer
 from model import GPTModel
-from runtime.console import progress
+from runtime.console import one_line, progress
 from runtime.device import Device
 from runtime.setting_fields import UserError
 from training.sampling import Sampling
@@ -41,6 +41,15 @@ class TaskScores:
     details: list[dict[str, Any]] = field(default_factory=list, repr=False)  # of each question
 
     @property
+    def values(self) -> dict[str, float]:
+        """The metrics without their standard errors."""
+        return {
+            metric: value
+            for metric, value in self.metrics.items()
+            if not metric.split(",")[0].endswith("_stderr")
+        }
+
+    @property
     def record(self) -> dict[str, Any]:
         """The scores as a record of eval.jsonl, without the details."""
         names = ("metrics", "samples", "num_fewshot", "version")
@@ -49,11 +58,10 @@ class TaskScores:
     def line(self, name: str) -> str:
         """What eval.py prints of the task of that name: each metric with its standard error."""
         shown = []
-        for metric, value in self.metrics.items():
+        for metric, value in self.values.items():
             label, comma, rest = metric.partition(",")
-            if not label.endswith("_stderr"):
-                error = self.metrics.get(f"{label}_stderr{comma}{rest}")
-                shown.append(f"{metric} {value:.4f}" + (f" +- {error:.4f}" if error else ""))
+            error = self.metrics.get(f"{label}_stderr{comma}{rest}")
+            shown.append(f"{metric} {value:.4f}" + (f" +- {error:.4f}" if error else ""))
         about = f"{self.samples} questions, {self.num_fewshot}-shot"
         return f"{name}: {', '.join(shown)} ({about})"
 
@@ -222,7 +230,7 @@ def score_tasks(
     except UserError:
         raise
     except Exception as reason:  # of many kinds: the hub, a YAML file, a template, a metric
-        said = " ".join(str(reason).split())[:300]
+        said = one_line(reason)
         raise UserError(
             f"--tasks {','.join(names)}: the harness can't do it ({type(reason).__name__}: {said})"
         ) from reason

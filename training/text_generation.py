@@ -155,7 +155,7 @@ def note_on_context(prompt: int, new: int, config: GPTConfig) -> str:
     context = config.max_position_embeddings
     if prompt + new <= context:
         return ""
-    least = min(n - window_start(n, context) for n in range(context + 1, 2 * context + 1))
+    least = context + 1 - window_start(context + 1, context)  # when a part was just dropped
     return (
         f"a prompt of {prompt} and {new} new tokens exceed the model's context of {context} "
         f"(max_position_embeddings): it sees the last {least} to {context} of them"

@@ -8,13 +8,13 @@ from converted import checkpoint_of, hf, random_model
 from checkpoint import load_model
 from conversion.tokenizer_json import (
     SAMPLE,
-    byte_characters,
     huggingface_json,
     merges_of,
     tokenizer_in,
     write_tokenizer,
 )
 from corpus.tokenizer import BPETokenizer, ByteTokenizer, build_tokenizer
+from corpus.tokenizer_json import byte_characters
 from runtime.setting_fields import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -88,8 +88,9 @@ def test_tokens_out_of_the_order_of_merges_have_the_ids_of_tiktoken():
 def test_the_256_characters_of_bytes_are_those_of_the_library():
     from tokenizers.pre_tokenizers import ByteLevel
 
-    chars = byte_characters()
-    assert sorted(chars) == sorted(ByteLevel.alphabet())
+    assert sorted(byte_characters()) == sorted(ByteLevel.alphabet())
+    chars = {byte: character for character, byte in byte_characters().items()}
+    assert sorted(chars) == list(range(256))
     assert "".join(chars[b] for b in " é\n".encode()) == "ĠÃ©Ċ"
 
 
