@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import BenchSettings
+from benchmarks.dial import bench_dial
 from benchmarks.files import bench_data, bench_prepare
 from benchmarks.generation import bench_generate
 from benchmarks.growth import bench_growth
 from benchmarks.layouts import bench_layouts, bench_processes, bench_tensor_parallel
 from benchmarks.parts import bench_eval, bench_loss, bench_optim
+from benchmarks.rates import bench_rates
 from benchmarks.recipe import bench_recipe
 from benchmarks.runs import bench_resume, bench_save
 from benchmarks.speed import bench_profile, bench_train
@@ -38,6 +40,8 @@ VERBS: dict[str, Callable[[BenchSettings], Rows | tuple[Rows, str]]] = {
     "generate": bench_generate,
     "growth": bench_growth,
     "profile": bench_profile,
+    "rates": bench_rates,
+    "dial": bench_dial,
     "recipe": bench_recipe,
     "data": bench_data,
     "prepare": bench_prepare,

@@ -39,6 +39,8 @@ class GPTConfig:
                      "tanh", "none", fixed=True)
     dropout: float = flag(0.0, "probability of dropping an activation", at_least=0)
     ngram_rows: int = flag(0, "modern: rows of the hashed n-gram embedding; 0 = none", at_least=0)
+    ngram_longest: int = flag(4, "modern: ids of the longest n-gram that has a row", at_least=2,
+                              at_most=16)
     use_activation_checkpoint: bool = flag(False, "recompute blocks backward to save memory")
 
     def __post_init__(self) -> None:
@@ -120,10 +122,15 @@ class Settings:
                         fixed=True)
     num_steps: int = flag(1000, "optimizer steps of the whole run", at_least=1)
     optimizer: str = flag("adamw", "update rule", "adamw", "muon", fixed=True)
+    ngram_optimizer: str = flag("adamw", "update rule of the n-gram embedding; rmsprop = of the "
+                                "rows in use, each with a step size of its own", "adamw",
+                                "rmsprop", fixed=True)
     lr: float = flag(1e-3, "peak learning rate, after warm-up", at_least=0)
     min_lr: float = flag(-1.0, "learning rate at the end; -1 = a tenth of lr", at_least=-1)
     lr_scheduler: str = flag("cosine", "course after warm-up; wsd = stable, then linear decay",
                              "none", "cosine", "linear", "wsd")
+    lr_width: int = flag(0, "d_model at which lr holds: matrices of wider models take smaller "
+                         "steps; 0 = lr at any width", at_least=0, fixed=True)
     warmup_steps: int = flag(100, "steps of linear warm-up", at_least=0)
     decay_ratio: float = flag(0.2, "part of num_steps in which wsd decays", at_least=0)
     weight_decay: float = flag(0.1, "decoupled decay of matrices; vectors have none", at_least=0)
@@ -178,6 +185,9 @@ class Settings:
     tensor_parallel_size: int = flag(1, "processes that compute each layer together", at_least=1)
     use_tensor_parallel: bool = flag(False, "all processes compute each layer together",
                                      short_for="--tensor-parallel-size with all processes")
+    minutes: float = flag(0.0, "choose the model and its training for so many minutes on this "
+                          "device; 0 = do not", at_least=0)
+    chosen: str = ""  # what --minutes chose, and why
     threads: int = flag(0, "CPU threads of each process; 0 = cores / processes of this machine",
                         at_least=0)
     dry_run: bool = flag(False, "say what the run would take, after three measured steps, and end")

@@ -16,13 +16,14 @@ from kv_cache import KVCache, LayerCache
 from loss import IGNORE, WHOLE_VOCAB, next_token_loss, token_losses
 
 
-def ngram_table_rows(ids: Tensor, rows: int) -> Tensor:
-    """Hashes the last 2, 3 and 4 ids at each position to rows of an embedding table: ids (B, T)
-    int64 to (B, T, 3) int64 below rows. N-grams may share a row (Pagnoni et al. 2024, sec. 3.2.1).
+def ngram_table_rows(ids: Tensor, rows: int, longest: int = 4) -> Tensor:
+    """Hashes the last 2, 3, ... and `longest` ids at each position to rows of an embedding table:
+    ids (B, T) int64 to (B, T, longest - 1) int64 below rows. N-grams may share a row (Pagnoni et
+    al. 2024, sec. 3.2.1).
     """
     own = ids + 1  # before the first token all ids are 0
     found, hashed = [], own
-    for back in (1, 2, 3):
+    for back in range(1, longest):
         before = F.pad(own, (back, 0))[:, : ids.shape[1]]
         hashed = (hashed * 1_000_003 + before) % 2_147_483_647
         found.append((hashed ^ (hashed >> 15)) % rows)
@@ -271,7 +272,8 @@ class GPTModel(nn.Module):
             if attention_mask is not None:  # padding counts as no token
                 ids = ids.masked_fill(attention_mask[:, past:] == 0, -1)
             ids = cache.with_ids_before(ids) if cache else ids
-            x = x + self.ngrams(ngram_table_rows(ids, self.config.ngram_rows)[:, -T:]).sum(2)
+            rows = ngram_table_rows(ids, self.config.ngram_rows, self.config.ngram_longest)
+            x = x + self.ngrams(rows[:, -T:]).sum(2)
         if self.wpe is not None:
             x, rotary = x + self.wpe.weight[positions], None
         else:

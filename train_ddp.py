@@ -28,6 +28,7 @@ from training.optimizers import make_optimizer
 from training.prefetch import Prefetch
 from training.step import RunState, check_finite, due, train_step
 from training.text_generation import sample
+from training.time_budget import fit_to_time
 
 
 def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
@@ -87,7 +88,7 @@ def launch(argv: list[str]) -> int:
         "train_ddp", argv, start.world, resumable_settings, settings_of_weights, start.restarted
     )
     with StopSignals() as signals, process_group(args, start, alone=True) as ranks:
-        return main(args, signals, ranks)
+        return main(fit_to_time("train_ddp", argv, args, ranks), signals, ranks)
 
 
 if __name__ == "__main__":

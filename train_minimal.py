@@ -23,6 +23,7 @@ from training.optimizers import make_optimizer
 from training.prefetch import Prefetch
 from training.step import RunState, check_finite, due, train_step
 from training.text_generation import sample
+from training.time_budget import fit_to_time
 
 
 def main(args: Settings, signals: StopSignals) -> int:
@@ -79,7 +80,7 @@ def launch(argv: list[str]) -> int:
     )
     use_threads(args.threads, local_world=1)
     with StopSignals() as signals:
-        return main(args, signals)
+        return main(fit_to_time("train_minimal", argv, args), signals)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ class BenchSettings:
     """Settings of bench.py."""
 
     verb: tuple[str, ...] = flag((), "what to measure", positional=True)
-    train_data: tuple[str, ...] = flag((), "prepare, recipe: texts; none = source of Python's "
-                                       "library")
+    train_data: tuple[str, ...] = flag((), "prepare, recipe, dial: texts; none = source of "
+                                       "Python's library")
     synthetic_bytes: int = flag(0, "prepare: so much text made from these lines; 0 = as it is")
     tokenizer_name: str = flag("gpt2", "prepare: tokenizer")
     steps: int = flag(20, "resume: steps before the kill, and after it", at_least=2)
@@ -39,12 +39,15 @@ class BenchSettings:
                            at_least=1)
     new_tokens: int = flag(512, "generate: tokens to write", at_least=1)
     global_batch_size: int = flag(0, "train: sequences of a step; 0 = batch-size", at_least=0)
-    device: str = flag("auto", "train, loss, optim, profile, generate: auto, cpu, cuda")
+    device: str = flag("auto", "train, loss, optim, profile, generate, rates: auto, cpu, cuda")
     small: bool = flag(False, "train, loss, optim, profile, generate: toy sizes, to try "
                         "them out")
-    seeds: int = flag(3, "recipe: runs of each side", at_least=1)
+    seeds: int = flag(3, "recipe, dial: runs of each side", at_least=1)
+    minutes: tuple[str, ...] = flag(("0.5", "1", "3", "10", "30"), "dial: times", metavar="M")
+    shapes: bool = flag(False, "dial: each shape, instead of the quickstart and the plain recipe")
     ablate: bool = flag(False, "recipe: without each of its parts, instead of plain")
-    recipe_steps: int = flag(75, "recipe: steps of the default recipe", at_least=1)
+    recipe_steps: int = flag(75, "recipe: steps of the default recipe; rates: of each run",
+                             at_least=1)
     target_loss: float = flag(0.0, "recipe: validation loss to reach; 0 = that of the plain one")
     repeats: int = flag(5, "runs of each side; the median counts", at_least=1)
     log_dir: str = flag("logs", "folder of the JSON")

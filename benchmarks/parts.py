@@ -31,7 +31,7 @@ from runtime.device import pick_device, tune
 from settings.command_line import parse_settings
 from training.evaluation import evaluate
 from training.flops import flops_per_token
-from training.optimizers import Muon, make_optimizer
+from training.optimizers import Together, make_optimizer
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -174,8 +174,9 @@ def build_optimizer_step(flags: list[str], kind: str) -> Callable[[], float]:
     optimizer = make_optimizer(model, args)
     optimizers: list[torch.optim.Optimizer] = [optimizer]
     if kind == "torch":
-        assert isinstance(optimizer, Muon)
-        optimizers = [torch.optim.Muon(optimizer.matrices), optimizer.adamw]
+        assert isinstance(optimizer, Together)
+        muon, adamw = optimizer.parts
+        optimizers = [torch.optim.Muon(muon.param_groups[0]["params"]), adamw]
     for p in model.parameters():
         p.grad = torch.randn_like(p)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -55,7 +56,10 @@ class ParallelContext:
         """Scales the global gradient down to a norm of at most max_norm; returns its norm before
         that, () float32.
         """
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
+        grads = [_numbers(p) for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def gathered(self) -> AbstractContextManager[object]:
         """Inside this context manager, forward passes without gradients gather parameters that are
@@ -73,6 +77,15 @@ class ParallelContext:
 
 
 SINGLE_PROCESS = ParallelContext()
+
+
+def _numbers(p: nn.Parameter) -> Tensor:
+    """The gradient of a parameter; if it is sparse, the tensor of its values, each row once."""
+    assert p.grad is not None
+    if p.grad.is_sparse:
+        p.grad = p.grad.coalesce()
+        return p.grad._values()
+    return p.grad
 
 
 def local_part(x: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class ParallelModel(ParallelContext):
         also if several ranks hold it.
         """
         if self.sharded_state is None:
-            return nn.utils.clip_grad_norm_(parameters, max_norm)
+            return super().clip(parameters, max_norm)
         grads: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, p in self.model.named_parameters():
             if p.grad is not None:

@@ -36,6 +36,7 @@ def header(
     tokenizer = train.tokenizer.name if train.tokenizer else "none"
     epochs = args.num_steps * args.global_batch_size / len(train)
     return [
+        *args.chosen.splitlines(),
         f"device: {device.description}{ranks}",
         f"data: {train.source.name}; tokenizer: {tokenizer}; {train.num_tokens:,} tokens to train "
         f"on, {val.num_tokens:,} held out for validation",

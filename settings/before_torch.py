@@ -7,6 +7,7 @@ seconds.
 
 from __future__ import annotations
 
+import runtime.start_time  # isort: skip
 import runtime.threads  # noqa: F401
 
 import os

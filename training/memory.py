@@ -47,7 +47,7 @@ def estimate(args: Settings, device: Device, batch_size: int | None = None) -> N
     """
     size = batch_size or args.batch_size
     parts = args.tensor_parallel_size * (_data_world(args) if args.parallel == "fsdp" else 1)
-    whole, blocks = _numbers(args.model)
+    whole, blocks = num_numbers(args.model)
     weights = 4.0 * whole / parts
     matrices = 4.0 * blocks / parts if args.optimizer == "muon" else 0.0
     activations = _activations(args, device, size)
@@ -138,7 +138,7 @@ def _free_memory_each(device: Device, local_world: int) -> float:
 
 
 @functools.cache
-def _numbers(config: GPTConfig) -> tuple[int, int]:
+def num_numbers(config: GPTConfig) -> tuple[int, int]:
     """The number of parameters of the whole model, and of the matrices in its blocks."""
     with torch.device("meta"):
         model = GPTModel(config)
@@ -194,6 +194,6 @@ def _activations(args: Settings, device: Device, batch_size: int) -> float:
     ends = 16 * c.d_model  # the embedding, the last norm, and the gradient of what it gives
     head = 4.0 * c.vocab_size * c.d_model / split
     if device.amp:  # autocast's copies of the weights
-        head += 2.0 * _numbers(c)[1] / split
+        head += 2.0 * num_numbers(c)[1] / split
     workspace = workspace_bytes(c.vocab_size, device.amp, device.torch_device)
     return batch_size * args.seq_len * (layers + ends) + head + workspace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 
@@ -21,56 +21,145 @@ _STACK_NUMBERS = 1 << 25  # elements of the matrices orthogonalized at once, to 
 def make_optimizer(
     model: GPTModel, args: Settings, parallel: ParallelContext = SINGLE_PROCESS
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), or Muon for the matrices in blocks and AdamW for the
-    rest. Weight decay applies to matrices and embeddings, but not to biases and norms.
-
-    AdamW is fused on every device: one kernel, and the only AdamW of torch that can skip an update
-    on the device (`found_inf`) without asking the host. parallel: see `Muon`.
+    """AdamW (Loshchilov and Hutter 2019) for all parameters, but `Muon` for the matrices in blocks
+    with optimizer=muon, and `RowwiseRMSprop` for the n-gram embedding with
+    ngram_optimizer=rmsprop. Weight decay applies to matrices and embeddings, but not to biases,
+    norms and rows of RowwiseRMSprop. Learning rates: see `part_of_rate`. parallel: see `Muon`.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    table = {k: p for k, p in named.items() if k.startswith("ngrams.")}
+    rows = table if args.ngram_optimizer == "rmsprop" else {}
     matrices = {
         name: p
         for name, p in named.items()
         if args.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
     }
-    own = {id(p) for p in matrices.values()}
-    rest = [p for p in named.values() if id(p) not in own]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
-    adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    rest = {name: p for name, p in named.items() if name not in rows and name not in matrices}
+    parts: list[torch.optim.Optimizer] = [Muon(matrices, model, args, parallel)] if matrices else []
+    parts += [_adamw(rest, args)] if rest else []
+    if rows:
+        alone = parallel.world_size == 1 and parallel.sharded_state is None
+        model.ngrams.sparse = alone  # type: ignore[union-attr]  # a gradient of its rows in use
+        parts.append(RowwiseRMSprop(list(rows.values()), args))
+    return parts[0] if len(parts) == 1 else Together(parts)
+
+
+def part_of_rate(name: str, ndim: int, args: Settings) -> float:
+    """The learning rate of a parameter as a part of lr. With lr_width, lr is meant for a model of
+    that width, and what a step changes in a layer's output is kept the same at other widths (Yang
+    et al. 2022, table 8): the rates of AdamW for matrices, the head included, go with 1 / width,
+    those of Muon, whose updates grow with the root of the width, with 1 / sqrt(width).
+    """
+    muon = args.optimizer == "muon" and name.startswith("blocks.") and ndim == 2
+    ratio = args.muon_lr_ratio if muon else 1.0
+    if args.lr_width and ndim == 2 and name.startswith(("blocks.", "lm_head.")):
+        ratio *= (args.lr_width / args.model.d_model) ** (0.5 if muon else 1.0)
+    return ratio
+
+
+def _adamw(named: dict[str, nn.Parameter], args: Settings) -> torch.optim.AdamW:
+    """AdamW of these parameters. It is fused on every device: one kernel, and the only AdamW of
+    torch that can skip an update on the device (`found_inf`) without asking the host.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, p in named.items():
+        groups.setdefault((p.ndim >= 2, part_of_rate(name, p.ndim, args)), []).append(p)
+    adamw = torch.optim.AdamW(
+        [
+            {"params": ps, "weight_decay": args.weight_decay * decays, "lr_ratio": ratio}
+            for (decays, ratio), ps in sorted(groups.items(), reverse=True)
+        ],
+        lr=args.lr,
+        betas=(args.beta1, args.beta2),
+        fused=True,
+    )
     # The moments are made here and not in the first step, where they would come to lie in gaps
     # between activations and keep them apart for good: 0.6 GB of GPT-2 small's 5.0 on a CPU.
-    for p in rest:
+    for p in named.values():
         moments = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
         adamw.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-    if not matrices:
-        return adamw
-    return Muon(matrices, model.shapes, adamw, args, parallel)
+    return adamw
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each of parameters of its own, used as one."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        groups = [group for part in parts for group in part.param_groups]
+        super().__init__(groups, {})
+        self.parts, self.param_groups = parts, groups  # for whoever sets the learning rates
+        for part in parts:
+            self.state.update(part.state)
+            part.state = self.state  # one mapping, for whoever saves and restores it
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Runs one update. If `found_inf` is 1, weights and moments stay as they are."""
+        for part in self.parts:
+            part.grad_scale, part.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
+            part.step()
+
+
+class RowwiseRMSprop(torch.optim.Optimizer):
+    """RMSprop (Tieleman and Hinton 2012) with one step size per row, of the rows in use: a row that
+    has a gradient g moves by lr g / sqrt(s), where s is the running mean, over the steps in which
+    it had one, of the mean square of g. Other rows stay as they are, and cost nothing where the
+    gradient is sparse, as it is in a single process.
+
+    A row of a rare n-gram has a gradient in few steps. AdamW would move it on in the steps between,
+    and Adagrad less and less: see docs/experiments.md.
+    """
+
+    def __init__(self, tables: list[nn.Parameter], args: Settings) -> None:
+        super().__init__(tables, {"lr": args.lr, "lr_ratio": 1.0})
+        self.decay = args.beta2
+        for p in tables:
+            self.state[p] = {"mean_square": torch.zeros_like(p[:, :1])}
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Runs one update. If `found_inf` is 1, rows and mean squares stay as they are."""
+        group = self.param_groups[0]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            table, kept, grad = (local_part(x) for x in (p, self.state[p]["mean_square"], p.grad))
+            rows: slice | Tensor = slice(None)
+            if grad.is_sparse:
+                grad = grad.coalesce()
+                rows, grad = grad.indices()[0], grad.values()
+            if self.found_inf is not None:
+                grad = grad.where(self.found_inf == 0, 0.0)
+            square, before = grad.square().mean(1, keepdim=True), kept[rows]
+            after = square.lerp(before, self.decay * (before > 0))  # the first counts whole
+            after = after.where(square > 0, before)
+            kept[rows] = after
+            table[rows] -= group["lr"] * grad / (after.sqrt() + 1e-12)
 
 
 class Muon(torch.optim.Optimizer):
     """Steepest descent in the spectral norm (Jordan et al. 2024, "Muon"): a matrix moves by its
-    momentum with all singular values made about 1. `adamw` updates all else.
+    momentum with all singular values made about 1.
 
     The update of a matrix (m, n) is scaled by 0.2 sqrt(max(m, n)), so that its numbers are as large
     as those of AdamW, and lr and weight_decay mean the same for both (Liu et al. 2025, sec. 2.2).
     Matrices of one shape are orthogonalized together: for small ones, calling kernels costs more
-    than computing. shapes: of the unsharded parameters, by name. parallel.distribute shares the
-    work among the ranks, and gathers the matrices that are sharded.
+    than computing. parallel.distribute shares the work among the ranks, and gathers the matrices
+    that are sharded.
     """
 
     def __init__(
         self,
         matrices: dict[str, nn.Parameter],
-        shapes: Mapping[str, tuple[int, ...]],
-        adamw: torch.optim.AdamW,
+        model: GPTModel,
         args: Settings,
         parallel: ParallelContext,
     ) -> None:
-        ratio = args.muon_lr_ratio
+        ratio, shapes = part_of_rate(next(iter(matrices)), 2, args), model.shapes
         defaults = {"lr": args.lr * ratio, "lr_ratio": ratio, "weight_decay": args.weight_decay}
         super().__init__(matrices.values(), defaults)
         self.matrices = list(matrices.values())
@@ -83,14 +172,12 @@ class Muon(torch.optim.Optimizer):
             for alike in _pieces(list(group), most_alike(shape, parallel.world_size))
         ]
         self.update_scales = [0.2 * math.sqrt(max(shapes[stack[0][0]])) for stack in self.stacks]
-        self.momentum, self.adamw, self.distribute = args.muon_momentum, adamw, parallel.distribute
+        self.momentum, self.distribute = args.muon_momentum, parallel.distribute
         # Uses bfloat16 only where other products do: --precision fp32 holds for all of them.
         device = self.matrices[0].device
         half = args.precision != "fp32" and (args.precision != "auto" or device.type == "cuda")
         fast = half and has_bf16_units(device)
         self.orthogonalize = partial(orthogonalize, dtype=torch.bfloat16 if fast else torch.float32)
-        self.param_groups += adamw.param_groups  # one list for whoever sets the learning rate
-        self.state = adamw.state  # one mapping for whoever saves it
         for p in self.matrices:
             self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
         self.grad_scale: Tensor | None = None
@@ -99,8 +186,6 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Runs one update. If `found_inf` is 1, weights and moments stay as they are."""
-        self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
-        self.adamw.step()
         group = self.param_groups[0]
         lr, decay = group["lr"], group["lr"] * group["weight_decay"]
         for stack, size in zip(self.stacks, self.update_scales, strict=True):
@@ -150,15 +235,20 @@ def state_shapes(
     optimizer: torch.optim.Optimizer, p: nn.Parameter, shape: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
     """The optimizer state of a parameter, as names and shapes of its float32 tensors; empty for an
-    optimizer other than AdamW and Muon.
+    optimizer that `make_optimizer` does not make.
 
     shape: that of the parameter when it is not split over ranks. The count of updates, "step", is a
     scalar.
     """
-    if isinstance(optimizer, Muon) and any(p is own for own in optimizer.matrices):
-        return {"momentum_buffer": shape}
-    if isinstance(optimizer, (Muon, torch.optim.AdamW)):
-        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    parts = optimizer.parts if isinstance(optimizer, Together) else [optimizer]
+    for part in parts:
+        if any(p is own for group in part.param_groups for own in group["params"]):
+            if isinstance(part, Muon):
+                return {"momentum_buffer": shape}
+            if isinstance(part, RowwiseRMSprop):
+                return {"mean_square": (shape[0], 1)}
+            if isinstance(part, torch.optim.AdamW):
+                return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
     return {}
 
 

@@ -1,0 +1,267 @@
+"""Chooses a model and its training for the time that there is: `--minutes`.
+
+The numbers below are read off what `bench.py dial` measured; docs/experiments.md has the figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from config import Settings, from_dict, to_dict
+from dataset import open_data
+from model import GPTModel
+from parallel.context import SINGLE_PROCESS
+from parallel.parallel_model import ParallelModel
+from parallel.process_group import Ranks
+from runtime.device import free_memory_of, has_bf16_units, pick_device, tune
+from runtime.setting_fields import UserError
+from runtime.start_time import seconds_since_start
+from settings.command_line import trainer_flags
+from training.activation_recompute import recompute_activations
+from training.compilation import compile_model, why_not_compiled
+from training.evaluation import evaluate
+from training.flops import flops_per_token
+from training.memory import fit_micro_batch, num_numbers
+from training.optimizers import make_optimizer
+from training.prefetch import Prefetch
+from training.step import RunState, train_step
+
+# Shapes to choose from: blocks, width, context.
+SHAPES = (
+    (2, 64, 128), (3, 96, 256), (4, 128, 256), (5, 192, 256), (6, 256, 256), (8, 384, 512),
+    (10, 512, 512), (12, 768, 1024), (16, 1024, 1024), (24, 1536, 1024), (32, 2048, 2048),
+)  # fmt: skip
+TOKENS_PER_NUMBER = 16.0  # tokens of a run for each number in the matrices of its model
+RUN_TOKENS = 2.4e6  # a run of so many tokens has the next two values, at width 64
+BATCH_TOKENS = 3072  # tokens of a step; in longer runs more, with the root of their tokens
+RATES = {"muon": 0.03, "adamw": 0.01}
+ROWS_PER_TOKEN, MOST_ROWS, LONGEST = 0.1, 1_000_000, 8  # of the n-gram embedding
+COMPILES_FROM = 5.0  # minutes: on a CPU, compiling takes 10 to 15 s and saves 30 % of a step
+MEASURING = 0.03  # part of the time for measuring, besides what is begun when that is over
+EVALUATING = 0.04  # part of the time for evaluations, where two take less than that
+ENDING = 1.5  # seconds from the last evaluation to the end, besides those of the checkpoint
+BYTES_PER_SECOND = 2e8  # of a checkpoint that is written
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a step, and of an evaluation of the whole validation part."""
+
+    step: float
+    evaluation: float
+
+
+def fit_to_time(
+    script: str, argv: list[str], args: Settings, ranks: Ranks | None = None
+) -> Settings:
+    """With --minutes, returns the settings of the run that is expected to reach the lowest
+    validation loss in that time, on this device and with these data. Flags typed in argv stay; with
+    --preset or --init-from, only the number of steps is chosen. Without --minutes, and for a
+    resumed run, returns the settings as they are. All ranks call it together. Raises UserError.
+
+    The model is the one that gets about TOKENS_PER_NUMBER tokens for each number of its matrices;
+    how many tokens a model gets in the time is measured here.
+    """
+    if not args.minutes or args.resume:
+        return args
+    return _Choice(trainer_flags(script, argv), args, ranks or Ranks()).made()
+
+
+class _Choice:
+    """The choice of settings for one run. typed: the flags that the user typed."""
+
+    def __init__(self, typed: Mapping[str, Any], args: Settings, ranks: Ranks) -> None:
+        self.typed, self.ranks = typed, ranks
+        self.device = pick_device(args.device, args.precision, ranks.local_rank)
+        tune(self.device, args.model.use_activation_checkpoint, args.deterministic)
+        train, _, self.args = ranks.each(open_data, args)
+        self.data_tokens, self.seconds = train.num_tokens, 60.0 * args.minutes
+        self.fixed = "preset" in typed or bool(args.init_from)
+
+    def made(self) -> Settings:
+        """Measures the shape that is the likeliest, and then the one that this makes the likeliest,
+        until that is one that was measured; returns it with the number of its steps.
+        """
+        shapes = self._shapes()
+        until = seconds_since_start() + MEASURING * self.seconds
+        guess = len(shapes) // 2 if self.device.torch_device.type == "cuda" else 0
+        tokens, known = RUN_TOKENS, dict[int, tuple[Settings, Speed]]()
+        while guess not in known:
+            args = self._settings(shapes[guess], tokens)
+            known[guess] = args, self._measured(args)
+            (late,) = self.ranks.agree(int(seconds_since_start() > until))
+            if late:
+                break
+            guess, tokens = self._best(shapes, known)
+        return self._with_steps(*known[guess])
+
+    def _shapes(self) -> list[dict[str, Any]]:
+        """The shapes to choose from, without what the user typed. Raises UserError if the flags
+        that were typed go with none of them.
+        """
+        if self.fixed:
+            return [{}]
+        found: list[dict[str, Any]] = []
+        for n_layers, width, context in SHAPES:
+            heads = max(2, self.typed.get("d_model", width) // 64)
+            shape = {"n_layers": n_layers, "d_model": width, "n_heads": heads, "d_ff": 0}
+            shape |= {"seq_len": context, "max_position_embeddings": 0}
+            shape = {k: v for k, v in shape.items() if k not in self.typed}
+            if self.typed.get("d_model", width) % self.typed.get("n_heads", heads):
+                continue
+            if shape not in found:
+                found.append(shape)
+        return found or [{}]
+
+    def _settings(self, shape: Mapping[str, Any], tokens: float) -> Settings:
+        """The settings of a run of about so many tokens with a model of this shape."""
+        values, typed = {**to_dict(self.args), **shape}, self.typed
+        if self.fixed:
+            return self.args
+        scale = math.sqrt(max(1.0, tokens / RUN_TOKENS))
+        chosen: dict[str, Any] = {"lr_width": 64, "warmup_steps": 0}
+        chosen["lr"] = RATES[values["optimizer"]]
+        if values["arch"] == "modern":
+            chosen |= {"ngram_longest": LONGEST, "ngram_optimizer": "rmsprop"}
+            chosen["ngram_rows"] = self._rows(tokens, values["d_model"])
+        on_cpu = self.device.torch_device.type == "cpu"
+        if not typed.keys() & {"batch_size", "grad_accum_steps", "global_batch_size"}:
+            ranks = self.ranks.world // values["tensor_parallel_size"]
+            rows = max(1, round(BATCH_TOKENS * scale / values["seq_len"] / ranks))
+            chosen |= {"global_batch_size": rows * ranks, "grad_accum_steps": 1}
+            chosen |= {"batch_size": rows, "micro_batch": "given" if on_cpu else "auto"}
+        if on_cpu:
+            fast = values["d_model"] >= 128 and has_bf16_units(self.device.torch_device)
+            chosen["compile"] = self._compile_on_cpu()
+            if not typed.keys() & {"bf16", "no_amp"}:
+                chosen["precision"] = "bf16" if fast else "fp32"
+        values |= {k: v for k, v in chosen.items() if k not in typed}
+        values["max_position_embeddings"] = values["max_position_embeddings"] or values["seq_len"]
+        return from_dict(values)
+
+    def _rows(self, tokens: float, width: int) -> int:
+        """Rows of the n-gram embedding: a part of the tokens that a run sees, and at most a
+        twentieth of the memory that is free.
+        """
+        memory = 0.05 * free_memory_of(self.device) / (4 * width)
+        seen = ROWS_PER_TOKEN * min(tokens, self.data_tokens)
+        return max(1, round(min(MOST_ROWS, memory, max(10_000, seen)) / 10_000)) * 10_000
+
+    def _compile_on_cpu(self) -> str:
+        if self.args.minutes < COMPILES_FROM:
+            return "off"
+        try:
+            why_not = why_not_compiled(dataclasses.replace(self.args, compile="on"), self.device)
+        except UserError as reason:
+            why_not = str(reason)
+        return "off" if why_not else "on"
+
+    def _best(
+        self, shapes: list[dict[str, Any]], known: Mapping[int, tuple[Settings, Speed]]
+    ) -> tuple[int, float]:
+        """The index of the shape with the best number of tokens per number of its matrices, and
+        that number of tokens. The speed of shapes that were not measured follows from the nearest
+        that was, and from how much they compute.
+        """
+
+        def tokens(i: int) -> float:
+            args, speed = known[min(known, key=lambda k: abs(k - i))]
+            other = self._settings(shapes[i], RUN_TOKENS)
+            rate = args.global_batch_size * args.seq_len / speed.step * _flops(args) / _flops(other)
+            return rate * max(1.0, self.seconds - seconds_since_start())
+
+        def off(i: int) -> float:
+            numbers = _numbers(self._settings(shapes[i], RUN_TOKENS))
+            return abs(math.log(tokens(i) / numbers / TOKENS_PER_NUMBER))
+
+        best = min(range(len(shapes)), key=off)
+        (best,) = self.ranks.agree(best)
+        return best, tokens(best)
+
+    def _with_steps(self, args: Settings, speed: Speed) -> Settings:
+        """The settings with as many steps, evaluations and saves as there is time for."""
+        saving = 4.0 * num_numbers(args.model)[0] / BYTES_PER_SECOND
+        left = self.seconds - seconds_since_start() - ENDING - saving
+        most = int(EVALUATING * self.seconds / speed.evaluation)
+        evaluations = min(20, max(1 if self.seconds < 60 else 2, most))
+        steps = max(2, int((left - evaluations * speed.evaluation) / speed.step))
+        (steps,) = self.ranks.agree(steps)
+        values = to_dict(args)
+        typed, each = self.typed, -(-steps // evaluations)
+        saves = max(1, int(evaluations * 120.0 / self.seconds))  # evaluations between saves
+        chosen: dict[str, Any] = {"num_steps": steps, "eval_steps": each}
+        chosen["save_steps"] = each * saves
+        if not self.fixed:
+            chosen["eval_at_start"] = "off"
+        values |= {k: v for k, v in chosen.items() if k not in typed}
+        values["warmup_steps"] = min(values["warmup_steps"], values["num_steps"] // 10)
+        run = from_dict(values)
+        return dataclasses.replace(run, chosen=self._sentence(run, speed))
+
+    def _measured(self, args: Settings) -> Speed:
+        """The speed of a run with these settings, from a third of the time for measuring."""
+        ranks, device = self.ranks, self.device
+        train, val, args = ranks.each(open_data, args)
+        args = fit_micro_batch(args, device, ranks.local_world, ranks.agree)
+        model, state = GPTModel(args.model, seed=args.seed), RunState.fresh(device)
+        compile_model(model, args, device, ranks.agree)
+        alone = ranks.on_cpu is None
+        parallel = SINGLE_PROCESS if alone else ParallelModel(model, args, device, ranks)
+        recompute_activations(model)
+        net = parallel.net if isinstance(parallel, ParallelModel) else model.to(device.torch_device)
+        optimizer = make_optimizer(model, args, parallel)
+        batches, limit = Prefetch(train, args, device, parallel), MEASURING / 3 * self.seconds
+
+        def steps(count: int) -> float:
+            start = time.perf_counter()
+            for _ in range(count):
+                stats = train_step(
+                    net, optimizer, batches(state.step), args, state, device, parallel
+                )
+            float(stats.grad_norm)  # waits for a GPU
+            return (time.perf_counter() - start) / count
+
+        first = max(steps(2), steps(1))  # the first ones take memory
+        (count,) = ranks.agree(max(2, min(500, int(limit / first))))
+        step = steps(count)
+        part = val.limited(1 + args.global_batch_size * (args.seq_len - 1))
+        start = time.perf_counter()
+        evaluate(model, part, args.batch_size, device, parallel)
+        share = (val.num_tokens - 1) / (part.num_tokens - 1)
+        speed = Speed(step, (time.perf_counter() - start) * share)
+        if model.compiled:
+            torch.compiler.reset()  # there is a limit to the shapes that a block is compiled for
+        return speed
+
+    def _sentence(self, args: Settings, speed: Speed) -> str:
+        """What was chosen, and why, in two lines."""
+        c, tokens = args.model, args.num_steps * args.global_batch_size * (args.seq_len - 1)
+        rate = args.global_batch_size * (args.seq_len - 1) / speed.step
+        rows = f", {c.ngram_rows:,} rows for n-grams" if c.ngram_rows else ""
+        what = (
+            f"chosen for {args.minutes:g} minutes: {c.n_layers} blocks of width {c.d_model}{rows}; "
+            f"{args.num_steps:,} steps of {args.global_batch_size} x {args.seq_len} tokens"
+        )
+        why = (
+            f"because {rate:,.0f} tokens/s were measured: {tokens / 1e6:.3g}M tokens, "
+            f"{tokens / self.data_tokens:.2g} epochs, {tokens / _numbers(args):.3g} for each "
+            f"number in the matrices (best are some {TOKENS_PER_NUMBER:g})"
+        )
+        return f"{what}\n{why}"
+
+
+def _numbers(args: Settings) -> int:
+    """The numbers in the matrices that each token is multiplied with: blocks and head."""
+    c = args.model
+    return c.n_layers * (4 * c.d_model**2 + 2 * c.d_model * c.d_ff) + c.vocab_size * c.d_model
+
+
+def _flops(args: Settings) -> float:
+    return flops_per_token(args.model, args.seq_len)
