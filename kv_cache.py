@@ -34,13 +34,15 @@ class LayerCache:
 
 class KVCache:
     """What a model keeps of the tokens that it has seen, so that the next ones are predicted
-    without computing those again: the keys and values of each layer, and the last three ids, from
-    which n-grams go on. max_length: how many tokens there is room for.
+    without computing those again: the keys and values of each layer, and the last ids, from which
+    n-grams go on. max_length: how many tokens there is room for. ngram_longest: the ids of the
+    longest n-gram.
     """
 
-    def __init__(self, n_layers: int, max_length: int) -> None:
+    def __init__(self, n_layers: int, max_length: int, ngram_longest: int = 4) -> None:
+        self.before = ngram_longest - 1
         self.layers = [LayerCache(max_length) for _ in range(n_layers)]
-        self.last_ids: Tensor | None = None  # (B, up to 3) int64, -1 = padding
+        self.last_ids: Tensor | None = None  # (B, up to before) int64, -1 = padding
 
     @property
     def length(self) -> int:
@@ -48,7 +50,8 @@ class KVCache:
         return self.layers[0].length
 
     def with_ids_before(self, ids: Tensor) -> Tensor:
-        """ids (B, T), and before them the up to 3 ids that came last; keeps the last of both."""
+        """ids (B, T), and before them the ids that came last, as many as an n-gram needs; keeps
+        the last of both."""
         joined = ids if self.last_ids is None else torch.cat((self.last_ids, ids), 1)
-        self.last_ids = joined[:, -3:]
+        self.last_ids = joined[:, -self.before :]
         return joined

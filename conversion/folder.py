@@ -119,6 +119,7 @@ def _nanochat_config(entries: dict[str, Any], source: str) -> GPTConfig:
         d_model=entries.get("hidden_size", 768),
         d_ff=entries.get("intermediate_size", 8192),
         ngram_rows=entries.get("ngram_rows", 0),
+        ngram_longest=entries.get("ngram_longest", 4),
     )
 
 

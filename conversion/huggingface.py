@@ -128,7 +128,8 @@ def gpt2_entries(config: GPTConfig) -> dict[str, Any]:
 
 def nanochat_entries(config: GPTConfig) -> dict[str, Any]:
     """The entries of a NanoChatConfig that say what the model computes."""
-    ngrams = {"ngram_rows": config.ngram_rows} if config.ngram_rows else {}
+    names = ("ngram_rows", "ngram_longest") if config.ngram_rows else ()
+    ngrams = {name: getattr(config, name) for name in names}
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,

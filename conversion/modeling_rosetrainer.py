@@ -1,5 +1,5 @@
 """A GPT of rosetrainer with hashed n-gram embeddings, for transformers with trust_remote_code: its
-NanoChat, and one more embedding. The rows for the last 2, 3 and 4 ids at each position are added to
+NanoChat, and one more embedding. The rows for the last 2, 3, ... ids at each position are added to
 the embedding of the token (Pagnoni et al. 2024, sec. 3.2.1).
 """
 
@@ -12,23 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import NanoChatConfig, NanoChatForCausalLM
 
-LONGEST = 4  # tokens of the longest n-gram
-
 
 class RosetrainerConfig(NanoChatConfig):
-    """The configuration of NanoChat, and `ngram_rows`, the rows of the n-gram embedding."""
+    """The configuration of NanoChat, the rows of the n-gram embedding, and the ids of the longest
+    n-gram that has one.
+    """
 
     model_type = "rosetrainer"
     ngram_rows: int = 1
+    ngram_longest: int = 4
 
 
-def ngram_table_rows(ids: Tensor, rows: int) -> Tensor:
-    """Hashes the last 2, 3 and 4 ids at each position to rows of the table: ids (B, T) int64 to
-    (B, T, 3) int64 below `rows`. An id of -1 stands for no token.
+def ngram_table_rows(ids: Tensor, rows: int, longest: int) -> Tensor:
+    """Hashes the last 2, 3, ... `longest` ids at each position to rows of the table: ids (B, T)
+    int64 to (B, T, longest - 1) int64 below `rows`. An id of -1 stands for no token.
     """
     own = ids + 1
     found, hashed = [], own
-    for back in range(1, LONGEST):
+    for back in range(1, longest):
         before = F.pad(own, (back, 0))[:, : ids.shape[1]]
         hashed = (hashed * 1_000_003 + before) % 2_147_483_647
         found.append((hashed ^ (hashed >> 15)) % rows)
@@ -64,10 +65,11 @@ class RosetrainerForCausalLM(NanoChatForCausalLM):
                 raise ValueError("with a filled cache, n-grams need all ids: pass ids_so_far")
             ids_so_far = input_ids
         new = input_ids.shape[1]
-        seen = ids_so_far[:, -(new + LONGEST - 1) :]
+        longest = self.config.ngram_longest
+        seen = ids_so_far[:, -(new + longest - 1) :]
         if attention_mask is not None and attention_mask.ndim == 2:  # padding is no token
             seen = seen.masked_fill(attention_mask[:, -seen.shape[1] :] == 0, -1)
-        rows = ngram_table_rows(seen, self.config.ngram_rows)[:, -new:]
+        rows = ngram_table_rows(seen, self.config.ngram_rows, longest)[:, -new:]
         embedded = self.model.embed_tokens(input_ids) + self.model.ngrams(rows).sum(2)
         return super().forward(inputs_embeds=embedded, attention_mask=attention_mask, **kwargs)
 

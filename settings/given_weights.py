@@ -8,7 +8,7 @@ from typing import Any
 from runtime.flags import flag_name
 from runtime.setting_fields import UserError
 
-_SHAPE = ("arch", "n_layers", "n_heads", "d_model", "d_ff", "ngram_rows", "gelu")
+_SHAPE = ("arch", "n_layers", "n_heads", "d_model", "d_ff", "ngram_rows", "gelu", "ngram_longest")
 
 
 def values_from_weights(

@@ -14,7 +14,7 @@ from training.sampling import Sampling, generate, lay_out_for_generation, window
 from training.text_generation import TextStream, continue_texts, drawable, fitting_prompt
 
 GREEDY = Sampling(temperature=0)
-ARCHS = [("gpt2", {}), ("modern", {}), ("modern", {"ngram_rows": 500})]
+ARCHS = [("gpt2", {}), ("modern", {}), ("modern", {"ngram_rows": 500, "ngram_longest": 7})]
 
 
 def sharp(arch="gpt2", **changes):
@@ -97,13 +97,13 @@ def test_text_in_parts_gives_the_logits_of_the_whole(arch, changes):
     model = sharp(arch, **changes).eval()
     ids = torch.tensor([numbers(16, seed=i) for i in range(2)])
     for mask in (None, torch.tensor([[0] * 6 + [1] * 10, [1] * 16])):
-        cache, parts = KVCache(model.config.n_layers, 16), []
+        cache, parts = KVCache(model.config.n_layers, 16, model.config.ngram_longest), []
         with torch.no_grad():
             whole = model(ids, mask)[0]
             for start, end in ((0, 7), (7, 8), (8, 14), (14, 16)):
                 seen = None if mask is None else mask[:, :end]
                 parts.append(model(ids[:, start:end], seen, cache=cache)[0])
-            cache = KVCache(model.config.n_layers, 16)
+            cache = KVCache(model.config.n_layers, 16, model.config.ngram_longest)
             model(ids[:, :7], None if mask is None else mask[:, :7], cache=cache)
             loss = model(ids[:, 7:], mask, ids[:, 7:], cache=cache)[1]
             wanted = F.cross_entropy(whole[:, 7:-1].flatten(0, 1), ids[:, 8:].flatten())

@@ -156,6 +156,7 @@ def test_an_ngram_row_depends_on_the_last_four_ids_and_on_nothing_else():
     ids = torch.randint(0, 97, (1, 40))
     rows = model_module.ngram_table_rows(ids, 10_007)
     assert rows.shape == (1, 40, 3) and rows.min() >= 0 and rows.max() < 10_007
+    assert torch.equal(rows, model_module.ngram_table_rows(ids, 10_007, longest=6)[:, :, :3])
     moved = model_module.ngram_table_rows(torch.cat((ids[:, 5:], ids[:, :5]), 1), 10_007)
     for i, n in enumerate((2, 3, 4)):  # a window has the same rows wherever it stands
         assert torch.equal(rows[:, 5 + n :, i], moved[:, n:35, i])

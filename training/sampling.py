@@ -181,5 +181,5 @@ class _Window:
         if self.new:  # a context may be long, and the text short
             config = self.model.config
             room = min(config.max_position_embeddings, longest + self.new)
-            self.cache = KVCache(config.n_layers, room)
+            self.cache = KVCache(config.n_layers, room, config.ngram_longest)
         return ids

@@ -47,5 +47,5 @@ KINDS = {
     "gpt2": tiny(d_ff=45),
     "gpt2, exact gelu": tiny(gelu="none"),
     "modern": tiny("modern", d_ff=45),
-    "modern with n-grams": tiny("modern", ngram_rows=53),
+    "modern with n-grams": tiny("modern", ngram_rows=53, ngram_longest=6),
 }

@@ -56,7 +56,7 @@ def test_gradients_are_synchronised_once_per_optimizer_step(group, accumulation)
     )  # one bucket, once a step; on every micro-step it would be 4 x accumulation
 
 
-MUON = "--arch modern --optimizer muon --ngram-rows 300"
+MUON = "--arch modern --optimizer muon --ngram-rows 300 --ngram-optimizer rmsprop"
 
 
 @pytest.mark.long

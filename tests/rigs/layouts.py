@@ -67,7 +67,10 @@ TINY = """
     --lr-scheduler none --ngram-rows 0
 """
 SGD, ADAMW = "--arch gpt2 --optimizer adamw --lr 0.5", "--arch gpt2 --optimizer adamw --lr 3e-3"
-MUON = "--arch modern --optimizer muon --lr 0.02 --ngram-rows 301"
+MUON = """
+    --arch modern --optimizer muon --lr 0.02 --ngram-rows 301 --ngram-longest 6
+    --ngram-optimizer rmsprop --lr-width 16
+"""
 
 
 class SGDOfParts(torch.optim.Optimizer):

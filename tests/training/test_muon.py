@@ -8,7 +8,7 @@ from conftest import tiny, toy_settings
 
 from model import GPTModel
 from training import optimizers as optim
-from training.optimizers import Muon, make_optimizer, orthogonalize, state_shapes
+from training.optimizers import Muon, Together, make_optimizer, orthogonalize, state_shapes
 
 
 def model_with(*flags, arch="modern", seed=0):
@@ -51,7 +51,7 @@ def test_bfloat16_is_used_where_it_is_asked_for_and_fast(monkeypatch, precision,
     monkeypatch.setattr(optim, "has_bf16_units", lambda device: units)
     _, optimizer = model_with("--precision", precision)
     x = torch.randn(2, 16, 32)
-    found = optimizer.orthogonalize(x)
+    found = optimizer.parts[0].orthogonalize(x)
     assert found.dtype == wanted
     assert (found.float() - orthogonalize(x)).norm() < 0.05 * orthogonalize(x).norm()
 
@@ -128,7 +128,7 @@ def test_the_stack_is_cut_where_it_would_take_too_much_memory(monkeypatch):
     for most, alike in ((1 << 25, 2), (1, 1)):  # all of a shape at once; one at a time
         monkeypatch.setattr(optim, "_STACK_NUMBERS", most)
         model, optimizer = model_with()
-        sizes = [len(stack) for stack in optimizer.stacks]
+        sizes = [len(stack) for stack in optimizer.parts[0].stacks]
         assert max(sizes) == alike and sum(sizes) == 8
         give_gradients(model, 0)
         optimizer.step()
@@ -138,7 +138,7 @@ def test_the_stack_is_cut_where_it_would_take_too_much_memory(monkeypatch):
 
 def test_state_shapes_are_those_of_the_state():
     model, optimizer = model_with(arch="gpt2")
-    assert isinstance(optimizer, Muon)
+    assert isinstance(optimizer, Together) and isinstance(optimizer.parts[0], Muon)
     give_gradients(model, 0)
     optimizer.step()
     for p in model.parameters():
