@@ -41,6 +41,7 @@ class GPTConfig:
     ngram_rows: int = flag(0, "modern: rows of the hashed n-gram embedding; 0 = none", at_least=0)
     ngram_longest: int = flag(4, "modern: ids of the longest n-gram that has a row", at_least=2,
                               at_most=16)
+    ngram_dropout: float = flag(0.0, "probability of leaving out an n-gram's row", at_least=0)
     use_activation_checkpoint: bool = flag(False, "recompute blocks backward to save memory")
 
     def __post_init__(self) -> None:
@@ -59,8 +60,15 @@ class GPTConfig:
             )
         if self.arch == "gpt2" and self.ngram_rows:
             raise UserError(f"ngram_rows={self.ngram_rows} is for --arch modern; leave it at 0")
-        if not self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1; try 0.1")
+        for name in ("dropout", "ngram_dropout"):
+            if not getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise UserError(f"{name}={value} must be at least 0 and below 1; try 0.1")
+
+    @property
+    def drops(self) -> bool:
+        """Whether a forward pass in training leaves something out at random."""
+        return self.dropout + self.ngram_dropout > 0
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,11 @@ class GPTModel(nn.Module):
                 ids = ids.masked_fill(attention_mask[:, past:] == 0, -1)
             ids = cache.with_ids_before(ids) if cache else ids
             rows = ngram_table_rows(ids, self.config.ngram_rows, self.config.ngram_longest)
-            x = x + self.ngrams(rows[:, -T:]).sum(2)
+            found = self.ngrams(rows[:, -T:])  # (B, T, lengths, C)
+            if self.training and self.config.ngram_dropout:
+                whole = found.new_ones(*found.shape[:3], 1)
+                found = found * F.dropout(whole, self.config.ngram_dropout)  # whole rows
+            x = x + found.sum(2)
         if self.wpe is not None:
             x, rotary = x + self.wpe.weight[positions], None
         else:

@@ -135,6 +135,11 @@ def _refuse_contradictions(typed: dict[str, Any], repeated: bool) -> None:
             "--init-from with --resume: the run goes on with its own weights; leave one of them "
             "out, or give --resume auto to start or continue with the same command"
         )
+    if typed.get("minutes") and typed.get("resume") and not repeated:
+        raise UserError(
+            "--minutes with --resume: the run keeps what was chosen for it; --num-steps sets "
+            "another end, and --resume auto starts or continues with the same command"
+        )
     if typed.get("dry_run") and typed.get("resume"):
         raise UserError("--dry-run is about a new run; leave out --resume")
     if typed.get("micro_batch") == "auto" and {"batch_size", "grad_accum_steps"} & typed.keys():
@@ -155,6 +160,11 @@ def _refuse_contradictions(typed: dict[str, Any], repeated: bool) -> None:
 _READ: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] = (
     (("decay_ratio",), lambda a: a.lr_scheduler == "wsd", "--lr-scheduler wsd"),
     (("min_lr",), lambda a: a.lr_scheduler != "none", "a --lr-scheduler that is not none"),
+    (
+        ("ngram_longest", "ngram_optimizer", "ngram_dropout"),
+        lambda a: a.model.ngram_rows > 0,
+        "--ngram-rows, as --arch modern has them",
+    ),
     (("gelu",), lambda a: a.model.arch == "gpt2", "--arch gpt2"),
     (("muon_lr_ratio", "muon_momentum"), lambda a: a.optimizer == "muon", "--optimizer muon"),
     (("val_ratio",), lambda a: not a.has_val_files, "data without --val-data or --val-npy"),

@@ -51,13 +51,18 @@ def estimate(args: Settings, device: Device, batch_size: int | None = None) -> N
     weights = 4.0 * whole / parts
     matrices = 4.0 * blocks / parts if args.optimizer == "muon" else 0.0
     activations = _activations(args, device, size)
-    gradients = weights
+    gradients, moments = weights, 2 * weights - matrices
+    if args.ngram_optimizer == "rmsprop":  # keeps one number of each row
+        rows, width = args.model.ngram_rows, args.model.d_model
+        moments -= (8.0 * width - 4.0) * rows / parts
+        if _data_world(args) == 1 and parts == 1:  # gradients of the rows that a step sees
+            gradients -= 4.0 * width * max(0, rows - size * args.seq_len * args.model.ngram_longest)
     if args.parallel == "fsdp":  # gathers one block at a time, and the embeddings
         split = args.tensor_parallel_size
         activations += 8.0 * (whole - blocks + blocks / args.model.n_layers) / split
         if args.global_batch_size > size * _data_world(args):  # unsharded until the last micro-step
             gradients = 4.0 * whole / split
-    return Need(weights, gradients, 2 * weights - matrices, activations)
+    return Need(weights, gradients, moments, activations)
 
 
 def _data_world(args: Settings) -> int:

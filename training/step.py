@@ -225,7 +225,7 @@ def _backward(
     told = parallel.dp_rank > 0 or state.skipped is not None  # progress is shown for one step only
     steps = progress(micro_batches, f"step {state.step + 1}", len(micro_batches), quiet=told)
     for i, ids in enumerate(steps):
-        if args.model.dropout:
+        if args.model.drops:
             # The seed depends on the run, the step and the place in the global batch, so that
             # neither the number of ranks nor a resume changes the masks.
             seed_dropout(

@@ -84,23 +84,30 @@ class _Choice:
         train, _, self.args = ranks.each(open_data, args)
         self.data_tokens, self.seconds = train.num_tokens, 60.0 * args.minutes
         self.fixed = "preset" in typed or bool(args.init_from)
+        (short,) = ranks.agree(-int(min(free_memory_of(self.device), 1e18)))
+        self.memory = -short  # bytes that are free on every rank
 
     def made(self) -> Settings:
         """Measures the shape that is the likeliest, and then the one that this makes the likeliest,
         until that is one that was measured; returns it with the number of its steps.
         """
         shapes = self._shapes()
-        until = seconds_since_start() + MEASURING * self.seconds
+        until = self._elapsed() + MEASURING * self.seconds
         guess = len(shapes) // 2 if self.device.torch_device.type == "cuda" else 0
         tokens, known = RUN_TOKENS, dict[int, tuple[Settings, Speed]]()
         while guess not in known:
             args = self._settings(shapes[guess], tokens)
-            known[guess] = args, self._measured(args)
-            (late,) = self.ranks.agree(int(seconds_since_start() > until))
-            if late:
+            speed = self._measured(args)
+            slowest = self.ranks.agree(int(1e6 * speed.step), int(1e6 * speed.evaluation))
+            known[guess] = args, Speed(*(max(1, us) / 1e6 for us in slowest))
+            if self._elapsed() > until:
                 break
             guess, tokens = self._best(shapes, known)
         return self._with_steps(*known[guess])
+
+    def _elapsed(self) -> float:
+        """Seconds since the start, the same on all ranks: of the first to start."""
+        return self.ranks.agree(int(1000 * seconds_since_start()))[0] / 1000
 
     def _shapes(self) -> list[dict[str, Any]]:
         """The shapes to choose from, without what the user typed. Raises UserError if the flags
@@ -150,7 +157,7 @@ class _Choice:
         """Rows of the n-gram embedding: a part of the tokens that a run sees, and at most a
         twentieth of the memory that is free.
         """
-        memory = 0.05 * free_memory_of(self.device) / (4 * width)
+        memory = 0.05 * self.memory / (4 * width)
         seen = ROWS_PER_TOKEN * min(tokens, self.data_tokens)
         return max(1, round(min(MOST_ROWS, memory, max(10_000, seen)) / 10_000)) * 10_000
 
@@ -171,28 +178,28 @@ class _Choice:
         that was, and from how much they compute.
         """
 
+        left = max(1.0, self.seconds - self._elapsed())
+
         def tokens(i: int) -> float:
             args, speed = known[min(known, key=lambda k: abs(k - i))]
             other = self._settings(shapes[i], RUN_TOKENS)
             rate = args.global_batch_size * args.seq_len / speed.step * _flops(args) / _flops(other)
-            return rate * max(1.0, self.seconds - seconds_since_start())
+            return rate * left
 
         def off(i: int) -> float:
             numbers = _numbers(self._settings(shapes[i], RUN_TOKENS))
             return abs(math.log(tokens(i) / numbers / TOKENS_PER_NUMBER))
 
         best = min(range(len(shapes)), key=off)
-        (best,) = self.ranks.agree(best)
         return best, tokens(best)
 
     def _with_steps(self, args: Settings, speed: Speed) -> Settings:
         """The settings with as many steps, evaluations and saves as there is time for."""
         saving = 4.0 * num_numbers(args.model)[0] / BYTES_PER_SECOND
-        left = self.seconds - seconds_since_start() - ENDING - saving
+        left = self.seconds - self._elapsed() - ENDING - saving
         most = int(EVALUATING * self.seconds / speed.evaluation)
         evaluations = min(20, max(1 if self.seconds < 60 else 2, most))
         steps = max(2, int((left - evaluations * speed.evaluation) / speed.step))
-        (steps,) = self.ranks.agree(steps)
         values = to_dict(args)
         typed, each = self.typed, -(-steps // evaluations)
         saves = max(1, int(evaluations * 120.0 / self.seconds))  # evaluations between saves

@@ -1,0 +1,148 @@
+"""What --minutes chooses: from a given speed, around typed flags, and as settings that stay."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from checkpoint import read_checkpoint
+from config import to_dict
+from parallel.process_group import Ranks
+from runtime.setting_fields import UserError
+from settings.command_line import parse_settings
+from training import time_budget
+from training.flops import flops_per_token
+from training.time_budget import Speed, fit_to_time
+
+RATE = 5e10  # FLOP/s of the machine that the tests make up
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """Flags of a text of 300,000 bytes, on a machine that computes RATE and has just started."""
+    monkeypatch.chdir(tmp_path)
+    words = torch.randint(97, 123, (300_000,), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "text.txt").write_bytes(bytes(words.tolist()))
+    monkeypatch.setattr(time_budget, "seconds_since_start", lambda: 3.0)
+    measured = []
+
+    def speed(self, args):
+        tokens = args.global_batch_size * args.seq_len
+        measured.append(args)
+        step = tokens * flops_per_token(args.model, args.seq_len) / RATE
+        return Speed(step, step / 3)
+
+    monkeypatch.setattr(time_budget._Choice, "_measured", speed)
+    flags = ["--train-data", "text.txt", "--device", "cpu", "--cache-dir", "cache"]
+    return flags, measured
+
+
+def choose(flags, *more, ranks=None):
+    argv = [*flags, *more]
+    args = parse_settings("train_minimal", argv)
+    return fit_to_time("train_minimal", argv, args, ranks)
+
+
+def numbers(args):
+    return time_budget._numbers(args)
+
+
+def test_more_minutes_choose_larger_models(text):
+    flags, _ = text
+    chosen = [choose(flags, "--minutes", m) for m in ("0.5", "3", "30", "300", "3000")]
+    sizes = [numbers(args) for args in chosen]
+    assert sizes == sorted(sizes) and sizes[-1] > 30 * sizes[0]
+    assert all(a.num_steps > 1 for a in chosen)
+
+
+@pytest.mark.parametrize("minutes", ["0.5", "2", "20", "600"])
+def test_steps_and_evaluations_fill_the_time(text, minutes):
+    flags, measured = text
+    args = choose(flags, "--minutes", minutes)
+    tokens = args.global_batch_size * args.seq_len
+    step = tokens * flops_per_token(args.model, args.seq_len) / RATE
+    evaluations = -(-args.num_steps // args.eval_steps)
+    seconds = 3.0 + args.num_steps * step + evaluations * step / 3
+    whole = 60 * float(minutes)
+    assert whole - 10 - step <= seconds + time_budget.ENDING <= whole
+    # What is trained is what was measured, but for the number of steps.
+    last = to_dict(next(m for m in reversed(measured) if m.model == args.model))
+    apart = {k for k, v in to_dict(args).items() if last[k] != v}
+    assert apart <= {"num_steps", "eval_steps", "save_steps", "eval_at_start", "chosen"}
+
+
+def test_typed_flags_win_and_the_rest_goes_around_them(text):
+    flags, _ = text
+    typed = ["--n-layers", "3", "--lr", "0.01", "--seq-len", "64", "--optimizer", "adamw"]
+    typed += ["--global-batch-size", "20", "--dropout", "0.25", "--eval-steps", "7"]
+    args = choose(flags, "--minutes", "5", *typed)
+    found = to_dict(args)
+    wanted = {"n_layers": 3, "lr": 0.01, "seq_len": 64, "optimizer": "adamw", "dropout": 0.25}
+    wanted |= {"global_batch_size": 20, "eval_steps": 7, "max_position_embeddings": 64}
+    assert {k: found[k] for k in wanted} == wanted
+    assert found["d_model"] in {width for _, width, _ in time_budget.SHAPES}
+    steps = choose(flags, "--minutes", "5", "--num-steps", "9")
+    assert steps.num_steps == 9
+    wide = choose(flags, "--minutes", "5", "--d-model", "100", "--n-heads", "5")
+    assert (wide.model.d_model, wide.model.n_heads) == (100, 5)
+    plain = choose(flags, "--minutes", "5", "--arch", "gpt2")
+    assert plain.model.ngram_rows == 0
+
+
+def test_with_a_preset_only_the_length_is_chosen(text):
+    flags, _ = text
+    args = choose(flags, "--minutes", "4", "--preset", "quickstart")
+    usual = to_dict(parse_settings("train_minimal", flags))
+    found = to_dict(args)
+    apart = {k for k, v in found.items() if usual[k] != v}
+    assert apart == {
+        *("minutes", "num_steps", "eval_steps", "save_steps", "chosen", "vocab_size"),
+        "tokenizer_name",
+    }
+
+
+def test_nothing_is_chosen_without_minutes_or_for_a_run_that_goes_on(text):
+    flags, measured = text
+    args = parse_settings("train_minimal", flags)
+    assert fit_to_time("train_minimal", flags, args) is args and not measured
+    with pytest.raises(UserError, match="keeps what was chosen"):
+        parse_settings("train_minimal", [*flags, "--minutes", "2", "--resume"])
+
+
+def test_the_global_batch_is_divided_among_the_ranks(text):
+    flags, _ = text
+    args = choose(flags, "--minutes", "1", ranks=Ranks(world=3))
+    assert args.global_batch_size == 3 * args.batch_size
+
+
+def test_the_two_lines_say_what_was_chosen_and_why(text):
+    flags, _ = text
+    args = choose(flags, "--minutes", "5")
+    what, why = args.chosen.splitlines()
+    assert what.startswith(f"chosen for 5 minutes: {args.model.n_layers} blocks of width")
+    assert f"{args.num_steps:,} steps" in what and "tokens/s were measured" in why
+
+
+def test_larger_models_of_the_list_compute_more_and_have_valid_heads():
+    sizes = [n * width * width for n, width, _ in time_budget.SHAPES]
+    assert all(a < b for a, b in pairwise(sizes))
+    assert all(width % max(2, width // 64) == 0 for _, width, _ in time_budget.SHAPES)
+
+
+@pytest.mark.long
+def test_a_run_of_a_few_seconds_ends_and_goes_on_with_what_was_chosen(program):
+    words = torch.randint(97, 123, (300_000,), generator=torch.Generator().manual_seed(0))
+    (program.folder / "text.txt").write_bytes(bytes(words.tolist()))
+    data = ["--train-data", "text.txt", "--checkpoint-path", "c.pt", "--val-max-tokens", "3000"]
+    out = program("train_minimal.py", *data, "--minutes", "0.2", "--sample-tokens", "1")
+    assert "chosen for 0.2 minutes" in out and "because" in out
+    settings = read_checkpoint(program.folder / "c.pt")["settings"]
+    more = str(settings["num_steps"] + 2)
+    program("train_minimal.py", "--resume", "--num-steps", more, "--checkpoint-path", "c.pt")
+    after = read_checkpoint(program.folder / "c.pt")["settings"]
+    changed = {k for k in settings if settings[k] != after[k]}
+    assert changed <= {"num_steps", "resume", "log_dir"}
+    two = program("train_ddp.py", *data[:2], "--minutes", "0.2", "--sample-tokens", "1", ranks=2)
+    assert "chosen for 0.2 minutes" in two
+    assert json.dumps(settings["chosen"])
