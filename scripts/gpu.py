@@ -260,7 +260,7 @@ def main() -> None:
     check.benchmark("loss", 120, "--repeats", "5")
     check.benchmark("optim", 60, "--repeats", "5")
     new = "20" if check.small else "256"
-    check.benchmark("generate", 60, "--batch-size", "1", "--new-tokens", new, "--repeats", "2")
+    check.benchmark("generate", 120, "--batch-size", "1", "--new-tokens", new, "--repeats", "2")
     print((folder / "gpu.md").read_text())
     failed = [line for stage in check.found["stages"].values() for line in stage.get("failed", [])]
     sys.exit(f"error: {len(failed)} commands failed: see {folder}/gpu.log" if failed else 0)

@@ -43,7 +43,7 @@ RUN_TOKENS = 2.4e6  # a run of so many tokens has the next two values, at width 
 BATCH_TOKENS = 3072  # tokens of a step; in longer runs more, with the root of their tokens
 RATES = {"muon": 0.03, "adamw": 0.01}
 ROWS_PER_TOKEN, MOST_ROWS, LONGEST = 0.1, 1_000_000, 8  # of the n-gram embedding
-COMPILES_FROM = 5.0  # minutes: on a CPU, compiling takes 10 to 15 s and saves 30 % of a step
+COMPILES_FROM = 5.0  # minutes: compiling takes 10 to 15 s and saves a third of a step
 MEASURING = 0.03  # part of the time for measuring, besides what is begun when that is over
 EVALUATING = 0.04  # part of the time for evaluations, where two take less than that
 ENDING = 1.5  # seconds from the last evaluation to the end, besides those of the checkpoint
@@ -97,13 +97,21 @@ class _Choice:
         tokens, known = RUN_TOKENS, dict[int, tuple[Settings, Speed]]()
         while guess not in known:
             args = self._settings(shapes[guess], tokens)
-            speed = self._measured(args)
-            slowest = self.ranks.agree(int(1e6 * speed.step), int(1e6 * speed.evaluation))
-            known[guess] = args, Speed(*(max(1, us) / 1e6 for us in slowest))
+            known[guess] = args, self._speed(args)
             if self._elapsed() > until:
                 break
             guess, tokens = self._best(shapes, known)
-        return self._with_steps(*known[guess])
+        args, speed = known[guess]
+        if not self.fixed and self._compiles():
+            args = dataclasses.replace(args, compile="on")
+            speed = self._speed(args)
+        return self._with_steps(args, speed)
+
+    def _speed(self, args: Settings) -> Speed:
+        """The measured speed, that of the slowest rank."""
+        speed = self._measured(args)
+        slowest = self.ranks.agree(int(1e6 * speed.step), int(1e6 * speed.evaluation))
+        return Speed(*(max(1, us) / 1e6 for us in slowest))
 
     def _elapsed(self) -> float:
         """Seconds since the start, the same on all ranks: of the first to start."""
@@ -133,7 +141,7 @@ class _Choice:
         if self.fixed:
             return self.args
         scale = math.sqrt(max(1.0, tokens / RUN_TOKENS))
-        chosen: dict[str, Any] = {"lr_width": 64, "warmup_steps": 0}
+        chosen: dict[str, Any] = {"lr_width": 64, "warmup_steps": 0, "compile": "off"}
         chosen["lr"] = RATES[values["optimizer"]]
         if values["arch"] == "modern":
             chosen |= {"ngram_longest": LONGEST, "ngram_optimizer": "rmsprop"}
@@ -146,7 +154,6 @@ class _Choice:
             chosen |= {"batch_size": rows, "micro_batch": "given" if on_cpu else "auto"}
         if on_cpu:
             fast = values["d_model"] >= 128 and has_bf16_units(self.device.torch_device)
-            chosen["compile"] = self._compile_on_cpu()
             if not typed.keys() & {"bf16", "no_amp"}:
                 chosen["precision"] = "bf16" if fast else "fp32"
         values |= {k: v for k, v in chosen.items() if k not in typed}
@@ -161,14 +168,14 @@ class _Choice:
         seen = ROWS_PER_TOKEN * min(tokens, self.data_tokens)
         return max(1, round(min(MOST_ROWS, memory, max(10_000, seen)) / 10_000)) * 10_000
 
-    def _compile_on_cpu(self) -> str:
-        if self.args.minutes < COMPILES_FROM:
-            return "off"
+    def _compiles(self) -> bool:
+        """Whether the run is to be compiled. The search for its shape is not."""
+        if self.args.compile != "auto" or self.args.minutes < COMPILES_FROM:
+            return False
         try:
-            why_not = why_not_compiled(dataclasses.replace(self.args, compile="on"), self.device)
-        except UserError as reason:
-            why_not = str(reason)
-        return "off" if why_not else "on"
+            return not why_not_compiled(dataclasses.replace(self.args, compile="on"), self.device)
+        except UserError:
+            return False
 
     def _best(
         self, shapes: list[dict[str, Any]], known: Mapping[int, tuple[Settings, Speed]]
