@@ -44,6 +44,8 @@ class BenchSettings:
                         "them out")
     seeds: int = flag(3, "recipe, dial: runs of each side", at_least=1)
     minutes: tuple[str, ...] = flag(("0.5", "1", "3", "10", "30"), "dial: times", metavar="M")
+    sides: tuple[str, ...] = flag((), "dial: only sides whose name begins with one of these",
+                                  metavar="NAME")
     shapes: bool = flag(False, "dial: each shape, instead of the quickstart and the plain recipe")
     ablate: bool = flag(False, "recipe: without each of its parts, instead of plain")
     recipe_steps: int = flag(75, "recipe: steps of the default recipe; rates: of each run",

@@ -40,6 +40,8 @@ def bench_dial(args: BenchSettings) -> list[dict[str, Any]]:
     for minutes in args.minutes:
         for seed in range(args.seeds):
             for side, flags in _sides(args).items():
+                if args.sides and not side.startswith(args.sides):
+                    continue
                 flags = [*_data(args), *flags, "--minutes", minutes, "--seed", str(seed)]
                 command = " ".join([*flags, *args.trainer])
                 if command not in known:
@@ -64,7 +66,7 @@ def _sides(args: BenchSettings) -> dict[str, list[str]]:
             for n, width, _ in SHAPES[:7]
         }
     steps_alone = ["--preset", "quickstart"]
-    sides = {"--minutes": [], "quickstart": steps_alone}
+    sides = {"dial": [], "quickstart": steps_alone}
     for n, width in PLAIN_SIZES:
         shape = ["--n-layers", str(n), "--d-model", str(width), "--seq-len", "64"]
         sides[f"plain {n} x {width}"] = [*steps_alone, *_without_steps(PLAIN), *shape]

@@ -38,11 +38,13 @@ SHAPES = (
     (2, 64, 128), (3, 96, 256), (4, 128, 256), (5, 192, 256), (6, 256, 256), (8, 384, 512),
     (10, 512, 512), (12, 768, 1024), (16, 1024, 1024), (24, 1536, 1024), (32, 2048, 2048),
 )  # fmt: skip
-TOKENS_PER_NUMBER = 16.0  # tokens of a run for each number in the matrices of its model
+TOKENS_PER_NUMBER = 12.0  # tokens of a run for each number in the matrices of its model
 RUN_TOKENS = 2.4e6  # a run of so many tokens has the next two values, at width 64
+RUN_RATE = 4e4  # tokens/s of the smallest shape on two cores, until that is measured
 BATCH_TOKENS = 3072  # tokens of a step; in longer runs more, with the root of their tokens
 RATES = {"muon": 0.03, "adamw": 0.01}
 ROWS_PER_TOKEN, MOST_ROWS, LONGEST = 0.1, 1_000_000, 8  # of the n-gram embedding
+MOST_EPOCHS = 12.0  # of the training data: more of them made the validation loss no better
 COMPILES_FROM = 5.0  # minutes: compiling takes 10 to 15 s and saves a third of a step
 MEASURING = 0.03  # part of the time for measuring, besides what is begun when that is over
 EVALUATING = 0.04  # part of the time for evaluations, where two take less than that
@@ -92,14 +94,15 @@ class _Choice:
         until that is one that was measured; returns it with the number of its steps.
         """
         shapes = self._shapes()
-        until = self._elapsed() + MEASURING * self.seconds
-        guess = len(shapes) // 2 if self.device.torch_device.type == "cuda" else 0
-        tokens, known = RUN_TOKENS, dict[int, tuple[Settings, Speed]]()
+        until, late = self._elapsed() + MEASURING * self.seconds, False
+        guess, tokens = 0, min(RUN_RATE * self.seconds, MOST_EPOCHS * self.data_tokens)
+        known: dict[int, tuple[Settings, Speed]] = {}
         while guess not in known:
             args = self._settings(shapes[guess], tokens)
             known[guess] = args, self._speed(args)
-            if self._elapsed() > until:
+            if late:
                 break
+            late = self._elapsed() > until
             guess, tokens = self._best(shapes, known)
         args, speed = known[guess]
         if not self.fixed and self._compiles():
@@ -146,6 +149,7 @@ class _Choice:
         if values["arch"] == "modern":
             chosen |= {"ngram_longest": LONGEST, "ngram_optimizer": "rmsprop"}
             chosen["ngram_rows"] = self._rows(tokens, values["d_model"])
+            chosen["ngram_dropout"] = ngram_dropout_for(tokens / self.data_tokens)
         on_cpu = self.device.torch_device.type == "cpu"
         if not typed.keys() & {"batch_size", "grad_accum_steps", "global_batch_size"}:
             ranks = self.ranks.world // values["tensor_parallel_size"]
@@ -191,7 +195,7 @@ class _Choice:
             args, speed = known[min(known, key=lambda k: abs(k - i))]
             other = self._settings(shapes[i], RUN_TOKENS)
             rate = args.global_batch_size * args.seq_len / speed.step * _flops(args) / _flops(other)
-            return rate * left
+            return min(rate * left, MOST_EPOCHS * self.data_tokens)
 
         def off(i: int) -> float:
             numbers = _numbers(self._settings(shapes[i], RUN_TOKENS))
@@ -207,6 +211,9 @@ class _Choice:
         most = int(EVALUATING * self.seconds / speed.evaluation)
         evaluations = min(20, max(1 if self.seconds < 60 else 2, most))
         steps = max(2, int((left - evaluations * speed.evaluation) / speed.step))
+        if not self.fixed:
+            rows = MOST_EPOCHS * self.data_tokens / args.seq_len
+            steps = max(2, min(steps, int(rows / args.global_batch_size)))
         values = to_dict(args)
         typed, each = self.typed, -(-steps // evaluations)
         saves = max(1, int(evaluations * 120.0 / self.seconds))  # evaluations between saves
@@ -246,6 +253,7 @@ class _Choice:
         (count,) = ranks.agree(max(2, min(500, int(limit / first))))
         step = steps(count)
         part = val.limited(1 + args.global_batch_size * (args.seq_len - 1))
+        evaluate(model, part, args.batch_size, device, parallel)
         start = time.perf_counter()
         evaluate(model, part, args.batch_size, device, parallel)
         share = (val.num_tokens - 1) / (part.num_tokens - 1)
@@ -268,7 +276,16 @@ class _Choice:
             f"{tokens / self.data_tokens:.2g} epochs, {tokens / _numbers(args):.3g} for each "
             f"number in the matrices (best are some {TOKENS_PER_NUMBER:g})"
         )
+        if "num_steps" not in self.typed and tokens > 0.95 * MOST_EPOCHS * self.data_tokens:
+            why += "; it ends before its time, since more epochs of so little text do not help"
         return f"{what}\n{why}"
+
+
+def ngram_dropout_for(epochs: float) -> float:
+    """The part of the n-gram rows that training leaves out. A text that is seen more than once is
+    soon known by heart by its long n-grams, and half of them left out is best (tinyshakespeare).
+    """
+    return min(0.5, round(0.25 * epochs, 1)) if epochs >= 0.5 else 0.0
 
 
 def _numbers(args: Settings) -> int:

@@ -25,6 +25,7 @@ def text(tmp_path, monkeypatch):
     words = torch.randint(97, 123, (300_000,), generator=torch.Generator().manual_seed(0))
     (tmp_path / "text.txt").write_bytes(bytes(words.tolist()))
     monkeypatch.setattr(time_budget, "seconds_since_start", lambda: 3.0)
+    monkeypatch.setattr(time_budget, "MOST_EPOCHS", 1e9)
     measured = []
 
     def speed(self, args):
@@ -70,6 +71,21 @@ def test_steps_and_evaluations_fill_the_time(text, minutes):
     last = to_dict(next(m for m in reversed(measured) if m.model == args.model))
     apart = {k for k, v in to_dict(args).items() if last[k] != v}
     assert apart <= {"num_steps", "eval_steps", "save_steps", "eval_at_start", "chosen"}
+
+
+def test_a_run_ends_when_more_epochs_of_its_text_would_not_help(text, monkeypatch):
+    flags, _ = text
+    monkeypatch.setattr(time_budget, "MOST_EPOCHS", 12.0)
+    short, long = (choose(flags, "--minutes", m) for m in ("300", "3000"))
+    tokens = [a.num_steps * a.global_batch_size * a.seq_len for a in (short, long)]
+    assert tokens[0] <= tokens[1] <= 12 * 270_000 and tokens[1] > 11 * 270_000
+    assert "ends before its time" in long.chosen
+    assert long.model.ngram_dropout == 0.5
+
+
+def test_rows_are_left_out_where_a_text_is_seen_more_than_once():
+    found = [time_budget.ngram_dropout_for(e) for e in (0.1, 0.4, 1.0, 2.0, 40.0)]
+    assert found == [0.0, 0.0, 0.2, 0.5, 0.5]
 
 
 def test_typed_flags_win_and_the_rest_goes_around_them(text):
