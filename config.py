@@ -133,12 +133,12 @@ class Settings:
     ngram_optimizer: str = flag("adamw", "update rule of the n-gram embedding; rmsprop = of the "
                                 "rows in use, each with a step size of its own", "adamw",
                                 "rmsprop", fixed=True)
+    lr_width: int = flag(0, "d_model at which lr holds: matrices of wider models take smaller "
+                         "steps; 0 = lr at any width", at_least=0, fixed=True)
     lr: float = flag(1e-3, "peak learning rate, after warm-up", at_least=0)
     min_lr: float = flag(-1.0, "learning rate at the end; -1 = a tenth of lr", at_least=-1)
     lr_scheduler: str = flag("cosine", "course after warm-up; wsd = stable, then linear decay",
                              "none", "cosine", "linear", "wsd")
-    lr_width: int = flag(0, "d_model at which lr holds: matrices of wider models take smaller "
-                         "steps; 0 = lr at any width", at_least=0, fixed=True)
     warmup_steps: int = flag(100, "steps of linear warm-up", at_least=0)
     decay_ratio: float = flag(0.2, "part of num_steps in which wsd decays", at_least=0)
     weight_decay: float = flag(0.1, "decoupled decay of matrices; vectors have none", at_least=0)

@@ -52,6 +52,8 @@ def words_of(line):
         words += LESS.split()
         if any(w.startswith(("gpt2-", "modern-")) for w in words):
             words += TINY.split()
+    if "--minutes" in words:
+        words[words.index("--minutes") + 1] = "0.05"
     words = [re.sub(r"--nproc-per-node=\d+", "--nproc-per-node=2", w) for w in words]
     return words, env, "--watch" in words
 
