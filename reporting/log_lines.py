@@ -153,6 +153,20 @@ def short_evaluation_line(
     return " | ".join(parts)
 
 
+def time_kept(args: Settings, state: RunState, seconds: float) -> list[str]:
+    """The line about how long a run with --minutes took, and why it is not that long; else none.
+    seconds: since the process began.
+    """
+    if not args.minutes or args.resume or state.stopped_by(args):
+        return []
+    line = f"took {seconds / 60:.2f} of its {args.minutes:g} minutes"
+    off = seconds / 60 / args.minutes - 1
+    if abs(off) > 0.05 and not (off < 0 and "ends before its time" in args.chosen):
+        speed = "slower" if off > 0 else "faster"
+        line += f": since it was measured at the start, the machine has become {speed}"
+    return [line]
+
+
 def next_commands(
     script: str, args: Settings, state: RunState, world: int, prompt: str
 ) -> list[str]:

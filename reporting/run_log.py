@@ -26,6 +26,7 @@ from reporting.log_lines import (
     next_commands,
     notes_at_start,
     short_evaluation_line,
+    time_kept,
 )
 from reporting.log_output import Output
 from reporting.loss_spikes import SpikeDetector
@@ -42,6 +43,7 @@ from reporting.wandb_log import WandB
 from runtime.console import duration
 from runtime.device import Device
 from runtime.setting_fields import UserError
+from runtime.start_time import seconds_since_start
 from settings.paths import log_base
 from training.evaluation import EvalResult
 from training.step import RunState, StepStats
@@ -243,7 +245,8 @@ class RunLog:
             fine, verdict = self.reference.verdict(runs[0]) if runs else nothing
             state.left_reference = not fine
             output.line(verdict)
-        for line in next_commands(self.script, self.args, state, self.world, self.prompt):
+        commands = next_commands(self.script, self.args, state, self.world, self.prompt)
+        for line in [*time_kept(self.args, state, seconds_since_start()), *commands]:
             output.line(line)
         for tracker in self.trackers:
             if "the loss picture" not in output.broken:

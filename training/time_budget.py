@@ -39,9 +39,11 @@ SHAPES = (
     (10, 512, 512), (12, 768, 1024), (16, 1024, 1024), (24, 1536, 1024), (32, 2048, 2048),
 )  # fmt: skip
 TOKENS_PER_NUMBER = 12.0  # tokens of a run for each number in the matrices of its model
-RUN_TOKENS = 2.4e6  # a run of so many tokens has the next two values, at width 64
+# At width 64, a run of so many tokens has batches and rates of these sizes. In longer runs, batches
+# grow with the root of the tokens, and rates fall with the fourth root, at most to a third.
+RUN_TOKENS = 2.4e6
 RUN_RATE = 4e4  # tokens/s of the smallest shape on two cores, until that is measured
-BATCH_TOKENS = 3072  # tokens of a step; in longer runs more, with the root of their tokens
+BATCH_TOKENS = 3072
 RATES = {"muon": 0.03, "adamw": 0.01}
 ROWS_PER_TOKEN, MOST_ROWS, LONGEST = 0.1, 1_000_000, 8  # of the n-gram embedding
 MOST_EPOCHS = 12.0  # of the training data: more of them made the validation loss no better
@@ -145,7 +147,7 @@ class _Choice:
             return self.args
         scale = math.sqrt(max(1.0, tokens / RUN_TOKENS))
         chosen: dict[str, Any] = {"lr_width": 64, "warmup_steps": 0, "compile": "off"}
-        chosen["lr"] = RATES[values["optimizer"]]
+        chosen["lr"] = RATES[values["optimizer"]] * max(1 / 3, scale**-0.5)
         if values["arch"] == "modern":
             chosen |= {"ngram_longest": LONGEST, "ngram_optimizer": "rmsprop"}
             chosen["ngram_rows"] = self._rows(tokens, values["d_model"])

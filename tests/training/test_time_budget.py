@@ -88,6 +88,14 @@ def test_rows_are_left_out_where_a_text_is_seen_more_than_once():
     assert found == [0.0, 0.0, 0.2, 0.5, 0.5]
 
 
+def test_long_runs_have_larger_batches_and_smaller_rates(text):
+    flags, _ = text
+    short, long = (choose(flags, "--minutes", m) for m in ("1", "30"))
+    assert short.lr == pytest.approx(0.03, rel=0.2) and 0.01 <= long.lr < 0.8 * short.lr
+    sizes = [a.global_batch_size * a.seq_len for a in (short, long)]
+    assert sizes[0] == pytest.approx(3072, rel=0.5) and sizes[1] > 1.5 * sizes[0]
+
+
 def test_typed_flags_win_and_the_rest_goes_around_them(text):
     flags, _ = text
     typed = ["--n-layers", "3", "--lr", "0.01", "--seq-len", "64", "--optimizer", "adamw"]
