@@ -48,7 +48,7 @@ RATES = {"muon": 0.03, "adamw": 0.01}
 ROWS_PER_TOKEN, MOST_ROWS, LONGEST = 0.1, 1_000_000, 8  # of the n-gram embedding
 MOST_EPOCHS = 12.0  # of the training data: more of them made the validation loss no better
 COMPILES_FROM = 5.0  # minutes: compiling takes 10 to 15 s and saves a third of a step
-MEASURING = 0.03  # part of the time for measuring, besides what is begun when that is over
+MEASURING = 0.02  # part of the time for measuring, besides what is begun when that is over
 EVALUATING = 0.04  # part of the time for evaluations, where two take less than that
 ENDING = 1.5  # seconds from the last evaluation to the end, besides those of the checkpoint
 BYTES_PER_SECOND = 2e8  # of a checkpoint that is written
@@ -132,7 +132,8 @@ class _Choice:
         for n_layers, width, context in SHAPES:
             heads = max(2, self.typed.get("d_model", width) // 64)
             shape = {"n_layers": n_layers, "d_model": width, "n_heads": heads, "d_ff": 0}
-            shape |= {"seq_len": context, "max_position_embeddings": 0}
+            longest = self.typed.get("max_position_embeddings") or context
+            shape |= {"seq_len": min(context, longest), "max_position_embeddings": 0}
             shape = {k: v for k, v in shape.items() if k not in self.typed}
             if self.typed.get("d_model", width) % self.typed.get("n_heads", heads):
                 continue
@@ -190,7 +191,6 @@ class _Choice:
         that number of tokens. The speed of shapes that were not measured follows from the nearest
         that was, and from how much they compute.
         """
-
         left = max(1.0, self.seconds - self._elapsed())
 
         def tokens(i: int) -> float:
@@ -200,7 +200,12 @@ class _Choice:
             return min(rate * left, MOST_EPOCHS * self.data_tokens)
 
         def off(i: int) -> float:
-            numbers = _numbers(self._settings(shapes[i], RUN_TOKENS))
+            args = self._settings(shapes[i], RUN_TOKENS)
+            numbers, parts = _numbers(args), args.tensor_parallel_size
+            if args.parallel == "fsdp":
+                parts = self.ranks.world
+            if 16.0 * num_numbers(args.model)[0] / parts > 0.8 * self.memory:
+                return math.inf  # weights, gradients and moments do not fit
             return abs(math.log(tokens(i) / numbers / TOKENS_PER_NUMBER))
 
         best = min(range(len(shapes)), key=off)

@@ -96,6 +96,14 @@ def test_long_runs_have_larger_batches_and_smaller_rates(text):
     assert sizes[0] == pytest.approx(3072, rel=0.5) and sizes[1] > 1.5 * sizes[0]
 
 
+def test_no_model_is_chosen_that_does_not_fit_into_memory(text, monkeypatch):
+    flags, _ = text
+    large = choose(flags, "--minutes", "3000")
+    need = 16 * numbers(large)
+    monkeypatch.setattr(time_budget, "free_memory_of", lambda device: need)
+    assert numbers(choose(flags, "--minutes", "3000")) < numbers(large)
+
+
 def test_typed_flags_win_and_the_rest_goes_around_them(text):
     flags, _ = text
     typed = ["--n-layers", "3", "--lr", "0.01", "--seq-len", "64", "--optimizer", "adamw"]
@@ -110,6 +118,8 @@ def test_typed_flags_win_and_the_rest_goes_around_them(text):
     assert steps.num_steps == 9
     wide = choose(flags, "--minutes", "5", "--d-model", "100", "--n-heads", "5")
     assert (wide.model.d_model, wide.model.n_heads) == (100, 5)
+    short = choose(flags, "--minutes", "5", "--max-position-embeddings", "200")
+    assert short.seq_len == 200
     plain = choose(flags, "--minutes", "5", "--arch", "gpt2")
     assert plain.model.ngram_rows == 0
 
