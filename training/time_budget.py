@@ -50,7 +50,7 @@ MOST_EPOCHS = 12.0  # of the training data: more of them made the validation los
 COMPILES_FROM = 5.0  # minutes: compiling takes 10 to 15 s and saves a third of a step
 MEASURING = 0.02  # part of the time for measuring, besides what is begun when that is over
 EVALUATING = 0.04  # part of the time for evaluations, where two take less than that
-ENDING = 1.5  # seconds from the last evaluation to the end, besides those of the checkpoint
+ENDING = 3.0  # seconds from the last evaluation to the end, besides those of the checkpoint
 BYTES_PER_SECOND = 2e8  # of a checkpoint that is written
 
 
@@ -256,8 +256,8 @@ class _Choice:
             float(stats.grad_norm)  # waits for a GPU
             return (time.perf_counter() - start) / count
 
-        first = max(steps(2), steps(1))  # the first ones take memory
-        (count,) = ranks.agree(max(2, min(500, int(limit / first))))
+        steps(2)  # the first ones take memory
+        (count,) = ranks.agree(max(3, min(500, int(limit / steps(1)))))
         step = steps(count)
         part = val.limited(1 + args.global_batch_size * (args.seq_len - 1))
         evaluate(model, part, args.batch_size, device, parallel)
