@@ -271,7 +271,7 @@ def shown(capsys, *flags, kind=Settings, program="train_minimal.py"):
 
 
 def help_of(out, flag):
-    part = out[re.search(rf"^  {flag}\b", out, re.M).start() + 2 :]
+    part = out[re.search(rf"^  {flag}(?![\w-])", out, re.M).start() + 2 :]
     return " ".join(re.split(r"\n  -|\n\n", part)[0].split())
 
 
