@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import json
 import lzma
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import BenchSettings
-from benchmarks.recipe import PLAIN
+from benchmarks.recipe import PLAIN, records_of_run
 from dataset import open_data
-from reporting.metrics_file import read_records
-from runtime.setting_fields import UserError
 from settings.command_line import parse_settings
 from training.time_budget import SHAPES
 
@@ -91,16 +86,9 @@ def _run(flags: list[str]) -> dict[str, Any]:
     """One run of train_minimal.py: its last and best bits per byte, and `off`, how far from its
     minutes it ended, as a part of them.
     """
-    script = Path(__file__).resolve().parent.parent / "train_minimal.py"
-    with tempfile.TemporaryDirectory() as folder:
-        files = ["--checkpoint-path", f"{folder}/c.pt", "--log-dir", folder]
-        start = time.monotonic()
-        command = [sys.executable, str(script), *files, *flags]
-        done = subprocess.run(command, capture_output=True, text=True)
-        seconds = time.monotonic() - start
-        if done.returncode:
-            raise UserError(f"train_minimal.py failed: {done.stderr.strip()[-300:]}")
-        records = read_records(Path(folder) / "c.jsonl")
+    start = time.monotonic()
+    records = records_of_run(flags)
+    seconds = time.monotonic() - start
     settings = records[0]["settings"]
     evals = [r["val_bpb"] for r in records if r["event"] == "eval"]
     last = [r for r in records if r["event"] == "train"][-1]

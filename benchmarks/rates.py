@@ -18,11 +18,10 @@ from settings.command_line import parse_settings
 from training.evaluation import evaluate
 from training.optimizers import make_optimizer
 from training.step import RunState, train_step
+from training.time_budget import RATE_WIDTH, RATES
 
-WIDTHS, BASE = (64, 128, 256, 512), 64
-# Rates at width 64, those of training/time_budget.py, and factors around them.
-RATES = {"muon": 0.03, "adamw": 0.01}
-FACTORS = [2.0 ** (i / 2) for i in range(-5, 6)]
+WIDTHS = (64, 128, 256, 512)
+FACTORS = [2.0 ** (i / 2) for i in range(-5, 6)]  # around the rates of --minutes
 
 
 def bench_rates(args: BenchSettings) -> tuple[list[dict[str, Any]], str]:
@@ -52,7 +51,7 @@ def bench_rates(args: BenchSettings) -> tuple[list[dict[str, Any]], str]:
                     for factor in factors
                 }
                 best = best_factor(factors, list(found.values()))
-                rate = {"lr_width": BASE if scaled else 0, "width": width}
+                rate = {"lr_width": RATE_WIDTH if scaled else 0, "width": width}
                 rows.append({"optimizer": optimizer, **rate, "best": f"x {best:.2f}", **found})
     return rows, _verdict(rows)
 
@@ -72,7 +71,7 @@ def best_factor(factors: list[float], losses: list[float]) -> float:
 def _verdict(rows: list[dict[str, Any]]) -> str:
     lines = []
     for optimizer in RATES:
-        for scaled in (0, BASE):
+        for scaled in (0, RATE_WIDTH):
             best = [
                 float(row["best"][2:])
                 for row in rows
@@ -88,7 +87,14 @@ def _loss(job: tuple[int, str, bool, int, float]) -> float:
     steps, optimizer, scaled, width, lr = job
     torch.set_num_threads(1 if torch.cuda.is_available() else torch.get_num_threads())
     flags = ["--d-model", str(width), "--n-heads", str(width // 32), "--optimizer", optimizer]
-    flags += ["--lr", str(lr), "--lr-width", str(BASE if scaled else 0), "--precision", "auto"]
+    flags += [
+        "--lr",
+        str(lr),
+        "--lr-width",
+        str(RATE_WIDTH if scaled else 0),
+        "--precision",
+        "auto",
+    ]
     flags += ["--num-steps", str(steps), "--warmup-steps", str(steps // 10), "--compile", "off"]
     settings = parse_settings("train_minimal", flags)
     device = pick_device(settings.device, settings.precision)

@@ -70,18 +70,11 @@ def train(args: BenchSettings, flags: list[str]) -> dict[str, float]:
     """Runs train_minimal.py; its training seconds (without evaluation and saving) and its last
     validation losses.
     """
-    script = Path(__file__).resolve().parent.parent / "train_minimal.py"
     data = ["--tokenizer-name", "bytes", "--val-max-tokens", "0", "--seq-len", "64"]
     data += ["--train-data", *args.train_data] if args.train_data else []
     data += ["--val-max-tokens", "111540"] if not args.train_data else []
-    with tempfile.TemporaryDirectory() as folder:
-        files = ["--checkpoint-path", f"{folder}/c.pt", "--log-dir", folder]
-        rare = ["--eval-steps", "1000000", "--save-steps", "1000000", "--sample-tokens", "1"]
-        command = [sys.executable, str(script), *data, *files, *rare, *flags, *args.trainer]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"train_minimal.py failed: {done.stderr.strip()[-300:]}")
-        records = read_records(Path(folder) / "c.jsonl")
+    rare = ["--eval-steps", "1000000", "--save-steps", "1000000", "--sample-tokens", "1"]
+    records = records_of_run([*data, *rare, *flags, *args.trainer])
     seconds, last = 0.0, 0
     for r in records:
         if r["event"] == "train":
@@ -90,3 +83,17 @@ def train(args: BenchSettings, flags: list[str]) -> dict[str, float]:
     end = [r for r in records if r["event"] == "eval"][-1]
     found = {"steps": last, "parameters": records[0]["parameters"], "seconds": seconds}
     return {**found, "val_loss": end["val_loss"], "val_bpb": end["val_bpb"]}
+
+
+def records_of_run(flags: list[str]) -> list[dict[str, Any]]:
+    """Runs train_minimal.py in a folder that is thrown away; its metrics. Raises UserError if it
+    fails.
+    """
+    script = Path(__file__).resolve().parent.parent / "train_minimal.py"
+    with tempfile.TemporaryDirectory() as folder:
+        files = ["--checkpoint-path", f"{folder}/c.pt", "--log-dir", folder]
+        command = [sys.executable, str(script), *files, *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"train_minimal.py failed: {done.stderr.strip()[-300:]}")
+        return read_records(Path(folder) / "c.jsonl")

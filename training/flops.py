@@ -24,9 +24,16 @@ def flops_per_token(config: GPTConfig, seq_len: int) -> float:
     2022, appendix B: 6 for each number of a matrix (the embedding counts as head only), and 12 L C
     T for attention, as if it were not causal.
     """
+    attention = 12.0 * config.n_layers * config.d_model * seq_len
+    return 6.0 * numbers_in_matrices(config) + attention
+
+
+def numbers_in_matrices(config: GPTConfig) -> int:
+    """The number of elements of the matrices that each token is multiplied with: those of the
+    blocks and the head.
+    """
     c, ff = config.d_model, config.d_ff
-    matrices = config.n_layers * (4 * c * c + 2 * c * ff) + config.vocab_size * c
-    return 6.0 * matrices + 12.0 * config.n_layers * c * seq_len
+    return config.n_layers * (4 * c * c + 2 * c * ff) + config.vocab_size * c
 
 
 def peak_flops(device: Device) -> float | None:

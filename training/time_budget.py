@@ -1,6 +1,6 @@
 """Chooses a model and its training for the time that there is: `--minutes`.
 
-The numbers below are read off what `bench.py dial` measured; docs/experiments.md has the figures.
+The numbers below come from the runs in docs/experiments.md; where they are a guess, it says so.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from settings.command_line import trainer_flags
 from training.activation_recompute import recompute_activations
 from training.compilation import compile_model, why_not_compiled
 from training.evaluation import evaluate
-from training.flops import flops_per_token
+from training.flops import flops_per_token, numbers_in_matrices
 from training.memory import fit_micro_batch, num_numbers
 from training.optimizers import make_optimizer
 from training.prefetch import Prefetch
@@ -44,9 +44,9 @@ TOKENS_PER_NUMBER = 12.0  # tokens of a run for each number in the matrices of i
 RUN_TOKENS = 2.4e6
 RUN_RATE = 4e4  # tokens/s of the smallest shape on two cores, until that is measured
 BATCH_TOKENS = 3072
-RATES = {"muon": 0.03, "adamw": 0.01}
+RATES, RATE_WIDTH = {"muon": 0.03, "adamw": 0.01}, 64
 ROWS_PER_TOKEN, MOST_ROWS, LONGEST = 0.1, 1_000_000, 8  # of the n-gram embedding
-MOST_EPOCHS = 12.0  # of the training data: more of them made the validation loss no better
+MOST_EPOCHS = 12.0  # of the training data: a guess, not measured yet
 COMPILES_FROM = 5.0  # minutes: compiling takes 10 to 15 s and saves a third of a step
 MEASURING = 0.02  # part of the time for measuring, besides what is begun when that is over
 EVALUATING = 0.04  # part of the time for evaluations, where two take less than that
@@ -147,7 +147,7 @@ class _Choice:
         if self.fixed:
             return self.args
         scale = math.sqrt(max(1.0, tokens / RUN_TOKENS))
-        chosen: dict[str, Any] = {"lr_width": 64, "warmup_steps": 0, "compile": "off"}
+        chosen: dict[str, Any] = {"lr_width": RATE_WIDTH, "warmup_steps": 0, "compile": "off"}
         chosen["lr"] = RATES[values["optimizer"]] * max(1 / 3, scale**-0.5)
         if values["arch"] == "modern":
             chosen |= {"ngram_longest": LONGEST, "ngram_optimizer": "rmsprop"}
@@ -201,7 +201,7 @@ class _Choice:
 
         def off(i: int) -> float:
             args = self._settings(shapes[i], RUN_TOKENS)
-            numbers, parts = _numbers(args), args.tensor_parallel_size
+            numbers, parts = numbers_in_matrices(args.model), args.tensor_parallel_size
             if args.parallel == "fsdp":
                 parts = self.ranks.world
             if 16.0 * num_numbers(args.model)[0] / parts > 0.8 * self.memory:
@@ -280,11 +280,11 @@ class _Choice:
         )
         why = (
             f"because {rate:,.0f} tokens/s were measured: {tokens / 1e6:.3g}M tokens, "
-            f"{tokens / self.data_tokens:.2g} epochs, {tokens / _numbers(args):.3g} for each "
+            f"{tokens / self.data_tokens:.2g} epochs, {tokens / numbers_in_matrices(c):.3g} for each "
             f"number in the matrices (best are some {TOKENS_PER_NUMBER:g})"
         )
         if "num_steps" not in self.typed and tokens > 0.95 * MOST_EPOCHS * self.data_tokens:
-            why += "; it ends before its time, since more epochs of so little text do not help"
+            why += f"; it ends before its time: over {MOST_EPOCHS:g} epochs may not help"
         return f"{what}\n{why}"
 
 
@@ -293,12 +293,6 @@ def ngram_dropout_for(epochs: float) -> float:
     soon known by heart by its long n-grams, and half of them left out is best (tinyshakespeare).
     """
     return min(0.5, round(0.25 * epochs, 1)) if epochs >= 0.5 else 0.0
-
-
-def _numbers(args: Settings) -> int:
-    """The numbers in the matrices that each token is multiplied with: blocks and head."""
-    c = args.model
-    return c.n_layers * (4 * c.d_model**2 + 2 * c.d_model * c.d_ff) + c.vocab_size * c.d_model
 
 
 def _flops(args: Settings) -> float:
