@@ -280,8 +280,8 @@ class _Choice:
         )
         why = (
             f"because {rate:,.0f} tokens/s were measured: {tokens / 1e6:.3g}M tokens, "
-            f"{tokens / self.data_tokens:.2g} epochs, {tokens / numbers_in_matrices(c):.3g} for each "
-            f"number in the matrices (best are some {TOKENS_PER_NUMBER:g})"
+            f"{tokens / self.data_tokens:.2g} epochs, {tokens / numbers_in_matrices(c):.3g} for "
+            f"each number in the matrices (best are some {TOKENS_PER_NUMBER:g})"
         )
         if "num_steps" not in self.typed and tokens > 0.95 * MOST_EPOCHS * self.data_tokens:
             why += f"; it ends before its time: over {MOST_EPOCHS:g} epochs may not help"
