@@ -22,6 +22,7 @@ from runtime.signals import StopSignals
 from settings.command_line import parse_settings
 from training.activation_recompute import recompute_activations
 from training.compilation import compile_model
+from training.deadline import Deadline
 from training.evaluation import evaluate, starts_with_evaluation
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer
@@ -41,17 +42,16 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
     model = GPTModel(args.model, seed=args.seed)
     ranks.must_agree(identity(args, data, model))
     state.pending_messages += compile_model(model, args, device, ranks.agree)
-    parallel = ParallelModel(model, args, device, ranks)  # spreads the model over all ranks
+    parallel = ParallelModel(model, args, device, ranks)  # parallel.net: over all ranks
     recompute_activations(model)  # saves fewer activations for the backward pass
-    net = parallel.net  # the model, with a backward pass that averages gradients over ranks
     optimizer = make_optimizer(model, args, parallel)
     if args.dry_run:
-        return dry_run(model, optimizer, args, device, train, val, parallel, ranks, net)
+        return dry_run(model, optimizer, args, device, train, val, parallel, ranks, parallel.net)
     checkpoints = CheckpointManager(args, model, optimizer, state, data, device, ranks, parallel)
     if args.resume or args.init_from:
         restore(checkpoints, train.tokenizer)  # the run at its path, or given weights
     log = open_log(ranks, "train_ddp", args, state, device, model, train, val)
-    batches = Prefetch(train, args, device, parallel)
+    batches, deadline = Prefetch(train, args, device, parallel), Deadline(args, state, val, ranks)
     if starts_with_evaluation(state.step, model, val, args, device):
         log.eval(state, evaluate(model, val, args.batch_size, device, parallel))
     checkpoints.begin()  # from here on the checkpoint path belongs to this run
@@ -59,9 +59,10 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
     mark_started()  # torchrun --max-restarts continues the run from now on
     while state.step < args.num_steps and not state.stop:  # step = finished updates, everywhere
         batch = batches(state.step)  # this rank's rows of the global batch
-        stats = train_step(net, optimizer, batch, args, state, device, parallel)
+        stats = train_step(parallel.net, optimizer, batch, args, state, device, parallel)
         log.after_step(state)
-        state.stop, save = ranks.agree(signals.signal, checkpoints.overdue)
+        state.stop, save, near = ranks.agree(signals.signal, checkpoints.overdue, deadline.near())
+        args = deadline.settled(checkpoints.changed, log.changed) if near else args  # --minutes
         now = due(state, args, save)
         if now.log:
             log.train(state, stats.summed(parallel), batches.waited)
@@ -88,7 +89,8 @@ def launch(argv: list[str]) -> int:
         "train_ddp", argv, start.world, resumable_settings, settings_of_weights, start.restarted
     )
     with StopSignals() as signals, process_group(args, start, alone=True) as ranks:
-        return main(fit_to_time("train_ddp", argv, args, ranks), signals, ranks)
+        args = fit_to_time("train_ddp", argv, args, ranks, ParallelModel)
+        return main(args, signals, ranks)
 
 
 if __name__ == "__main__":

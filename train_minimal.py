@@ -17,6 +17,7 @@ from runtime.signals import StopSignals
 from settings.command_line import parse_settings
 from training.activation_recompute import recompute_activations
 from training.compilation import compile_model
+from training.deadline import Deadline
 from training.evaluation import evaluate, starts_with_evaluation
 from training.memory import fit_micro_batch
 from training.optimizers import make_optimizer
@@ -43,7 +44,7 @@ def main(args: Settings, signals: StopSignals) -> int:
     if args.resume or args.init_from:
         restore(checkpoints, train.tokenizer)  # the run at its path, or given weights
     log = RunLog("train_minimal", args, state, device, model, train, val)
-    batches = Prefetch(train, args, device)
+    batches, deadline = Prefetch(train, args, device), Deadline(args, state, val)
     if starts_with_evaluation(state.step, model, val, args, device):
         log.eval(state, evaluate(model, val, args.batch_size, device))
     checkpoints.begin()  # from here on the checkpoint path belongs to this run
@@ -52,7 +53,8 @@ def main(args: Settings, signals: StopSignals) -> int:
         batch = batches(state.step)  # depends on nothing but the seed and the step
         stats = train_step(model, optimizer, batch, args, state, device)
         log.after_step(state)
-        state.stop, save = signals.signal, checkpoints.overdue
+        state.stop, save, near = signals.signal, checkpoints.overdue, deadline.near()
+        args = deadline.settled(checkpoints.changed, log.changed) if near else args  # --minutes
         now = due(state, args, save)
         if now.log:
             log.train(state, stats, batches.waited)

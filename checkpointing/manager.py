@@ -113,6 +113,10 @@ class CheckpointManager:
             state.wandb_run_id = ""
         self.ranks.must_agree({"run to resume": state.run_id, "step to resume": state.step})
 
+    def changed(self, args: Settings, state: RunState) -> None:
+        """Saves these settings from now on."""
+        self.args = args
+
     def begin(self) -> None:
         """Takes over the checkpoint path: files of an earlier run, or a damaged file, that are
         there get other names.

@@ -16,6 +16,8 @@ from runtime.locks import hold
 from settings.paths import archive_existing, free_number, log_base
 from training.step import RunState
 
+_PASSING = ("resume", "settings", "warning")  # events of how a run went, not of what it computed
+
 
 class MetricsFile:
     """The metrics file of one run, which no other run writes to. Messages for the log are left in
@@ -123,21 +125,21 @@ def run_of(path: Path) -> str:
 
 def run_as_known(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The first record of a run, {} if there is none, with its settings and environment as of the
-    last time that the run was resumed.
+    last time that the run was resumed, or its number of steps fixed.
     """
     known = dict(records[0]) if records else {}
     for record in records:
-        if record["event"] == "resume":
+        if record["event"] in ("resume", "settings"):
             for part in ("settings", "environment"):
-                known[part] = {**known.get(part, {}), **record[part]}
+                known[part] = {**known.get(part, {}), **record.get(part, {})}
     return known
 
 
 def comparable(path: Path) -> list[dict[str, Any]]:
     """The records without what may differ between two runs that compute the same: timings, where a
-    run was resumed, warnings, and of the first record all but the data.
+    run was resumed or its length fixed, warnings, and of the first record all but the data.
     """
-    records = [r for r in read_records(path) if r["event"] not in ("resume", "warning")]
+    records = [r for r in read_records(path) if r["event"] not in _PASSING]
     first = [{k: r[k] for k in ("event", "train", "val")} for r in records[:1]]
     return first + [{k: v for k, v in r.items() if k != "time"} for r in records[1:]]
 

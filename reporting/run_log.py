@@ -140,6 +140,13 @@ class RunLog:
         self.output.line(text)
         self._write({"event": "warning", "step": state.step, "text": text})
 
+    def changed(self, args: Settings, state: RunState) -> None:
+        """Records that the run has another number of steps from now on."""
+        self.args = self.clock.args = args
+        self.output.bar.total = args.num_steps
+        changed = {"num_steps": args.num_steps, "open_end": args.open_end}
+        self._write({"event": "settings", "step": state.step, "settings": changed})
+
     def after_step(self, state: RunState) -> None:
         """Called after each update: logs the lines that are left in state.pending_messages, such as
         that of a finished background save.
@@ -262,6 +269,9 @@ class SilentLog(RunLog):
     """The log of all ranks but rank 0: it writes nothing, and drops messages for the log."""
 
     def __init__(self) -> None:
+        pass
+
+    def changed(self, args: Settings, state: RunState) -> None:
         pass
 
     def after_step(self, state: RunState) -> None:

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 
 import pytest
@@ -118,3 +120,8 @@ def test_the_map_names_every_file():
     assert missing == []
     files = re.findall(r"`([\w/]+\.py)`", named)
     assert [f for f in files if not (ROOT / f).exists()] == []
+
+
+def test_training_on_one_device_does_not_load_what_only_many_processes_use():
+    code = "import sys, train_minimal; sys.exit('parallel.parallel_model' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

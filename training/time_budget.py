@@ -8,29 +8,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from config import Settings, from_dict, to_dict
 from dataset import open_data
 from model import GPTModel
-from parallel.context import SINGLE_PROCESS
-from parallel.parallel_model import ParallelModel
+from parallel.context import SINGLE_PROCESS, ParallelContext
 from parallel.process_group import Ranks
 from runtime.device import free_memory_of, has_bf16_units, pick_device, tune
 from runtime.setting_fields import UserError
 from runtime.start_time import seconds_since_start
 from settings.command_line import trainer_flags
 from training.activation_recompute import recompute_activations
-from training.compilation import compile_model, why_not_compiled
-from training.evaluation import evaluate
+from training.compilation import why_not_compiled
+from training.deadline import evaluation_in_steps, seconds_to_end
 from training.flops import flops_per_token, numbers_in_matrices
 from training.memory import fit_micro_batch, num_numbers
 from training.optimizers import make_optimizer
-from training.prefetch import Prefetch
 from training.step import RunState, train_step
 
 # Shapes to choose from: blocks, width, context.
@@ -46,50 +43,56 @@ RUN_RATE = 4e4  # tokens/s of the smallest shape on two cores, until that is mea
 BATCH_TOKENS = 3072
 RATES, RATE_WIDTH = {"muon": 0.03, "adamw": 0.01}, 64
 ROWS_PER_TOKEN, MOST_ROWS, LONGEST = 0.1, 1_000_000, 8  # of the n-gram embedding
+DECAY = 0.5  # part of the steps in which the learning rate falls
 MOST_EPOCHS = 12.0  # of the training data: a guess, not measured yet
-COMPILES_FROM = 5.0  # minutes: compiling takes 10 to 15 s and saves a third of a step
+COMPILES_FROM = 5.0  # minutes: compiling takes 10 to 15 s
+COMPILED = 0.7  # time of a compiled step, as a part of one that is not
 MEASURING = 0.02  # part of the time for measuring, besides what is begun when that is over
 EVALUATING = 0.04  # part of the time for evaluations, where two take less than that
-ENDING = 3.0  # seconds from the last evaluation to the end, besides those of the checkpoint
-BYTES_PER_SECOND = 2e8  # of a checkpoint that is written
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds of a step, and of an evaluation of the whole validation part."""
-
-    step: float
-    evaluation: float
 
 
 def fit_to_time(
-    script: str, argv: list[str], args: Settings, ranks: Ranks | None = None
+    script: str,
+    argv: list[str],
+    args: Settings,
+    ranks: Ranks | None = None,
+    spread: Callable[..., Any] | None = None,
 ) -> Settings:
     """With --minutes, returns the settings of the run that is expected to reach the lowest
     validation loss in that time, on this device and with these data. Flags typed in argv stay; with
     --preset or --init-from, only the number of steps is chosen. Without --minutes, and for a
-    resumed run, returns the settings as they are. All ranks call it together. Raises UserError.
+    resumed run, returns the settings as they are. All ranks call it together. spread: ParallelModel
+    where there are ranks (it loads too slowly for a run that does not need it). Raises UserError.
 
     The model is the one that gets about TOKENS_PER_NUMBER tokens for each number of its matrices;
-    how many tokens a model gets in the time is measured here.
+    how many tokens a model gets in the time is measured here. The number of steps is a plan: see
+    training/deadline.py.
     """
     if not args.minutes or args.resume:
         return args
-    return _Choice(trainer_flags(script, argv), args, ranks or Ranks()).made()
+    return _Choice(trainer_flags(script, argv), args, ranks or Ranks(), spread).made()
 
 
 class _Choice:
     """The choice of settings for one run. typed: the flags that the user typed."""
 
-    def __init__(self, typed: Mapping[str, Any], args: Settings, ranks: Ranks) -> None:
-        self.typed, self.ranks = typed, ranks
+    def __init__(
+        self,
+        typed: Mapping[str, Any],
+        args: Settings,
+        ranks: Ranks,
+        spread: Callable[..., Any] | None,
+    ) -> None:
+        self.typed, self.ranks, self.spread = typed, ranks, spread
         self.device = pick_device(args.device, args.precision, ranks.local_rank)
         tune(self.device, args.model.use_activation_checkpoint, args.deterministic)
-        train, _, self.args = ranks.each(open_data, args)
-        self.data_tokens, self.seconds = train.num_tokens, 60.0 * args.minutes
+        self.train, val, self.args = ranks.each(open_data, args)
+        self.data_tokens, self.val_tokens = self.train.num_tokens, val.num_tokens
+        self.seconds = 60.0 * args.minutes
         self.fixed = "preset" in typed or bool(args.init_from)
         (short,) = ranks.agree(-int(min(free_memory_of(self.device), 1e18)))
         self.memory = -short  # bytes that are free on every rank
+        self.compiles = self._compiles()
 
     def made(self) -> Settings:
         """Measures the shape that is the likeliest, and then the one that this makes the likeliest,
@@ -98,7 +101,7 @@ class _Choice:
         shapes = self._shapes()
         until, late = self._elapsed() + MEASURING * self.seconds, False
         guess, tokens = 0, min(RUN_RATE * self.seconds, MOST_EPOCHS * self.data_tokens)
-        known: dict[int, tuple[Settings, Speed]] = {}
+        known: dict[int, tuple[Settings, float]] = {}
         while guess not in known:
             args = self._settings(shapes[guess], tokens)
             known[guess] = args, self._speed(args)
@@ -106,17 +109,17 @@ class _Choice:
                 break
             late = self._elapsed() > until
             guess, tokens = self._best(shapes, known)
-        args, speed = known[guess]
-        if not self.fixed and self._compiles():
+        args, step = known[guess]
+        if self.compiles and not self.fixed:
             args = dataclasses.replace(args, compile="on")
-            speed = self._speed(args)
-        return self._with_steps(args, speed)
+        return self._with_steps(args, step)
 
-    def _speed(self, args: Settings) -> Speed:
-        """The measured speed, that of the slowest rank."""
-        speed = self._measured(args)
-        slowest = self.ranks.agree(int(1e6 * speed.step), int(1e6 * speed.evaluation))
-        return Speed(*(max(1, us) / 1e6 for us in slowest))
+    def _speed(self, args: Settings) -> float:
+        """The measured seconds of a step, those of the slowest rank, and of a compiled model if the
+        run is compiled.
+        """
+        (us,) = self.ranks.agree(int(1e6 * self._measured(args)))
+        return max(1, us) / 1e6 * (COMPILED if self.compiles else 1.0)
 
     def _elapsed(self) -> float:
         """Seconds since the start, the same on all ranks: of the first to start."""
@@ -177,15 +180,18 @@ class _Choice:
 
     def _compiles(self) -> bool:
         """Whether the run is to be compiled. The search for its shape is not."""
-        if self.args.compile != "auto" or self.args.minutes < COMPILES_FROM:
-            return False
+        args = self.args
+        if args.compile == "auto" and not self.fixed:
+            args = dataclasses.replace(args, compile="on")
+            if args.minutes < COMPILES_FROM:
+                return False
         try:
-            return not why_not_compiled(dataclasses.replace(self.args, compile="on"), self.device)
+            return not why_not_compiled(args, self.device)
         except UserError:
             return False
 
     def _best(
-        self, shapes: list[dict[str, Any]], known: Mapping[int, tuple[Settings, Speed]]
+        self, shapes: list[dict[str, Any]], known: Mapping[int, tuple[Settings, float]]
     ) -> tuple[int, float]:
         """The index of the shape with the best number of tokens per number of its matrices, and
         that number of tokens. The speed of shapes that were not measured follows from the nearest
@@ -194,9 +200,9 @@ class _Choice:
         left = max(1.0, self.seconds - self._elapsed())
 
         def tokens(i: int) -> float:
-            args, speed = known[min(known, key=lambda k: abs(k - i))]
+            args, step = known[min(known, key=lambda k: abs(k - i))]
             other = self._settings(shapes[i], RUN_TOKENS)
-            rate = args.global_batch_size * args.seq_len / speed.step * _flops(args) / _flops(other)
+            rate = args.global_batch_size * args.seq_len / step * _flops(args) / _flops(other)
             return min(rate * left, MOST_EPOCHS * self.data_tokens)
 
         def off(i: int) -> float:
@@ -211,72 +217,70 @@ class _Choice:
         best = min(range(len(shapes)), key=off)
         return best, tokens(best)
 
-    def _with_steps(self, args: Settings, speed: Speed) -> Settings:
+    def _with_steps(self, args: Settings, step: float) -> Settings:
         """The settings with as many steps, evaluations and saves as there is time for."""
-        saving = 4.0 * num_numbers(args.model)[0] / BYTES_PER_SECOND
-        left = self.seconds - self._elapsed() - ENDING - saving
-        most = int(EVALUATING * self.seconds / speed.evaluation)
+        typed, batch = self.typed, args.global_batch_size * (args.seq_len - 1)
+        evaluation = evaluation_in_steps(args, self.val_tokens) * step
+        left = self.seconds - self._elapsed() - seconds_to_end(args)
+        most = int(EVALUATING * self.seconds / evaluation)
         evaluations = min(20, max(1 if self.seconds < 60 else 2, most))
-        steps = max(2, int((left - evaluations * speed.evaluation) / speed.step))
-        if not self.fixed:
-            rows = MOST_EPOCHS * self.data_tokens / args.seq_len
-            steps = max(2, min(steps, int(rows / args.global_batch_size)))
-        values = to_dict(args)
-        typed, each = self.typed, -(-steps // evaluations)
+        steps = max(2, int((left - evaluations * evaluation) / step))
+        longest = max(2, int(MOST_EPOCHS * self.data_tokens / batch))
+        each = -(-min(steps, longest) // evaluations)
         saves = max(1, int(evaluations * 120.0 / self.seconds))  # evaluations between saves
         chosen: dict[str, Any] = {"num_steps": steps, "eval_steps": each}
         chosen["save_steps"] = each * saves
         if not self.fixed:
-            chosen["eval_at_start"] = "off"
-        values |= {k: v for k, v in chosen.items() if k not in typed}
+            chosen |= {"num_steps": min(steps, longest), "eval_at_start": "off"}
+            chosen |= {"lr_scheduler": "wsd", "decay_ratio": DECAY}
+        values = {**to_dict(args), **{k: v for k, v in chosen.items() if k not in typed}}
         values["warmup_steps"] = min(values["warmup_steps"], values["num_steps"] // 10)
-        run = from_dict(values)
-        return dataclasses.replace(run, chosen=self._sentence(run, speed))
+        open_end = "num_steps" not in typed and values["lr_scheduler"] in ("wsd", "none")
+        open_end = open_end and (self.fixed or steps < longest)
+        run = dataclasses.replace(from_dict(values), open_end=open_end)
+        return dataclasses.replace(run, chosen=self._sentence(run, step))
 
-    def _measured(self, args: Settings) -> Speed:
-        """The speed of a run with these settings, from a third of the time for measuring."""
+    def _measured(self, args: Settings) -> float:
+        """The seconds of a step with these settings, from a third of the time for measuring."""
         ranks, device = self.ranks, self.device
-        train, val, args = ranks.each(open_data, args)
         args = fit_micro_batch(args, device, ranks.local_world, ranks.agree)
         model, state = GPTModel(args.model, seed=args.seed), RunState.fresh(device)
-        compile_model(model, args, device, ranks.agree)
-        alone = ranks.on_cpu is None
-        parallel = SINGLE_PROCESS if alone else ParallelModel(model, args, device, ranks)
+        parallel = self.spread(model, args, device, ranks) if self.spread else SINGLE_PROCESS
         recompute_activations(model)
-        net = parallel.net if isinstance(parallel, ParallelModel) else model.to(device.torch_device)
+        net = parallel.net if self.spread else model.to(device.torch_device)
         optimizer = make_optimizer(model, args, parallel)
-        batches, limit = Prefetch(train, args, device, parallel), MEASURING / 3 * self.seconds
 
         def steps(count: int) -> float:
             start = time.perf_counter()
             for _ in range(count):
-                stats = train_step(
-                    net, optimizer, batches(state.step), args, state, device, parallel
-                )
+                batch = self._batch(state.step, args, parallel)
+                stats = train_step(net, optimizer, batch, args, state, device, parallel)
             float(stats.grad_norm)  # waits for a GPU
             return (time.perf_counter() - start) / count
 
         steps(2)  # the first ones take memory
+        limit = MEASURING / 3 * self.seconds
         (count,) = ranks.agree(max(3, min(500, int(limit / steps(1)))))
-        step = steps(count)
-        part = val.limited(1 + args.global_batch_size * (args.seq_len - 1))
-        evaluate(model, part, args.batch_size, device, parallel)
-        start = time.perf_counter()
-        evaluate(model, part, args.batch_size, device, parallel)
-        share = (val.num_tokens - 1) / (part.num_tokens - 1)
-        speed = Speed(step, (time.perf_counter() - start) * share)
-        if model.compiled:
-            torch.compiler.reset()  # there is a limit to the shapes that a block is compiled for
-        return speed
+        return steps(count)
 
-    def _sentence(self, args: Settings, speed: Speed) -> str:
+    def _batch(self, step: int, args: Settings, parallel: ParallelContext) -> Tensor:
+        """Sequences of args.seq_len training tokens, as many as a rank has in a step, cut from
+        those of the length that the data was opened with: (rows, T) int64.
+        """
+        rows, T = args.global_batch_size // parallel.dp_size, args.seq_len
+        each = -(-rows * T // self.args.seq_len)
+        ids = self.train.samples((step * parallel.dp_size + parallel.dp_rank) * each, each, 0)
+        return ids.flatten()[: rows * T].view(rows, T)
+
+    def _sentence(self, args: Settings, step: float) -> str:
         """What was chosen, and why, in two lines."""
         c, tokens = args.model, args.num_steps * args.global_batch_size * (args.seq_len - 1)
-        rate = args.global_batch_size * (args.seq_len - 1) / speed.step
+        rate = args.global_batch_size * (args.seq_len - 1) / step
         rows = f", {c.ngram_rows:,} rows for n-grams" if c.ngram_rows else ""
+        about = "some " if args.open_end else ""
         what = (
             f"chosen for {args.minutes:g} minutes: {c.n_layers} blocks of width {c.d_model}{rows}; "
-            f"{args.num_steps:,} steps of {args.global_batch_size} x {args.seq_len} tokens"
+            f"{about}{args.num_steps:,} steps of {args.global_batch_size} x {args.seq_len} tokens"
         )
         why = (
             f"because {rate:,.0f} tokens/s were measured: {tokens / 1e6:.3g}M tokens, "

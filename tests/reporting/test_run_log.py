@@ -524,6 +524,7 @@ def test_the_fields_of_the_metrics_are_those_of_the_document(folder):
     log.eval(state, RESULT)
     log.sample(state, "x")
     state.pending_warnings.append("step 1 was not saved")
+    log.changed(dataclasses.replace(log.args, num_steps=30), state)
     log.finish(state)
     start(state, resume=True).finish(state)
     documented = {}
@@ -535,6 +536,17 @@ def test_the_fields_of_the_metrics_are_those_of_the_document(folder):
             fields.add(m[1])
     written = {r["event"]: r.keys() - {"event"} for r in read_records(log.metrics.path)}
     assert written == documented
+
+
+def test_another_number_of_steps_is_known_from_then_on(folder, capsys):
+    state = RunState()
+    log = start(state)
+    log.changed(dataclasses.replace(log.args, num_steps=30), state)
+    update(log, state)
+    assert log.clock.seconds_left(state.step) == pytest.approx(29 * log.clock.step_seconds)
+    assert "step 1 / 30 |" in capsys.readouterr().out
+    assert run_as_known(read_records(log.metrics.path))["settings"]["num_steps"] == 30
+    assert all(r["event"] != "settings" for r in comparable(log.metrics.path))
 
 
 def test_closing_commands_name_the_checkpoint(folder, capsys):

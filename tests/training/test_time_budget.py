@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import ROOT
 
 from checkpoint import read_checkpoint
 from config import to_dict
@@ -11,8 +12,9 @@ from parallel.process_group import Ranks
 from runtime.setting_fields import UserError
 from settings.command_line import parse_settings
 from training import time_budget
+from training.deadline import seconds_to_end
 from training.flops import flops_per_token, numbers_in_matrices
-from training.time_budget import Speed, fit_to_time
+from training.time_budget import fit_to_time
 
 RATE = 5e10  # FLOP/s of the machine that the tests make up
 
@@ -30,8 +32,7 @@ def text(tmp_path, monkeypatch):
     def speed(self, args):
         tokens = args.global_batch_size * args.seq_len
         measured.append(args)
-        step = tokens * flops_per_token(args.model, args.seq_len) / RATE
-        return Speed(step, step / 3)
+        return tokens * flops_per_token(args.model, args.seq_len) / RATE
 
     monkeypatch.setattr(time_budget._Choice, "_measured", speed)
     flags = ["--train-data", "text.txt", "--device", "cpu", "--cache-dir", "cache"]
@@ -57,28 +58,31 @@ def test_more_minutes_choose_larger_models(text):
 
 
 @pytest.mark.parametrize("minutes", ["0.5", "2", "20", "600"])
-def test_steps_and_evaluations_fill_the_time(text, minutes):
+def test_the_planned_steps_and_evaluations_fill_the_time(text, minutes):
     flags, measured = text
     args = choose(flags, "--minutes", minutes)
-    tokens = args.global_batch_size * args.seq_len
-    step = tokens * flops_per_token(args.model, args.seq_len) / RATE
+    assert args.open_end and args.lr_scheduler == "wsd"
+    tokens = args.global_batch_size * (args.seq_len - 1)
+    step = args.global_batch_size * args.seq_len * flops_per_token(args.model, args.seq_len) / RATE
+    step *= time_budget.COMPILED if args.compile == "on" else 1.0
     evaluations = -(-args.num_steps // args.eval_steps)
-    seconds = 3.0 + args.num_steps * step + evaluations * step / 3
+    seconds = 3.0 + args.num_steps * step + evaluations * step * 30_000 / tokens / 3
     whole = 60 * float(minutes)
-    assert whole - 10 - step <= seconds + time_budget.ENDING <= whole
-    # What is trained is what was measured, but for the number of steps.
+    assert whole - 10 - step <= seconds + seconds_to_end(args) <= whole
+    # What is trained is what was measured, but for its length, evaluations and compilation.
     last = to_dict(next(m for m in reversed(measured) if m.model == args.model))
     apart = {k for k, v in to_dict(args).items() if last[k] != v}
-    assert apart <= {"num_steps", "eval_steps", "save_steps", "eval_at_start", "chosen"}
+    lengths = {"num_steps", "eval_steps", "save_steps", "open_end", "lr_scheduler", "decay_ratio"}
+    assert apart <= lengths | {"eval_at_start", "chosen", "compile"}
 
 
 def test_a_run_ends_when_more_epochs_of_its_text_would_not_help(text, monkeypatch):
     flags, _ = text
     monkeypatch.setattr(time_budget, "MOST_EPOCHS", 12.0)
     short, long = (choose(flags, "--minutes", m) for m in ("300", "3000"))
-    tokens = [a.num_steps * a.global_batch_size * a.seq_len for a in (short, long)]
+    tokens = [a.num_steps * a.global_batch_size * (a.seq_len - 1) for a in (short, long)]
     assert tokens[0] <= tokens[1] <= 12 * 270_000 and tokens[1] > 11 * 270_000
-    assert "ends before its time" in long.chosen
+    assert "ends before its time" in long.chosen and not long.open_end
     assert long.model.ngram_dropout == 0.5
 
 
@@ -114,7 +118,7 @@ def test_typed_flags_win_and_the_rest_goes_around_them(text):
     assert {k: found[k] for k in wanted} == wanted
     assert found["d_model"] in {width for _, width, _ in time_budget.SHAPES}
     steps = choose(flags, "--minutes", "5", "--num-steps", "9")
-    assert steps.num_steps == 9
+    assert steps.num_steps == 9 and not steps.open_end
     wide = choose(flags, "--minutes", "5", "--d-model", "100", "--n-heads", "5")
     assert (wide.model.d_model, wide.model.n_heads) == (100, 5)
     short = choose(flags, "--minutes", "5", "--max-position-embeddings", "200")
@@ -163,6 +167,19 @@ def test_larger_models_of_the_list_compute_more_and_have_valid_heads():
     assert all(width % max(2, width // 64) == 0 for _, width, _ in time_budget.SHAPES)
 
 
+AGAIN = """
+import settings.before_torch
+from dataclasses import replace
+from checkpoint import read_checkpoint
+from config import from_dict
+from runtime.signals import StopSignals
+from train_minimal import main
+args = from_dict(read_checkpoint("c.pt")["settings"])
+with StopSignals() as signals:
+    main(replace(args, minutes=0.0, checkpoint_path="again.pt"), signals)
+"""
+
+
 @pytest.mark.long
 def test_a_run_of_a_few_seconds_ends_and_goes_on_with_what_was_chosen(program):
     words = torch.randint(97, 123, (300_000,), generator=torch.Generator().manual_seed(0))
@@ -170,7 +187,15 @@ def test_a_run_of_a_few_seconds_ends_and_goes_on_with_what_was_chosen(program):
     data = ["--train-data", "text.txt", "--checkpoint-path", "c.pt", "--val-max-tokens", "3000"]
     out = program("train_minimal.py", *data, "--minutes", "0.2", "--sample-tokens", "1")
     assert "chosen for 0.2 minutes" in out and "because" in out
-    settings = read_checkpoint(program.folder / "c.pt")["settings"]
+    run = read_checkpoint(program.folder / "c.pt")
+    settings = run["settings"]
+    assert f"there is time for {settings['num_steps']:,} steps in all" in out
+    # The same settings without a clock give the same weights: the run does not depend on it.
+    (program.folder / "again.py").write_text(AGAIN)
+    program(str(program.folder / "again.py"), PYTHONPATH=str(ROOT))
+    again = read_checkpoint(program.folder / "again.pt")
+    assert again["step"] == run["step"] == settings["num_steps"]
+    assert all(torch.equal(p, again["model"][name]) for name, p in run["model"].items())
     more = str(settings["num_steps"] + 2)
     program("train_minimal.py", "--resume", "--num-steps", more, "--checkpoint-path", "c.pt")
     after = read_checkpoint(program.folder / "c.pt")["settings"]

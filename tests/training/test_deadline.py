@@ -1,0 +1,96 @@
+"""When a run with --minutes ends: on a clock that the tests make up."""
+
+import dataclasses
+import math
+
+import pytest
+
+from config import Settings
+from corpus.data_kinds import ToyRandomDataset
+from parallel.process_group import Ranks
+from training.deadline import Deadline, seconds_to_end
+from training.optimizers import lr_at
+from training.step import RunState
+
+PLAN = Settings(
+    minutes=2.0, open_end=True, num_steps=400, eval_steps=100, lr_scheduler="wsd", decay_ratio=0.5,
+    lr=1.0, min_lr=0.0, warmup_steps=0, global_batch_size=8, seq_len=64,
+)  # fmt: skip
+VAL = ToyRandomDataset(100, 64, num_tokens=5_000)
+
+
+def simulate(seconds_of, args=PLAN, evaluation=2.0, start=10.0):
+    """Runs the loop of the trainers with steps of seconds_of(step) seconds. Returns the settings at
+    the end, the rates that the steps had, the seconds that the run took, and the messages.
+    """
+    now, state, rates = [start], RunState(), []
+    deadline = Deadline(args, state, VAL, clock=lambda: now[0])
+    told = []
+    while state.step < args.num_steps:
+        rates.append(lr_at(state.step, args))
+        now[0] += seconds_of(state.step)
+        state.step += 1
+        if deadline.near():
+            args = deadline.settled(lambda args, state: told.append(args))
+            assert told[-1] == args
+        if state.step % args.eval_steps == 0 or state.step == args.num_steps:
+            now[0] += evaluation
+    return args, rates, now[0] + seconds_to_end(args), state.pending_messages
+
+
+SPEEDS = {
+    "as planned": lambda step: 0.25,
+    "half as fast": lambda step: 0.5,
+    "three times as fast": lambda step: 0.083,
+    "slower from the first quarter on": lambda step: 0.2 if step < 100 else 0.3,
+    "every other step twice as long": lambda step: 0.2 + 0.2 * (step % 2),
+    "a first step that compiles": lambda step: 0.2 if step else 20.0,
+    "steps of ten, as a GPU's seem": lambda step: 2.0 if step % 10 == 9 else 1e-4,
+}
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_a_run_ends_in_its_time_whatever_its_speed(speed):
+    args, rates, seconds, messages = simulate(SPEEDS[speed])
+    assert 0.96 * 120 <= seconds <= 1.025 * 120
+    assert not args.open_end and len(rates) == args.num_steps
+    assert len(messages) == 1 and f"{args.num_steps:,} steps in all" in messages[0]
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_the_rates_are_those_of_a_run_that_had_the_last_settings_from_its_start(speed):
+    args, rates, _, _ = simulate(SPEEDS[speed])
+    assert rates == [lr_at(step, args) for step in range(args.num_steps)]
+    assert rates[0] == 1.0 and rates[-1] < 0.05
+
+
+def test_what_comes_after_the_last_step_is_fixed_shifts_the_end_by_half():
+    _, _, seconds, _ = simulate(lambda step: 0.25 if step < 230 else 0.275)
+    assert seconds == pytest.approx(120 * 1.04, rel=0.02)
+
+
+def test_without_open_end_or_resumed_nothing_changes():
+    for fixed in ({"open_end": False}, {"resume": True}):
+        args = dataclasses.replace(PLAN, **fixed)
+        found, rates, _, messages = simulate(SPEEDS["half as fast"], args)
+        assert found == args and len(rates) == 400 and not messages
+
+
+def test_a_run_that_is_late_already_ends_and_its_rates_fall_to_the_end():
+    args, rates, _, _ = simulate(lambda step: 200.0 if step == 20 else 0.2)
+    assert args.num_steps == math.ceil(20 / 0.5) and rates[-1] < 0.06
+
+
+def test_a_constant_rate_ends_in_its_time_too():
+    args = dataclasses.replace(PLAN, lr_scheduler="none")
+    _, rates, seconds, _ = simulate(SPEEDS["half as fast"], args)
+    assert 0.97 * 120 <= seconds <= 1.02 * 120 and set(rates) == {1.0}
+
+
+def test_all_ranks_take_the_number_of_steps_of_the_slowest():
+    class Slowest(Ranks):
+        def agree(self, *wishes):
+            return [max(wish, -200) for wish in wishes]
+
+    deadline = Deadline(PLAN, RunState(step=150), VAL, Slowest(), clock=lambda: 50.0)
+    assert deadline.settled().num_steps == 200

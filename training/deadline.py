@@ -1,0 +1,118 @@
+"""Ends a run with --minutes in its time. Nobody can say beforehand how fast the steps of half an
+hour will be, so the last step is fixed late: when the learning rate is about to fall.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from config import Settings
+from corpus.token_dataset import TokenDataset
+from parallel.process_group import Ranks
+from runtime.start_time import seconds_since_start
+from training.memory import num_numbers
+from training.step import RunState
+
+_ENDING = 2.0  # seconds from the last evaluation to the end, besides those of the checkpoint
+_BYTES_PER_SECOND = 2e8  # of a checkpoint that is written
+_REMEMBERED = 0.15  # part of the whole time after which a step counts e times less for the speed
+
+
+def seconds_to_end(args: Settings) -> float:
+    """Seconds from the last evaluation to the end of the process: saving, pictures and reports."""
+    return _ENDING + 4.0 * num_numbers(args.model)[0] / _BYTES_PER_SECOND
+
+
+def evaluation_in_steps(args: Settings, val_tokens: int) -> float:
+    """The time of an evaluation in steps: a step computes about three times as much per token."""
+    return (val_tokens - 1) / (args.global_batch_size * (args.seq_len - 1)) / 3
+
+
+class Deadline:
+    """Sets num_steps to what the rest of the time is enough for, again and again until the learning
+    rate falls.
+
+    Until then, no step depends on num_steps (`lr_at` with wsd). So the run is in the end what
+    it would have been with these settings from its start. A run without --minutes, one whose
+    settings leave num_steps as it is (`open_end`) and a resumed one never come near a deadline.
+    """
+
+    def __init__(
+        self,
+        args: Settings,
+        state: RunState,
+        val: TokenDataset,
+        ranks: Ranks | None = None,
+        clock: Callable[[], float] = seconds_since_start,
+    ) -> None:
+        """ranks: all ranks of the run; clock: seconds since the process began."""
+        self.args, self.state, self.ranks, self.clock = args, state, ranks or Ranks(), clock
+        self.open, self.last = args.open_end and not args.resume, 0.0
+        self.end = 60 * args.minutes - seconds_to_end(args)
+        self.steps = self.seconds = 0.0  # of the steps, the latest ones in full
+        self.evaluation = evaluation_in_steps(args, val.num_tokens)  # in steps
+        self.evaluated = False  # whether that was measured
+
+    def near(self) -> bool:
+        """Whether the rate falls in the step after the next, by num_steps as it is or as this rank
+        would set it now. Call it after every step.
+        """
+        if not self.open:
+            return False
+        args, before, now = self.args, self.state.step - 1, self.clock()
+        spent, self.last = now - self.last, now
+        if before and (before % args.eval_steps == 0 or before % args.save_steps == 0):
+            if self.steps and before % args.eval_steps == 0:
+                found = max(0.0, spent / (self.seconds / self.steps) - 1)
+                self.evaluation = max(found, self.evaluation) if self.evaluated else found
+                self.evaluated = True
+        elif before:  # the first step takes memory, and what was before it
+            kept = math.exp(-spent / (_REMEMBERED * 60 * args.minutes))
+            self.steps, self.seconds = kept * self.steps + 1, kept * self.seconds + spent
+        last = min(args.num_steps, self._last_step())
+        return self.state.step + 1 > _last_constant(args, last)
+
+    def settled(self, *told: Callable[[Settings, RunState], None]) -> Settings:
+        """The settings with num_steps as it has to be, which it also gives to each of `told`. All
+        ranks call it together.
+        """
+        (negative,) = self.ranks.agree(-self._last_step())
+        args, state = dataclasses.replace(self.args, num_steps=-negative), self.state
+        self.open = state.step + 1 <= _last_constant(args, -negative)
+        if not self.open:
+            args = dataclasses.replace(args, open_end=False)
+            state.pending_messages.append(
+                f"step {state.step}: there is time for {args.num_steps:,} steps in all; from now "
+                "on the learning rate falls"
+            )
+        self.args = args
+        for tell in told:
+            tell(args, state)
+        return args
+
+    def _last_step(self) -> int:
+        """The last step for which there is time, at the speed of the latest steps. It is not before
+        this one, and so late that the steps until now were before the decay.
+        """
+        args, step = self.args, self.state.step
+        first = math.ceil(max(step, (step - 1) / (1 - _decay(args))))
+        if not self.steps:
+            return max(first, args.num_steps)
+        left = (self.end - self.last) / (self.seconds / self.steps)
+        last = step + left
+        for _ in range(3):
+            evaluations = math.ceil(last / args.eval_steps) - step // args.eval_steps
+            last = step + left - evaluations * self.evaluation
+        return max(first, int(last))
+
+
+def _decay(args: Settings) -> float:
+    """The part of the steps in which the learning rate falls."""
+    return min(0.99, args.decay_ratio) if args.lr_scheduler == "wsd" else 0.0
+
+
+def _last_constant(args: Settings, num_steps: int) -> float:
+    """The last step before the learning rate falls in a run of num_steps steps."""
+    return num_steps * (1 - _decay(args))
