@@ -245,7 +245,9 @@ class _Choice:
         ranks, device = self.ranks, self.device
         args = fit_micro_batch(args, device, ranks.local_world, ranks.agree)
         model, state = GPTModel(args.model, seed=args.seed), RunState.fresh(device)
-        parallel = self.spread(model, args, device, ranks) if self.spread else SINGLE_PROCESS
+        parallel: Any = SINGLE_PROCESS
+        if self.spread:
+            parallel = self.spread(model, args, device, ranks)
         recompute_activations(model)
         net = parallel.net if self.spread else model.to(device.torch_device)
         optimizer = make_optimizer(model, args, parallel)
