@@ -42,9 +42,11 @@ RUN_TOKENS = 2.4e6
 RUN_RATE = 4e4  # tokens/s of the smallest shape on two cores, until that is measured
 BATCH_TOKENS = 3072
 RATES, RATE_WIDTH = {"muon": 0.03, "adamw": 0.01}, 64
-ROWS_PER_TOKEN, MOST_ROWS, LONGEST = 0.1, 1_000_000, 8  # of the n-gram embedding
+ROWS_PER_TOKEN, MOST_ROWS = 0.1, 1_000_000  # of the n-gram embedding
+LONGEST, LONGEST_OF_REPEATED = 8, 5  # n-grams, and those of a text that is seen more than once
 DECAY = 0.5  # part of the steps in which the learning rate falls
-MOST_EPOCHS = 12.0  # of the training data: a guess, not measured yet
+MOST_EPOCHS = 2.5  # of the training data; more time than for that goes into a larger model
+MOST_NUMBERS = 6.0  # in the matrices of a model, for each token of the training data
 COMPILES_FROM = 5.0  # minutes: compiling takes 10 to 15 s
 COMPILED = 0.7  # time of a compiled step, as a part of one that is not
 MEASURING = 0.02  # part of the time for measuring, besides what is begun when that is over
@@ -64,8 +66,9 @@ def fit_to_time(
     resumed run, returns the settings as they are. All ranks call it together. spread: ParallelModel
     where there are ranks (it loads too slowly for a run that does not need it). Raises UserError.
 
-    The model is the one that gets about TOKENS_PER_NUMBER tokens for each number of its matrices;
-    how many tokens a model gets in the time is measured here. The number of steps is a plan: see
+    The model is the one that gets about TOKENS_PER_NUMBER tokens for each number of its matrices,
+    or a larger one where that would be more than MOST_EPOCHS of the data; how many tokens a model
+    gets in the time is measured here. The number of steps is a plan: see
     training/deadline.py.
     """
     if not args.minutes or args.resume:
@@ -153,9 +156,10 @@ class _Choice:
         chosen: dict[str, Any] = {"lr_width": RATE_WIDTH, "warmup_steps": 0, "compile": "off"}
         chosen["lr"] = RATES[values["optimizer"]] * max(1 / 3, scale**-0.5)
         if values["arch"] == "modern":
-            chosen |= {"ngram_longest": LONGEST, "ngram_optimizer": "rmsprop"}
+            epochs = tokens / self.data_tokens
+            chosen["ngram_longest"] = LONGEST if epochs <= 1 else LONGEST_OF_REPEATED
             chosen["ngram_rows"] = self._rows(tokens, values["d_model"])
-            chosen["ngram_dropout"] = ngram_dropout_for(tokens / self.data_tokens)
+            chosen |= {"ngram_optimizer": "rmsprop", "ngram_dropout": ngram_dropout_for(epochs)}
         on_cpu = self.device.torch_device.type == "cpu"
         if not typed.keys() & {"batch_size", "grad_accum_steps", "global_batch_size"}:
             ranks = self.ranks.world // values["tensor_parallel_size"]
@@ -193,17 +197,18 @@ class _Choice:
     def _best(
         self, shapes: list[dict[str, Any]], known: Mapping[int, tuple[Settings, float]]
     ) -> tuple[int, float]:
-        """The index of the shape with the best number of tokens per number of its matrices, and
-        that number of tokens. The speed of shapes that were not measured follows from the nearest
-        that was, and from how much they compute.
+        """The index of the best shape, and how many tokens it sees: the shape for which there is
+        time for TOKENS_PER_NUMBER, or where the data is the limit for MOST_EPOCHS. The speed of
+        shapes that were not measured follows from the nearest that was, and from how much they
+        compute.
         """
-        left = max(1.0, self.seconds - self._elapsed())
+        left, most = max(1.0, self.seconds - self._elapsed()), MOST_EPOCHS * self.data_tokens
 
         def tokens(i: int) -> float:
             args, step = known[min(known, key=lambda k: abs(k - i))]
             other = self._settings(shapes[i], RUN_TOKENS)
             rate = args.global_batch_size * args.seq_len / step * _flops(args) / _flops(other)
-            return min(rate * left, MOST_EPOCHS * self.data_tokens)
+            return rate * left
 
         def off(i: int) -> float:
             args = self._settings(shapes[i], RUN_TOKENS)
@@ -212,10 +217,12 @@ class _Choice:
                 parts = self.ranks.world
             if 16.0 * num_numbers(args.model)[0] / parts > 0.8 * self.memory:
                 return math.inf  # weights, gradients and moments do not fit
-            return abs(math.log(tokens(i) / numbers / TOKENS_PER_NUMBER))
+            if i and numbers > MOST_NUMBERS * self.data_tokens:
+                return math.inf
+            return abs(math.log(tokens(i) / min(TOKENS_PER_NUMBER * numbers, most)))
 
         best = min(range(len(shapes)), key=off)
-        return best, tokens(best)
+        return best, min(tokens(best), most)
 
     def _with_steps(self, args: Settings, step: float) -> Settings:
         """The settings with as many steps, evaluations and saves as there is time for."""
@@ -236,9 +243,9 @@ class _Choice:
         values = {**to_dict(args), **{k: v for k, v in chosen.items() if k not in typed}}
         values["warmup_steps"] = min(values["warmup_steps"], values["num_steps"] // 10)
         open_end = "num_steps" not in typed and values["lr_scheduler"] in ("wsd", "none")
-        open_end = open_end and (self.fixed or steps < longest)
-        run = dataclasses.replace(from_dict(values), open_end=open_end)
-        return dataclasses.replace(run, chosen=self._sentence(run, step))
+        early = not self.fixed and "num_steps" not in typed and steps > longest
+        run = dataclasses.replace(from_dict(values), open_end=open_end and not early)
+        return dataclasses.replace(run, chosen=self._sentence(run, step, early))
 
     def _measured(self, args: Settings) -> float:
         """The seconds of a step with these settings, from a third of the time for measuring."""
@@ -274,8 +281,10 @@ class _Choice:
         ids = self.train.samples((step * parallel.dp_size + parallel.dp_rank) * each, each, 0)
         return ids.flatten()[: rows * T].view(rows, T)
 
-    def _sentence(self, args: Settings, step: float) -> str:
-        """What was chosen, and why, in two lines."""
+    def _sentence(self, args: Settings, step: float, early: bool) -> str:
+        """What was chosen, and why, in two lines. early: whether the data is gone through so often
+        that the run ends before its time.
+        """
         c, tokens = args.model, args.num_steps * args.global_batch_size * (args.seq_len - 1)
         rate = args.global_batch_size * (args.seq_len - 1) / step
         rows = f", {c.ngram_rows:,} rows for n-grams" if c.ngram_rows else ""
@@ -287,9 +296,10 @@ class _Choice:
         why = (
             f"because {rate:,.0f} tokens/s were measured: {tokens / 1e6:.3g}M tokens, "
             f"{tokens / self.data_tokens:.2g} epochs, {tokens / numbers_in_matrices(c):.3g} for "
-            f"each number in the matrices (best are some {TOKENS_PER_NUMBER:g})"
+            f"each number in the matrices (best are some {TOKENS_PER_NUMBER:g}, or fewer where "
+            "the data is the limit)"
         )
-        if "num_steps" not in self.typed and tokens > 0.95 * MOST_EPOCHS * self.data_tokens:
+        if early:
             why += f"; it ends before its time: over {MOST_EPOCHS:g} epochs may not help"
         return f"{what}\n{why}"
 

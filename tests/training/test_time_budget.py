@@ -27,6 +27,7 @@ def text(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_bytes(bytes(words.tolist()))
     monkeypatch.setattr(time_budget, "seconds_since_start", lambda: 3.0)
     monkeypatch.setattr(time_budget, "MOST_EPOCHS", 1e9)
+    monkeypatch.setattr(time_budget, "MOST_NUMBERS", 1e9)
     measured = []
 
     def speed(self, args):
@@ -76,14 +77,16 @@ def test_the_planned_steps_and_evaluations_fill_the_time(text, minutes):
     assert apart <= lengths | {"eval_at_start", "chosen", "compile"}
 
 
-def test_a_run_ends_when_more_epochs_of_its_text_would_not_help(text, monkeypatch):
+def test_where_the_data_is_the_limit_more_time_goes_into_a_larger_model(text, monkeypatch):
     flags, _ = text
-    monkeypatch.setattr(time_budget, "MOST_EPOCHS", 12.0)
-    short, long = (choose(flags, "--minutes", m) for m in ("300", "3000"))
-    tokens = [a.num_steps * a.global_batch_size * (a.seq_len - 1) for a in (short, long)]
-    assert tokens[0] <= tokens[1] <= 12 * 270_000 and tokens[1] > 11 * 270_000
-    assert "ends before its time" in long.chosen and not long.open_end
-    assert long.model.ngram_dropout == 0.5
+    monkeypatch.setattr(time_budget, "MOST_EPOCHS", 2.5)
+    monkeypatch.setattr(time_budget, "MOST_NUMBERS", 20.0)
+    short, long, longest = (choose(flags, "--minutes", m) for m in ("0.5", "2", "3000"))
+    assert numbers(short) < numbers(long) < numbers(longest) <= 20 * 270_000
+    tokens = [a.num_steps * a.global_batch_size * (a.seq_len - 1) for a in (short, long, longest)]
+    assert max(tokens) <= 2.5 * 270_000 and tokens[2] > 2.3 * 270_000
+    assert "ends before its time" in longest.chosen and not longest.open_end
+    assert (longest.model.ngram_dropout, longest.model.ngram_longest) == (0.5, 5)
 
 
 def test_rows_are_left_out_where_a_text_is_seen_more_than_once():
