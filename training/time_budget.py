@@ -7,28 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from config import Settings, from_dict, to_dict
 from dataset import open_data
-from model import GPTModel
-from parallel.context import SINGLE_PROCESS, ParallelContext
 from parallel.process_group import Ranks
 from runtime.device import free_memory_of, has_bf16_units, pick_device, tune
 from runtime.setting_fields import UserError
 from runtime.start_time import seconds_since_start
 from settings.command_line import trainer_flags
-from training.activation_recompute import recompute_activations
 from training.compilation import why_not_compiled
 from training.deadline import evaluation_in_steps, seconds_to_end
 from training.flops import flops_per_token, numbers_in_matrices
-from training.memory import fit_micro_batch, num_numbers
-from training.optimizers import make_optimizer
-from training.step import RunState, train_step
+from training.memory import num_numbers
+from training.step_speed import seconds_of_step
 
 # Shapes to choose from: blocks, width, context.
 SHAPES = (
@@ -121,7 +114,9 @@ class _Choice:
         """The measured seconds of a step, those of the slowest rank, and of a compiled model if the
         run is compiled.
         """
-        (us,) = self.ranks.agree(int(1e6 * self._measured(args)))
+        limit = MEASURING / 3 * self.seconds
+        step = seconds_of_step(args, self.train, self.device, self.ranks, self.spread, limit)
+        (us,) = self.ranks.agree(int(1e6 * step))
         return max(1, us) / 1e6 * (COMPILED if self.compiles else 1.0)
 
     def _elapsed(self) -> float:
@@ -246,40 +241,6 @@ class _Choice:
         early = not self.fixed and "num_steps" not in typed and steps > longest
         run = dataclasses.replace(from_dict(values), open_end=open_end and not early)
         return dataclasses.replace(run, chosen=self._sentence(run, step, early))
-
-    def _measured(self, args: Settings) -> float:
-        """The seconds of a step with these settings, from a third of the time for measuring."""
-        ranks, device = self.ranks, self.device
-        args = fit_micro_batch(args, device, ranks.local_world, ranks.agree)
-        model, state = GPTModel(args.model, seed=args.seed), RunState.fresh(device)
-        parallel: Any = SINGLE_PROCESS
-        if self.spread:
-            parallel = self.spread(model, args, device, ranks)
-        recompute_activations(model)
-        net = parallel.net if self.spread else model.to(device.torch_device)
-        optimizer = make_optimizer(model, args, parallel)
-
-        def steps(count: int) -> float:
-            start = time.perf_counter()
-            for _ in range(count):
-                batch = self._batch(state.step, args, parallel)
-                stats = train_step(net, optimizer, batch, args, state, device, parallel)
-            float(stats.grad_norm)  # waits for a GPU
-            return (time.perf_counter() - start) / count
-
-        steps(2)  # the first ones take memory
-        limit = MEASURING / 3 * self.seconds
-        (count,) = ranks.agree(max(3, min(500, int(limit / steps(1)))))
-        return steps(count)
-
-    def _batch(self, step: int, args: Settings, parallel: ParallelContext) -> Tensor:
-        """Sequences of args.seq_len training tokens, as many as a rank has in a step, cut from
-        those of the length that the data was opened with: (rows, T) int64.
-        """
-        rows, T = args.global_batch_size // parallel.dp_size, args.seq_len
-        each = -(-rows * T // self.args.seq_len)
-        ids = self.train.samples((step * parallel.dp_size + parallel.dp_rank) * each, each, 0)
-        return ids.flatten()[: rows * T].view(rows, T)
 
     def _sentence(self, args: Settings, step: float, early: bool) -> str:
         """What was chosen, and why, in two lines. early: whether the data is gone through so often
