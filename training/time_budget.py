@@ -228,17 +228,17 @@ class _Choice:
         evaluations = min(20, max(1 if self.seconds < 60 else 2, most))
         steps = max(2, int((left - evaluations * evaluation) / step))
         longest = max(2, int(MOST_EPOCHS * self.data_tokens / batch))
-        each = -(-min(steps, longest) // evaluations)
+        early = not self.fixed and "num_steps" not in typed and steps > 1.2 * longest
+        steps = longest if early else steps
+        each = -(-steps // evaluations)
         saves = max(1, int(evaluations * 120.0 / self.seconds))  # evaluations between saves
         chosen: dict[str, Any] = {"num_steps": steps, "eval_steps": each}
         chosen["save_steps"] = each * saves
         if not self.fixed:
-            chosen |= {"num_steps": min(steps, longest), "eval_at_start": "off"}
-            chosen |= {"lr_scheduler": "wsd", "decay_ratio": DECAY}
+            chosen |= {"eval_at_start": "off", "lr_scheduler": "wsd", "decay_ratio": DECAY}
         values = {**to_dict(args), **{k: v for k, v in chosen.items() if k not in typed}}
         values["warmup_steps"] = min(values["warmup_steps"], values["num_steps"] // 10)
         open_end = "num_steps" not in typed and values["lr_scheduler"] in ("wsd", "none")
-        early = not self.fixed and "num_steps" not in typed and steps > longest
         run = dataclasses.replace(from_dict(values), open_end=open_end and not early)
         return dataclasses.replace(run, chosen=self._sentence(run, step, early))
 
