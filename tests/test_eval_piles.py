@@ -69,6 +69,7 @@ def saved():
     return save
 
 
+@pytest.mark.long
 def test_folders_and_patterns_give_one_sorted_table_and_the_files_agree(program):
     trained(program, "runs/b.pt", "--keep-every", "2")
     trained(program, "runs/a.pt", "--seed", "5")

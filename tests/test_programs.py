@@ -433,6 +433,7 @@ def test_trained_tokenizer_from_a_file_that_is_gone_is_in_the_checkpoint(script,
     assert code == 0 and f"bpb: {last['val_bpb']:.6f}" in out, err
 
 
+@pytest.mark.long
 def test_a_run_resumes_without_its_tokenizer_file_which_comes_out_of_the_checkpoint(script, text):
     script("data/train_tokenizer.py", "--vocab-size", "300", "--out", "t.json", text)
     kept = Path("t.json").read_text()

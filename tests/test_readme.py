@@ -97,6 +97,7 @@ def records(folder):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changed", ["adam_eps"], indirect=True)
 def test_the_new_setting_of_the_readme_works(changed):
     plain = records(run_of_toy(changed))
@@ -108,6 +109,7 @@ def test_the_new_setting_of_the_readme_works(changed):
     assert "adam_eps=0.1" in shown
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changed", ["rsqrt"], indirect=True)
 def test_the_new_schedule_of_the_readme_works(changed):
     flags = ["--lr-scheduler", "rsqrt", "--lr", "1e-3", "--min-lr", "0", "--warmup-steps", "0"]
@@ -115,6 +117,7 @@ def test_the_new_schedule_of_the_readme_works(changed):
     assert rates == pytest.approx([1e-3, 1e-3 / 2**0.5, 1e-3 / 3**0.5])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changed", ["self.gate"], indirect=True)
 def test_the_other_mlp_of_the_readme_works(changed):
     numbers = records(run_of_toy(changed))[0]["parameters"]

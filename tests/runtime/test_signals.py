@@ -54,6 +54,7 @@ def test_what_was_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, old)
 
 
+@pytest.mark.long
 def test_a_system_without_locks_is_refused_in_one_line(program):
     # Stands for Windows.
     without = (
