@@ -42,7 +42,7 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
     model = GPTModel(args.model, seed=args.seed)
     ranks.must_agree(identity(args, data, model))
     state.pending_messages += compile_model(model, args, device, ranks.agree)
-    parallel = ParallelModel(model, args, device, ranks)  # parallel.net: over all ranks
+    parallel = ParallelModel(model, args, device, ranks)  # parallel.net: the model, spread out
     recompute_activations(model)  # saves fewer activations for the backward pass
     optimizer = make_optimizer(model, args, parallel)
     if args.dry_run:
