@@ -49,7 +49,8 @@ class Deadline:
     ) -> None:
         """ranks: all ranks of the run; clock: seconds since the process began."""
         self.args, self.state, self.ranks, self.clock = args, state, ranks or Ranks(), clock
-        self.open, self.last = args.open_end and not args.resume, 0.0
+        self.open = args.open_end and not args.resume
+        self.step, self.last = 0, 0.0  # the step and the time when the clock was last read
         self.end = 60 * args.minutes - seconds_to_end(args)
         self.steps = self.seconds = 0.0  # of the steps, the latest ones in full
         self.evaluation = evaluation_in_steps(args, val.num_tokens)  # in steps
@@ -61,18 +62,28 @@ class Deadline:
         """
         if not self.open:
             return False
-        args, before, now = self.args, self.state.step - 1, self.clock()
-        spent, self.last = now - self.last, now
+        args, before = self.args, self.state.step - 1
+        # Where the step before was reported, a GPU was waited for: elsewhere, it may be behind.
+        if any(before % n == 0 for n in (args.log_steps, args.eval_steps, args.save_steps)):
+            self._read_clock(before)
+        last = min(args.num_steps, self._last_step())
+        return self.state.step + 1 > _last_constant(args, last)
+
+    def _read_clock(self, before: int) -> None:
+        """Learns from the time since the last reading how long a step takes, or an evaluation after
+        the step `before`.
+        """
+        args, now = self.args, self.clock()
+        steps, spent = self.state.step - self.step, now - self.last
+        self.step, self.last = self.state.step, now
         if before and (before % args.eval_steps == 0 or before % args.save_steps == 0):
             if self.steps and before % args.eval_steps == 0:
-                found = max(0.0, spent / (self.seconds / self.steps) - 1)
+                found = max(0.0, spent / (self.seconds / self.steps) - steps)
                 self.evaluation = max(found, self.evaluation) if self.evaluated else found
                 self.evaluated = True
         elif before:  # the first step takes memory, and what was before it
             kept = math.exp(-spent / (_REMEMBERED * 60 * args.minutes))
-            self.steps, self.seconds = kept * self.steps + 1, kept * self.seconds + spent
-        last = min(args.num_steps, self._last_step())
-        return self.state.step + 1 > _last_constant(args, last)
+            self.steps, self.seconds = kept * self.steps + steps, kept * self.seconds + spent
 
     def settled(self, *told: Callable[[Settings, RunState], None]) -> Settings:
         """The settings with num_steps as it has to be, which it also gives to each of `told`. All
@@ -101,10 +112,10 @@ class Deadline:
         if not self.steps:
             return max(first, args.num_steps)
         left = (self.end - self.last) / (self.seconds / self.steps)
-        last = step + left
+        last = self.step + left
         for _ in range(3):
-            evaluations = math.ceil(last / args.eval_steps) - step // args.eval_steps
-            last = step + left - evaluations * self.evaluation
+            evaluations = math.ceil(last / args.eval_steps) - self.step // args.eval_steps
+            last = self.step + left - evaluations * self.evaluation
         return max(first, int(last))
 
 

@@ -236,6 +236,7 @@ class _Choice:
         chosen["save_steps"] = each * saves
         if not self.fixed:
             chosen |= {"eval_at_start": "off", "lr_scheduler": "wsd", "decay_ratio": DECAY}
+            chosen["log_steps"] = max(1, min(args.log_steps, steps // 50))  # it reads the clock
         values = {**to_dict(args), **{k: v for k, v in chosen.items() if k not in typed}}
         values["warmup_steps"] = min(values["warmup_steps"], values["num_steps"] // 10)
         open_end = "num_steps" not in typed and values["lr_scheduler"] in ("wsd", "none")

@@ -73,7 +73,8 @@ def test_the_planned_steps_and_evaluations_fill_the_time(text, minutes):
     # What is trained is what was measured, but for its length, evaluations and compilation.
     last = to_dict(next(m for m in reversed(measured) if m.model == args.model))
     apart = {k for k, v in to_dict(args).items() if last[k] != v}
-    lengths = {"num_steps", "eval_steps", "save_steps", "open_end", "lr_scheduler", "decay_ratio"}
+    lengths = {"num_steps", "eval_steps", "save_steps", "log_steps", "open_end"}
+    lengths |= {"lr_scheduler", "decay_ratio"}
     assert apart <= lengths | {"eval_at_start", "chosen", "compile"}
 
 
