@@ -42,7 +42,7 @@ MOST_EPOCHS = 2.5  # of the training data; more time than for that goes into a l
 MOST_NUMBERS = 6.0  # in the matrices of a model, for each token of the training data
 COMPILES_FROM = 5.0  # minutes: compiling takes 10 to 15 s
 COMPILED = 0.7  # time of a compiled step, as a part of one that is not
-MEASURING = 0.02  # part of the time for measuring, besides what is begun when that is over
+MEASURING = 0.02  # part of the time for measuring, after the first and until the last has begun
 EVALUATING = 0.04  # part of the time for evaluations, where two take less than that
 
 
@@ -95,7 +95,7 @@ class _Choice:
         until that is one that was measured; returns it with the number of its steps.
         """
         shapes = self._shapes()
-        until, late = self._elapsed() + MEASURING * self.seconds, False
+        until, late = math.inf, False
         guess, tokens = 0, min(RUN_RATE * self.seconds, MOST_EPOCHS * self.data_tokens)
         known: dict[int, tuple[Settings, float]] = {}
         while guess not in known:
@@ -103,7 +103,9 @@ class _Choice:
             known[guess] = args, self._speed(args)
             if late:
                 break
-            late = self._elapsed() > until
+            elapsed = self._elapsed()
+            late = elapsed > until
+            until = min(until, elapsed + MEASURING * self.seconds)  # the first starts the GPU too
             guess, tokens = self._best(shapes, known)
         args, step = known[guess]
         if self.compiles and not self.fixed:
