@@ -168,12 +168,18 @@ class Check:
             ],
         )
 
+    def minutes(self) -> None:
+        """A run that chooses its model, and whether it ends in its time."""
+        time = "0.2" if self.small else "1"
+        run = [str(ROOT / "train_minimal.py"), "--device", self.device, "--minutes", time]
+        self.stage("minutes", 100, [Command("minutes", [*run, *(LESS if self.small else [])])])
+
     def tests(self) -> None:
         """The tests of devices. The others compute on a CPU, wherever they run."""
         files = [str(ROOT / "tests" / name) for name in ("test_cuda.py", "runtime/test_device.py")]
         workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not self.small else []
         words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "--durations=5"]
-        self.stage("tests", 200, [Command("tests", [*words, *workers, *files])])
+        self.stage("tests", 300, [Command("tests", [*words, *workers, *files])])
 
     def curves(self) -> None:
         """The quickstart in each precision with the same seed, and once more in float32 with
@@ -253,6 +259,7 @@ def main() -> None:
     with ThreadPoolExecutor(1 if check.small else len(right)) as pool:
         for done in [pool.submit(stage) for stage in right]:
             done.result()
+    check.minutes()
     check.benchmark(
         "train", 240, "--batch-size", batch[0], "--global-batch-size", batch[1], "--repeats", "2"
     )

@@ -23,6 +23,7 @@ def test_every_stage_of_the_gpu_check_passes_on_a_cpu(tmp_path):
         "smoke",
         "tests",
         "curves",
+        "minutes",
         "train",
         "profile",
         "loss",
