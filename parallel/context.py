@@ -41,6 +41,7 @@ class ParallelContext:
     dp_size: int = 1  # the number of data-parallel ranks
     world_size: int = 1  # the number of all processes, those that share each layer included
     sharded_state: ShardedState | None = None  # None: each process has all parameters in full
+    sparse_gradients: bool = True  # whether an embedding may have the gradient of its rows in use
 
     def no_sync(self) -> AbstractContextManager[object]:
         """Inside this context manager, a backward pass adds to the gradients of this process alone;

@@ -53,6 +53,8 @@ class ParallelModel(ParallelContext):
         self.dp_group, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), wait)
         self.tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), wait)
         self.mesh = DeviceMesh.from_group(self.dp_group, device.torch_device.type)
+        on_cpu = device.torch_device.type == "cpu"  # Gloo adds sparse tensors, NCCL does not
+        self.sparse_gradients = self.sharded_state is None and (on_cpu or self.dp_size == 1)
         if self.tp_size > 1:
             split_model(model, self.tp_group)
         if self.sharded:
@@ -67,7 +69,8 @@ class ParallelModel(ParallelContext):
         else a DDP wrapper.
 
         The wrapper is made at the first access, which runs a forward and a backward pass:
-        activation recomputation is set up before that.
+        activation recomputation and the optimizer, which says what gradients are sparse, are set
+        up before that.
         """
         if self.sharded or self.dp_size == 1:
             return self.model

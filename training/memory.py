@@ -55,8 +55,10 @@ def estimate(args: Settings, device: Device, batch_size: int | None = None) -> N
     if args.ngram_optimizer == "rmsprop":  # keeps one number of each row
         rows, width = args.model.ngram_rows, args.model.d_model
         moments -= (8.0 * width - 4.0) * rows / parts
-        if _data_world(args) == 1 and parts == 1:  # gradients of the rows that a step sees
-            gradients -= 4.0 * width * max(0, rows - size * args.seq_len * args.model.ngram_longest)
+        ranks, on_cpu = _data_world(args), device.torch_device.type == "cpu"
+        if parts == 1 and (ranks == 1 or on_cpu):  # gradients of the rows in use
+            used = ranks * size * args.seq_len * args.model.ngram_longest
+            gradients -= 4.0 * width * max(0, rows - used)
     if args.parallel == "fsdp":  # gathers one block at a time, and the embeddings
         split = args.tensor_parallel_size
         activations += 8.0 * (whole - blocks + blocks / args.model.n_layers) / split

@@ -38,8 +38,7 @@ def make_optimizer(
     parts: list[torch.optim.Optimizer] = [Muon(matrices, model, args, parallel)] if matrices else []
     parts += [_adamw(rest, args)] if rest else []
     if rows:
-        alone = parallel.world_size == 1 and parallel.sharded_state is None
-        model.ngrams.sparse = alone  # type: ignore[union-attr]  # a gradient of its rows in use
+        model.ngrams.sparse = parallel.sparse_gradients  # type: ignore[union-attr]
         parts.append(RowwiseRMSprop(list(rows.values()), args))
     return parts[0] if len(parts) == 1 else Together(parts)
 
@@ -102,7 +101,7 @@ class RowwiseRMSprop(torch.optim.Optimizer):
     """RMSprop (Tieleman and Hinton 2012) with one step size per row, of the rows in use: a row that
     has a gradient g moves by lr g / sqrt(s), where s is the running mean, over the steps in which
     it had one, of the mean square of g. Other rows stay as they are, and cost nothing where the
-    gradient is sparse, as it is in a single process.
+    gradient is sparse (`ParallelContext.sparse_gradients`).
 
     A row of a rare n-gram has a gradient in few steps. AdamW would move it on in the steps between,
     and Adagrad less and less: see docs/experiments.md.

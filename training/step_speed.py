@@ -36,8 +36,9 @@ def seconds_of_step(
     model, state = GPTModel(args.model, seed=args.seed), RunState.fresh(device)
     parallel: Any = spread(model, args, device, ranks) if spread else SINGLE_PROCESS
     recompute_activations(model)
-    net = parallel.net if spread else model.to(device.torch_device)
+    model = model if spread else model.to(device.torch_device)
     optimizer = make_optimizer(model, args, parallel)
+    net = parallel.net if spread else model
 
     def steps(count: int) -> float:
         start = time.perf_counter()

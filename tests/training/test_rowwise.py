@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import CPU, tiny, toy_settings
 
+from benchmarks.common import on_ranks
 from model import GPTModel
 from parallel.context import SINGLE_PROCESS
+from parallel.parallel_model import ParallelModel
 from training.optimizers import (
     RowwiseRMSprop,
     Together,
@@ -135,3 +138,29 @@ def test_each_group_of_the_optimizer_has_the_rate_of_its_parameters(optimizer):
     found = {id(p): g["lr_ratio"] for g in made.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         assert found[id(p)] == part_of_rate(name, p.ndim, args), name
+
+
+def gradient_over_ranks(ranks):
+    """Of each rank: the gradient of the n-gram embedding under DDP, and that of its batch alone."""
+    args = toy_settings(*FLAGS, "--ngram-rows", "2000")
+    ids = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(ranks.rank))
+
+    def gradient(model, net):
+        net(ids, labels=ids, reduction="sum", return_logits=False)[1].backward()
+        grad = model.ngrams.weight.grad
+        return grad.is_sparse, len(grad.coalesce().indices()[0]), grad.to_dense()
+
+    together, alone = GPTModel(args.model, seed=0), GPTModel(args.model, seed=0)
+    parallel = ParallelModel(together, args, CPU, ranks)
+    make_optimizer(together, args, parallel)
+    make_optimizer(alone, args)
+    found = [None, None]
+    dist.all_gather_object(found, (gradient(together, parallel.net), gradient(alone, alone)))
+    return found
+
+
+def test_on_cpus_ddp_exchanges_the_rows_in_use_alone():
+    (both, a), (same, b) = on_ranks(2, gradient_over_ranks)
+    assert both[0] and torch.equal(both[2], same[2])
+    assert max(a[1], b[1]) < both[1] <= a[1] + b[1]
+    torch.testing.assert_close(both[2], (a[2] + b[2]) / 2)
