@@ -19,4 +19,7 @@ def test_two_hosts_train_one_run():
         # Rank 0 alone wrote: one run record, 30 of training, two evaluations.
         assert [p.name for p in (place.folder / "logs").glob("*.jsonl")] == ["train_ddp.jsonl"]
         assert len(records) == 1 + 30 + 2 and records[0]["environment"]["processes"] == 4
-        assert "error" not in place.said(0) + place.said(1)
+        # torchrun on host 1 may say "failed to shutdown the rendezvous ... due to an error of type
+        # RendezvousConnectionError": it closes the store of host 0, which may have ended before.
+        said = place.said(0) + place.said(1)
+        assert "error:" not in said and "Traceback" not in said
