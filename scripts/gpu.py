@@ -169,7 +169,7 @@ class Check:
         )
 
     def minutes(self) -> None:
-        """A run that chooses its model, and whether it ends in its time."""
+        """A run that chooses its model. Its last lines in gpu.log say how it kept its time."""
         time = "0.2" if self.small else "1"
         run = [str(ROOT / "train_minimal.py"), "--device", self.device, "--minutes", time]
         self.stage("minutes", 100, [Command("minutes", [*run, *(LESS if self.small else [])])])

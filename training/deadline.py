@@ -54,7 +54,8 @@ class Deadline:
         self.end = 60 * args.minutes - seconds_to_end(args)
         self.steps = self.seconds = 0.0  # of the steps, the latest ones in full
         self.evaluation = evaluation_in_steps(args, val.num_tokens)  # in steps
-        self.evaluated = False  # whether that was measured
+        self.evaluations = 0  # so many were measured
+        self.alone = False  # whether steps were measured without an evaluation or a save
 
     def near(self) -> bool:
         """Whether the rate falls in the step after the next, by num_steps as it is or as this rank
@@ -76,14 +77,18 @@ class Deadline:
         args, now = self.args, self.clock()
         steps, spent = self.state.step - self.step, now - self.last
         self.step, self.last = self.state.step, now
-        if before and (before % args.eval_steps == 0 or before % args.save_steps == 0):
-            if self.steps and before % args.eval_steps == 0:
-                found = max(0.0, spent / (self.seconds / self.steps) - steps)
-                self.evaluation = max(found, self.evaluation) if self.evaluated else found
-                self.evaluated = True
-        elif before:  # the first step takes memory, and what was before it
+        if not before:  # the first step takes memory, and what was before it
+            return
+        evaluated, saved = before % args.eval_steps == 0, before % args.save_steps == 0
+        if not self.alone or not (evaluated or saved):
+            self.alone = self.alone or not (evaluated or saved)
             kept = math.exp(-spent / (_REMEMBERED * 60 * args.minutes))
-            self.steps, self.seconds = kept * self.steps + steps, kept * self.seconds + spent
+            self.steps = kept * self.steps + steps + evaluated * self.evaluation
+            self.seconds = kept * self.seconds + spent
+        elif evaluated:
+            self.evaluations += 1
+            found = max(0.0, spent / (self.seconds / self.steps) - steps)
+            self.evaluation += (found - self.evaluation) / self.evaluations  # the mean
 
     def settled(self, *told: Callable[[Settings, RunState], None]) -> Settings:
         """The settings with num_steps as it has to be, which it also gives to each of `told`. All

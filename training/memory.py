@@ -56,8 +56,8 @@ def estimate(args: Settings, device: Device, batch_size: int | None = None) -> N
         rows, width = args.model.ngram_rows, args.model.d_model
         moments -= (8.0 * width - 4.0) * rows / parts
         ranks, on_cpu = _data_world(args), device.torch_device.type == "cpu"
-        if parts == 1 and (ranks == 1 or on_cpu):  # gradients of the rows in use
-            used = ranks * size * args.seq_len * args.model.ngram_longest
+        if parts == 1 and (ranks == 1 or on_cpu):  # gradients of the rows in use, at most
+            used = args.global_batch_size * args.seq_len * args.model.ngram_longest
             gradients -= 4.0 * width * max(0, rows - used)
     if args.parallel == "fsdp":  # gathers one block at a time, and the embeddings
         split = args.tensor_parallel_size

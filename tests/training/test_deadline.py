@@ -55,6 +55,16 @@ SPEEDS = {
 
 
 @pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("intervals", [
+    {"eval_steps": 10}, {"save_steps": 5}, {"log_steps": 1000, "eval_steps": 20},
+])  # fmt: skip
+def test_the_speed_is_learned_where_each_report_is_of_an_evaluation_or_a_save(gpu, intervals):
+    args = dataclasses.replace(PLAN, **intervals)
+    _, _, seconds, _ = simulate(SPEEDS["half as fast"], args, evaluation=0.5, gpu=gpu)
+    assert 0.96 * 120 <= seconds <= 1.04 * 120
+
+
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("speed", SPEEDS)
 def test_a_run_ends_in_its_time_whatever_its_speed(speed, gpu):
     args, rates, seconds, messages = simulate(SPEEDS[speed], gpu=gpu)

@@ -1,6 +1,7 @@
 """Row-wise RMSprop of the n-gram embedding, and the rates of models of other widths."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -143,10 +144,13 @@ def test_each_group_of_the_optimizer_has_the_rate_of_its_parameters(optimizer):
 def gradient_over_ranks(ranks):
     """Of each rank: the gradient of the n-gram embedding under DDP, and that of its batch alone."""
     args = toy_settings(*FLAGS, "--ngram-rows", "2000")
-    ids = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(ranks.rank))
+    draw = torch.Generator().manual_seed(ranks.rank)
+    batch = torch.randint(0, 97, (2, 2, 16), generator=draw)  # two micro-batches
 
-    def gradient(model, net):
-        net(ids, labels=ids, reduction="sum", return_logits=False)[1].backward()
+    def gradient(model, net, no_sync=nullcontext):
+        for ids, context in zip(batch, (no_sync, nullcontext), strict=True):
+            with context():
+                net(ids, labels=ids, reduction="sum", return_logits=False)[1].backward()
         grad = model.ngrams.weight.grad
         return grad.is_sparse, len(grad.coalesce().indices()[0]), grad.to_dense()
 
@@ -155,7 +159,9 @@ def gradient_over_ranks(ranks):
     make_optimizer(together, args, parallel)
     make_optimizer(alone, args)
     found = [None, None]
-    dist.all_gather_object(found, (gradient(together, parallel.net), gradient(alone, alone)))
+    dist.all_gather_object(
+        found, (gradient(together, parallel.net, parallel.no_sync), gradient(alone, alone))
+    )
     return found
 
 
