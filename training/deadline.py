@@ -67,7 +67,9 @@ class Deadline:
         # Where the step before was reported, a GPU was waited for: elsewhere, it may be behind.
         if any(before % n == 0 for n in (args.log_steps, args.eval_steps, args.save_steps)):
             self._read_clock(before)
-        last = min(args.num_steps, self._last_step())
+        # An evaluation that comes before the rate falls is waited for: it tells how long they take.
+        comes = self.step <= args.eval_steps < _last_constant(args, args.num_steps) - 1
+        last = min(args.num_steps, self._last_step(0.0 if comes else self.evaluation))
         return self.state.step + 1 > _last_constant(args, last)
 
     def _read_clock(self, before: int) -> None:
@@ -94,7 +96,7 @@ class Deadline:
         """The settings with num_steps as it has to be, which it also gives to each of `told`. All
         ranks call it together.
         """
-        (negative,) = self.ranks.agree(-self._last_step())
+        (negative,) = self.ranks.agree(-self._last_step(self.evaluation))
         args, state = dataclasses.replace(self.args, num_steps=-negative), self.state
         self.open = state.step + 1 <= _last_constant(args, -negative)
         if not self.open:
@@ -108,9 +110,10 @@ class Deadline:
             tell(args, state)
         return args
 
-    def _last_step(self) -> int:
-        """The last step for which there is time, at the speed of the latest steps. It is not before
-        this one, and so late that the steps until now were before the decay.
+    def _last_step(self, evaluation: float) -> int:
+        """The last step for which there is time, at the speed of the latest steps, if an evaluation
+        takes as long as so many of them. It is not before this one, and so late that the steps
+        until now were before the decay.
         """
         args, step = self.args, self.state.step
         first = math.ceil(max(step, (step - 1) / (1 - _decay(args))))
@@ -120,7 +123,7 @@ class Deadline:
         last = self.step + left
         for _ in range(3):
             evaluations = math.ceil(last / args.eval_steps) - self.step // args.eval_steps
-            last = self.step + left - evaluations * self.evaluation
+            last = self.step + left - evaluations * evaluation
         return max(first, int(last))
 
 

@@ -43,7 +43,7 @@ MOST_NUMBERS = 6.0  # in the matrices of a model, for each token of the training
 COMPILES_FROM = 5.0  # minutes: compiling takes 10 to 15 s
 COMPILED = 0.7  # time of a compiled step, as a part of one that is not
 MEASURING = 0.02  # part of the time for measuring, after the first and until the last has begun
-EVALUATING = 0.04  # part of the time for evaluations, where two take less than that
+EVALUATING = 0.04  # part of the time for evaluations, where three take less than that
 
 
 def fit_to_time(
@@ -227,7 +227,8 @@ class _Choice:
         evaluation = evaluation_in_steps(args, self.val_tokens) * step
         left = self.seconds - self._elapsed() - seconds_to_end(args)
         most = int(EVALUATING * self.seconds / evaluation)
-        evaluations = min(20, max(1 if self.seconds < 60 else 2, most))
+        # With three, the first is before the rate falls: it tells how long the others will take.
+        evaluations = min(20, max(1 if self.seconds < 60 else 3, most))
         steps = max(2, int((left - evaluations * evaluation) / step))
         longest = max(2, int(MOST_EPOCHS * self.data_tokens / batch))
         early = not self.fixed and "num_steps" not in typed and steps > 1.2 * longest

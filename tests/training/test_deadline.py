@@ -19,14 +19,14 @@ PLAN = Settings(
 VAL = ToyRandomDataset(100, 64, num_tokens=5_000)
 
 
-def simulate(seconds_of, args=PLAN, evaluation=2.0, start=10.0, gpu=False):
+def simulate(seconds_of, args=PLAN, evaluation=2.0, start=10.0, gpu=False, val=VAL):
     """Runs the loop of the trainers with steps of seconds_of(step) seconds; with `gpu`, all but the
     first, which compiles, have only begun when train_step returns, and reports and evaluations wait
     for them. Returns the settings at the end, the rates that the steps had, the seconds that the
     run took, and the messages.
     """
     now, state, rates, behind = [start], RunState(), [], 0.0
-    deadline = Deadline(args, state, VAL, clock=lambda: now[0])
+    deadline = Deadline(args, state, val, clock=lambda: now[0])
     told = []
     while state.step < args.num_steps:
         rates.append(lr_at(state.step, args))
@@ -83,6 +83,14 @@ def test_the_rates_are_those_of_a_run_that_had_the_last_settings_from_its_start(
 def test_what_comes_after_the_last_step_is_fixed_shifts_the_end_by_half():
     _, _, seconds, _ = simulate(lambda step: 0.25 if step < 230 else 0.275)
     assert seconds == pytest.approx(120 * 1.04, rel=0.02)
+
+
+def test_a_third_evaluation_tells_how_long_the_others_take():
+    val = ToyRandomDataset(100, 64, num_tokens=150_000)  # guessed at 100 steps, which are 25 s
+    few, more = (dataclasses.replace(PLAN, eval_steps=n) for n in (200, 134))
+    _, _, early, _ = simulate(SPEEDS["as planned"], few, evaluation=8.0, val=val)
+    _, _, seconds, _ = simulate(SPEEDS["as planned"], more, evaluation=8.0, val=val)
+    assert early < 0.85 * 120 and 0.97 * 120 <= seconds <= 1.03 * 120
 
 
 def test_without_open_end_or_resumed_nothing_changes():
