@@ -119,12 +119,12 @@ class Deadline:
         first = math.ceil(max(step, (step - 1) / (1 - _decay(args))))
         if not self.steps:
             return max(first, args.num_steps)
-        left = (self.end - self.last) / (self.seconds / self.steps)
-        last = self.step + left
-        for _ in range(3):
-            evaluations = math.ceil(last / args.eval_steps) - self.step // args.eval_steps
-            last = self.step + left - evaluations * evaluation
-        return max(first, int(last))
+        most = self.step + (self.end - self.last) / (self.seconds / self.steps)
+        each, done = args.eval_steps, self.step // args.eval_steps
+        # With n more evaluations, time allows most - n * evaluation steps, and each * (done + n) is
+        # the last. The first falls with n and the second rises: the best n is where they meet.
+        n = max(1, int((most - each * done) / (each + evaluation)))
+        return max(first, *(int(min(most - k * evaluation, each * (done + k))) for k in (n, n + 1)))
 
 
 def _decay(args: Settings) -> float:
