@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 from conftest import ROOT
@@ -17,9 +18,19 @@ def until(true, seconds=10.0):
     return true()
 
 
+@contextmanager
+def not_ignored(number):
+    """`nohup pytest` ignores SIGHUP, and so would the tests."""
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_is_noted_and_nothing_else_happens(number, capfd):
-    with StopSignals() as watch:
+    with not_ignored(number), StopSignals() as watch:
         watch.install()
         assert watch.signal == 0
         os.kill(os.getpid(), number)
