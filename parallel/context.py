@@ -11,6 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from config import Settings
+from runtime.device import Device
+
 
 class ShardedState(Protocol):
     """The interface of a model of which each rank holds only a part (FSDP, tensor parallelism):
@@ -30,6 +33,15 @@ class ShardedState(Protocol):
     def reshard(self) -> None:
         """Frees the unsharded parameters that FSDP keeps gathered after an evaluation."""
         ...
+
+
+def has_sparse_gradients(args: Settings, device: Device, dp_size: int) -> bool:
+    """Whether an embedding may have the gradient of its rows in use alone: where each process has
+    all parameters, and what adds gradients over dp_size data-parallel ranks adds sparse ones (Gloo
+    does, NCCL does not).
+    """
+    whole = args.parallel == "ddp" and args.tensor_parallel_size == 1
+    return whole and (dp_size == 1 or device.torch_device.type == "cpu")
 
 
 class ParallelContext:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import Settings
 from model import GPTModel
-from parallel.context import ParallelContext, local_part
+from parallel.context import ParallelContext, has_sparse_gradients, local_part
 from parallel.process_group import Ranks, sum_ranks
 from parallel.tensor_parallel import joined, part_of, split_dim, split_model
 from runtime.device import Device, free_memory_of
@@ -53,8 +53,7 @@ class ParallelModel(ParallelContext):
         self.dp_group, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), wait)
         self.tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), wait)
         self.mesh = DeviceMesh.from_group(self.dp_group, device.torch_device.type)
-        on_cpu = device.torch_device.type == "cpu"  # Gloo adds sparse tensors, NCCL does not
-        self.sparse_gradients = self.sharded_state is None and (on_cpu or self.dp_size == 1)
+        self.sparse_gradients = has_sparse_gradients(args, device, self.dp_size)
         if self.tp_size > 1:
             split_model(model, self.tp_group)
         if self.sharded:

@@ -81,9 +81,10 @@ class Deadline:
         self.step, self.last = self.state.step, now
         if not before:  # the first step takes memory, and what was before it
             return
-        evaluated, saved = before % args.eval_steps == 0, before % args.save_steps == 0
-        if not self.alone or not (evaluated or saved):
-            self.alone = self.alone or not (evaluated or saved)
+        evaluated = before % args.eval_steps == 0
+        alone = not evaluated and before % args.save_steps != 0
+        self.alone = self.alone or alone
+        if alone or not self.alone:
             kept = math.exp(-spent / (_REMEMBERED * 60 * args.minutes))
             self.steps = kept * self.steps + steps + evaluated * self.evaluation
             self.seconds = kept * self.seconds + spent

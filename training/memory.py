@@ -14,6 +14,7 @@ from torch import Tensor
 from config import GPTConfig, Settings
 from loss import workspace_bytes
 from model import Block, GPTModel, rotary_table
+from parallel.context import has_sparse_gradients
 from runtime.device import Device, free_memory_of
 from runtime.setting_fields import UserError
 from training.activation_recompute import recompute_inputs, storage_of
@@ -55,8 +56,7 @@ def estimate(args: Settings, device: Device, batch_size: int | None = None) -> N
     if args.ngram_optimizer == "rmsprop":  # keeps one number of each row
         rows, width = args.model.ngram_rows, args.model.d_model
         moments -= (8.0 * width - 4.0) * rows / parts
-        ranks, on_cpu = _data_world(args), device.torch_device.type == "cpu"
-        if parts == 1 and (ranks == 1 or on_cpu):  # gradients of the rows in use, at most
+        if has_sparse_gradients(args, device, _data_world(args)):
             used = args.global_batch_size * args.seq_len * args.model.ngram_longest
             gradients -= 4.0 * width * max(0, rows - used)
     if args.parallel == "fsdp":  # gathers one block at a time, and the embeddings

@@ -36,7 +36,8 @@ def seconds_of_step(
     model, state = GPTModel(args.model, seed=args.seed), RunState.fresh(device)
     parallel: Any = spread(model, args, device, ranks) if spread else SINGLE_PROCESS
     recompute_activations(model)
-    model = model if spread else model.to(device.torch_device)
+    if not spread:
+        model.to(device.torch_device)
     optimizer = make_optimizer(model, args, parallel)
     net = parallel.net if spread else model
 

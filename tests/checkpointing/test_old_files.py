@@ -27,11 +27,9 @@ def test_a_run_of_before_the_move_goes_on_to_the_loss_that_it_had(program, arch,
     (program.folder / "checkpoints").mkdir()
     shutil.copy(FOLDER / f"{arch}.pt", program.folder / "checkpoints/minigpt_single.pt")
     out = program("train_minimal.py", "--resume")
-    records = read_records(program.folder / "logs/train_minimal.jsonl")
-    record = records[-1]
-    changed = "; ".join(re.findall("changed since it was saved: (.*)", out))
-    names = {note.split(" was ")[0] for note in changed.split("; ") if note}
-    assert "at step 3" in out and names <= records[0]["environment"].keys()  # another machine
+    out = re.sub(r"changed since it was saved: platform was \S+, is \S+\n", "", out)
+    assert "at step 3" in out and "changed since" not in out
+    record = read_records(program.folder / "logs/train_minimal.jsonl")[-1]
     assert (record["event"], record["step"]) == ("eval", 6)
     assert record["val_loss"] == pytest.approx(loss, rel=1e-8)
     trained = load_model(FOLDER / f"{arch}.pt")
