@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -16,6 +18,8 @@ from model import Block, GPTModel, rotary_table
 from runtime.console import one_line
 from runtime.device import Device
 from runtime.setting_fields import UserError
+
+_LINKING = 5.0  # a linker writes to its file more often than after so many seconds
 
 
 def why_not_compiled(args: Settings, device: Device) -> str:
@@ -59,6 +63,7 @@ def compile_model(
         _compile(unit)
     model.compiled = True
     try:
+        _delete_parts_of_libraries()
         warm_up(args, device)
     except Exception as found:  # a compiler is a large program: anything can come
         failure = found
@@ -83,6 +88,37 @@ def _units(block: Block, args: Settings) -> tuple[nn.Module, ...]:
 def _compile(unit: nn.Module) -> None:
     # Compiles the method, not the module: hooks of FSDP stay outside, and names as they are.
     unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=True)
+
+
+def _delete_parts_of_libraries() -> None:
+    """Deletes the libraries in torch's cache of which only the beginning is there. A linker writes
+    in place, so a program that is killed while it compiles can leave one, and torch, which takes
+    each file for whole, would fail with it in all later runs.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    for library in Path(cache_dir()).rglob("*.so"):
+        try:
+            while library.stat().st_size < _size_of_library(library):
+                if time.time() - library.stat().st_mtime > _LINKING:
+                    library.unlink()
+                time.sleep(0.1)  # perhaps another process is linking it
+        except FileNotFoundError:  # deleted: here, or by another process
+            continue
+
+
+def _size_of_library(path: Path) -> int:
+    """The bytes of a library of 64-bit Linux by its header, which says where its last part is, the
+    table of sections; 1 if it has another format, so that only an empty one is too short.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:5] != b"\x7fELF\x02":
+        return 1
+    if len(head) < 64:
+        return 64
+    (start,), (size, count) = struct.unpack_from("Q", head, 40), struct.unpack_from("HH", head, 58)
+    return start + size * count
 
 
 def warm_up(args: Settings, device: Device) -> None:

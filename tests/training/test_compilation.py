@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import struct
 import subprocess
 import sys
 
@@ -35,6 +37,21 @@ def test_what_is_not_compiled_has_a_reason(monkeypatch):
 def test_layers_that_ranks_share_are_not_compiled():
     args = settings("auto", tensor_parallel_size=2)
     assert "several processes compute together" in why_not_compiled(args, GPU)
+
+
+def test_libraries_that_a_killed_compiler_left_unfinished_are_deleted(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiling, "warm_up", lambda args, device: None)
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)  # to import it takes 8 s
+    head = b"\x7fELF\x02".ljust(40, b"\0") + struct.pack("Q10xHH2x", 100, 64, 2)  # its last part is
+    whole = head.ljust(100 + 64 * 2, b"\0")  # a table of 2 sections of 64 bytes that begins at 100
+    parts = {"empty": 0, "in_header": 40, "in_sections": len(whole) - 1, "whole": len(whole)}
+    contents = {name: whole[:size] for name, size in parts.items()} | {"other_format": b"short"}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.so").write_bytes(content)
+        os.utime(tmp_path / f"{name}.so", (0, 0))
+    assert compile_model(GPTModel(toy_settings().model), settings("on"), CPU)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["other_format", "whole"]
 
 
 def failing(args, device):
