@@ -133,6 +133,7 @@ class Settings:
     ngram_optimizer: str = flag("adamw", "update rule of the n-gram embedding; rmsprop = of the "
                                 "rows in use, each with a step size of its own", "adamw",
                                 "rmsprop", fixed=True)
+    ngram_weight_decay: float = flag(0.0, "rmsprop: decoupled decay of the rows in use", at_least=0)
     lr_width: int = flag(0, "d_model at which lr holds: matrices of wider models take smaller "
                          "steps; 0 = lr at any width", at_least=0, fixed=True)
     lr: float = flag(1e-3, "peak learning rate, after warm-up", at_least=0)

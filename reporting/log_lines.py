@@ -163,7 +163,7 @@ def time_kept(args: Settings, state: RunState, seconds: float) -> list[str]:
     off = seconds / 60 / args.minutes - 1
     if abs(off) > 0.05 and not (off < 0 and "ends before its time" in args.chosen):
         speed = "slower" if off > 0 else "faster"
-        line += f": since its last step was fixed, the machine has become {speed}"
+        line += f": since its last step was fixed, it has been {speed} than expected"
     return [line]
 
 

@@ -165,6 +165,11 @@ _READ: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] = (
         lambda a: a.model.ngram_rows > 0,
         "--ngram-rows, as --arch modern has them",
     ),
+    (
+        ("ngram_weight_decay",),
+        lambda a: a.ngram_optimizer == "rmsprop",
+        "--ngram-optimizer rmsprop",
+    ),
     (("gelu",), lambda a: a.model.arch == "gpt2", "--arch gpt2"),
     (("muon_lr_ratio", "muon_momentum"), lambda a: a.optimizer == "muon", "--optimizer muon"),
     (("val_ratio",), lambda a: not a.has_val_files, "data without --val-data or --val-npy"),

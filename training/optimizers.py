@@ -100,8 +100,9 @@ class Together(torch.optim.Optimizer):
 class RowwiseRMSprop(torch.optim.Optimizer):
     """RMSprop (Tieleman and Hinton 2012) with one step size per row, of the rows in use: a row that
     has a gradient g moves by lr g / sqrt(s), where s is the running mean, over the steps in which
-    it had one, of the mean square of g. Other rows stay as they are, and cost nothing where the
-    gradient is sparse (`ParallelContext.sparse_gradients`).
+    it had one, of the mean square of g, and loses the part lr ngram_weight_decay of itself. Other
+    rows stay as they are, and cost nothing where the gradient is sparse
+    (`ParallelContext.sparse_gradients`).
 
     A row of a rare n-gram has a gradient in few steps. AdamW would move it on in the steps between,
     and Adagrad less and less: see docs/experiments.md.
@@ -109,7 +110,7 @@ class RowwiseRMSprop(torch.optim.Optimizer):
 
     def __init__(self, tables: list[nn.Parameter], args: Settings) -> None:
         super().__init__(tables, {"lr": args.lr, "lr_ratio": 1.0})
-        self.decay = args.beta2
+        self.decay, self.weight_decay = args.beta2, args.ngram_weight_decay
         for p in tables:
             self.state[p] = {"mean_square": torch.zeros_like(p[:, :1])}
         self.grad_scale: Tensor | None = None
@@ -130,10 +131,14 @@ class RowwiseRMSprop(torch.optim.Optimizer):
             if self.found_inf is not None:
                 grad = grad.where(self.found_inf == 0, 0.0)
             square, before = grad.square().mean(1, keepdim=True), kept[rows]
+            used = square > 0
             after = square.lerp(before, self.decay * (before > 0))  # the first counts whole
-            after = after.where(square > 0, before)
+            after = after.where(used, before)
             kept[rows] = after
-            table[rows] -= group["lr"] * grad / (after.sqrt() + 1e-12)
+            step = grad / (after.sqrt() + 1e-12)
+            if self.weight_decay:
+                step.addcmul_(table[rows], used.to(step.dtype), value=self.weight_decay)
+            table[rows] -= group["lr"] * step
 
 
 class Muon(torch.optim.Optimizer):

@@ -38,8 +38,8 @@ RATES, RATE_WIDTH = {"muon": 0.03, "adamw": 0.01}, 64
 ROWS_PER_TOKEN, MOST_ROWS = 0.1, 1_000_000  # of the n-gram embedding
 LONGEST, LONGEST_OF_REPEATED = 8, 5  # n-grams, and those of a text that is seen more than once
 DECAY = 0.5  # part of the steps in which the learning rate falls
-MOST_EPOCHS = 2.5  # of the training data; more time than for that goes into a larger model
-MOST_NUMBERS = 6.0  # in the matrices of a model, for each token of the training data
+MOST_EPOCHS = 5.0  # of the training data; more time than for that goes into a larger model
+MOST_NUMBERS = 15.0  # in the matrices of a model, for each token of the training data
 COMPILES_FROM = 5.0  # minutes: compiling takes 10 to 15 s
 COMPILED = 0.7  # time of a compiled step, as a part of one that is not
 MEASURING = 0.02  # part of the time for measuring, after the first and until the last has begun
@@ -152,11 +152,13 @@ class _Choice:
         scale = math.sqrt(max(1.0, tokens / RUN_TOKENS))
         chosen: dict[str, Any] = {"lr_width": RATE_WIDTH, "warmup_steps": 0, "compile": "off"}
         chosen["lr"] = RATES[values["optimizer"]] * max(1 / 3, scale**-0.5)
+        epochs = tokens / self.data_tokens
+        regularization = regularization_for(epochs)
+        chosen["weight_decay"] = regularization.pop("weight_decay")
         if values["arch"] == "modern":
-            epochs = tokens / self.data_tokens
             chosen["ngram_longest"] = LONGEST if epochs <= 1 else LONGEST_OF_REPEATED
             chosen["ngram_rows"] = self._rows(tokens, values["d_model"])
-            chosen |= {"ngram_optimizer": "rmsprop", "ngram_dropout": ngram_dropout_for(epochs)}
+            chosen |= {"ngram_optimizer": "rmsprop", **regularization}
         on_cpu = self.device.torch_device.type == "cpu"
         if not typed.keys() & {"batch_size", "grad_accum_steps", "global_batch_size"}:
             ranks = self.ranks.world // values["tensor_parallel_size"]
@@ -269,11 +271,17 @@ class _Choice:
         return f"{what}\n{why}"
 
 
-def ngram_dropout_for(epochs: float) -> float:
-    """The part of the n-gram rows that training leaves out. A text that is seen more than once is
-    soon known by heart by its long n-grams, and half of them left out is best (tinyshakespeare).
+def regularization_for(epochs: float) -> dict[str, float]:
+    """Settings against learning a text by heart that is seen more than once. Its long n-grams are
+    known first, so half of them are left out; and from two to five epochs, weight decay grows ten
+    times, and rows of n-grams begin to have one (tinyshakespeare).
     """
-    return min(0.5, round(0.25 * epochs, 1)) if epochs >= 0.5 else 0.0
+    often = round(min(1.0, max(0.0, (epochs - 2) / 3)), 1)
+    return {
+        "ngram_dropout": min(0.5, round(0.25 * epochs, 1)) if epochs >= 0.5 else 0.0,
+        "weight_decay": round(0.1 * 10**often, 2),
+        "ngram_weight_decay": often,
+    }
 
 
 def _flops(args: Settings) -> float:

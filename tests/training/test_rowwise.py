@@ -1,5 +1,6 @@
 """Row-wise RMSprop of the n-gram embedding, and the rates of models of other widths."""
 
+import dataclasses
 import math
 from contextlib import nullcontext
 
@@ -25,8 +26,9 @@ FLAGS = ["--arch", "modern", "--optimizer", "muon", "--ngram-rows", "60", "--lr"
 FLAGS += ["--ngram-optimizer", "rmsprop", "--ngram-longest", "5", "--vocab-size", "97"]
 
 
-def table_with(rows=6, width=4, beta2=0.9, lr=0.1):
+def table_with(rows=6, width=4, beta2=0.9, lr=0.1, decay=0.5):
     args = toy_settings("--beta2", str(beta2), "--lr", str(lr))
+    args = dataclasses.replace(args, ngram_weight_decay=decay)
     table = torch.nn.Parameter(torch.randn(rows, width, generator=torch.Generator().manual_seed(1)))
     return table, RowwiseRMSprop([table], args)
 
@@ -52,7 +54,7 @@ def test_steps_are_those_worked_out_one_row_at_a_time(sparse):
             new = float((g * g).mean())
             old = mean_square.get(row)
             mean_square[row] = new if old is None else 0.9 * old + 0.1 * new
-            expected[row] -= 0.1 * g / math.sqrt(mean_square[row])
+            expected[row] -= 0.1 * (g / math.sqrt(mean_square[row]) + 0.5 * expected[row])
         torch.testing.assert_close(table.detach().double(), expected, rtol=1e-5, atol=1e-6)
     kept = optimizer.state[table]["mean_square"].flatten()
     assert kept[[1, 3, 4]].tolist() == [0, 0, 0]  # never seen

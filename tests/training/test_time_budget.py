@@ -80,19 +80,22 @@ def test_the_planned_steps_and_evaluations_fill_the_time(text, minutes):
 
 def test_where_the_data_is_the_limit_more_time_goes_into_a_larger_model(text, monkeypatch):
     flags, _ = text
-    monkeypatch.setattr(time_budget, "MOST_EPOCHS", 2.5)
+    monkeypatch.setattr(time_budget, "MOST_EPOCHS", 5.0)
     monkeypatch.setattr(time_budget, "MOST_NUMBERS", 20.0)
     short, long, longest = (choose(flags, "--minutes", m) for m in ("0.5", "2", "3000"))
     assert numbers(short) < numbers(long) < numbers(longest) <= 20 * 270_000
     tokens = [a.num_steps * a.global_batch_size * (a.seq_len - 1) for a in (short, long, longest)]
-    assert max(tokens) <= 2.5 * 270_000 and tokens[2] > 2.3 * 270_000
+    assert max(tokens) <= 5 * 270_000 and tokens[2] > 4.8 * 270_000
     assert "ends before its time" in longest.chosen and not longest.open_end
     assert (longest.model.ngram_dropout, longest.model.ngram_longest) == (0.5, 5)
+    assert (longest.weight_decay, longest.ngram_weight_decay) == (1.0, 1.0)
 
 
-def test_rows_are_left_out_where_a_text_is_seen_more_than_once():
-    found = [time_budget.ngram_dropout_for(e) for e in (0.1, 0.4, 1.0, 2.0, 40.0)]
-    assert found == [0.0, 0.0, 0.2, 0.5, 0.5]
+def test_a_text_that_is_seen_more_often_is_regularized_more():
+    found = [time_budget.regularization_for(e) for e in (0.1, 0.4, 1.0, 2.0, 3.5, 5.0, 40.0)]
+    assert [f["ngram_dropout"] for f in found] == [0.0, 0.0, 0.2, 0.5, 0.5, 0.5, 0.5]
+    assert [f["weight_decay"] for f in found] == [0.1, 0.1, 0.1, 0.1, 0.32, 1.0, 1.0]
+    assert [f["ngram_weight_decay"] for f in found] == [0.0, 0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
 
 
 def test_long_runs_have_larger_batches_and_smaller_rates(text):
