@@ -161,7 +161,9 @@ def time_kept(args: Settings, state: RunState, seconds: float) -> list[str]:
         return []
     line = f"took {seconds / 60:.2f} of its {args.minutes:g} minutes"
     off = seconds / 60 / args.minutes - 1
-    if abs(off) > 0.05 and not (off < 0 and "ends before its time" in args.chosen):
+    if off < -0.05 and args.num_steps == args.most_steps:
+        line += ": more epochs of these data may not help"
+    elif abs(off) > 0.05:
         speed = "slower" if off > 0 else "faster"
         line += f": since its last step was fixed, it has been {speed} than expected"
     return [line]

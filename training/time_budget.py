@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from config import Settings, from_dict, to_dict
+from config import GPTConfig, Settings, from_dict, to_dict
 from dataset import open_data
 from parallel.process_group import Ranks
 from runtime.device import free_memory_of, has_bf16_units, pick_device, tune
@@ -152,13 +152,11 @@ class _Choice:
         scale = math.sqrt(max(1.0, tokens / RUN_TOKENS))
         chosen: dict[str, Any] = {"lr_width": RATE_WIDTH, "warmup_steps": 0, "compile": "off"}
         chosen["lr"] = RATES[values["optimizer"]] * max(1 / 3, scale**-0.5)
-        epochs = tokens / self.data_tokens
-        regularization = regularization_for(epochs)
-        chosen["weight_decay"] = regularization.pop("weight_decay")
         if values["arch"] == "modern":
+            epochs = tokens / self.data_tokens
             chosen["ngram_longest"] = LONGEST if epochs <= 1 else LONGEST_OF_REPEATED
             chosen["ngram_rows"] = self._rows(tokens, values["d_model"])
-            chosen |= {"ngram_optimizer": "rmsprop", **regularization}
+            chosen["ngram_optimizer"] = "rmsprop"
         on_cpu = self.device.torch_device.type == "cpu"
         if not typed.keys() & {"batch_size", "grad_accum_steps", "global_batch_size"}:
             ranks = self.ranks.world // values["tensor_parallel_size"]
@@ -232,9 +230,10 @@ class _Choice:
         # With three, the first is before the rate falls: it tells how long the others will take.
         evaluations = min(20, max(1 if self.seconds < 60 else 3, most))
         steps = max(2, int((left - evaluations * evaluation) / step))
-        longest = max(2, int(MOST_EPOCHS * self.data_tokens / batch))
-        early = not self.fixed and "num_steps" not in typed and steps > 1.2 * longest
-        steps = longest if early else steps
+        most_steps = 1 << 40
+        if not self.fixed and "num_steps" not in typed:
+            most_steps = max(2, int(MOST_EPOCHS * self.data_tokens / batch))
+        early, steps = steps > most_steps, min(steps, most_steps)
         each = -(-steps // evaluations)
         saves = max(1, int(evaluations * 120.0 / self.seconds))  # evaluations between saves
         chosen: dict[str, Any] = {"num_steps": steps, "eval_steps": each}
@@ -242,10 +241,11 @@ class _Choice:
         if not self.fixed:
             chosen |= {"eval_at_start": "off", "lr_scheduler": "wsd", "decay_ratio": DECAY}
             chosen["log_steps"] = max(1, min(args.log_steps, steps // 50))  # it reads the clock
+            chosen |= regularization_for(steps * batch / self.data_tokens, args.model)
         values = {**to_dict(args), **{k: v for k, v in chosen.items() if k not in typed}}
         values["warmup_steps"] = min(values["warmup_steps"], values["num_steps"] // 10)
         open_end = "num_steps" not in typed and values["lr_scheduler"] in ("wsd", "none")
-        run = dataclasses.replace(from_dict(values), open_end=open_end and not early)
+        run = dataclasses.replace(from_dict(values), most_steps=most_steps if open_end else 0)
         return dataclasses.replace(run, chosen=self._sentence(run, step, early))
 
     def _sentence(self, args: Settings, step: float, early: bool) -> str:
@@ -255,7 +255,7 @@ class _Choice:
         c, tokens = args.model, args.num_steps * args.global_batch_size * (args.seq_len - 1)
         rate = args.global_batch_size * (args.seq_len - 1) / step
         rows = f", {c.ngram_rows:,} rows for n-grams" if c.ngram_rows else ""
-        about = "some " if args.open_end else ""
+        about = "some " if args.most_steps else ""
         what = (
             f"chosen for {args.minutes:g} minutes: {c.n_layers} blocks of width {c.d_model}{rows}; "
             f"{about}{args.num_steps:,} steps of {args.global_batch_size} x {args.seq_len} tokens"
@@ -271,17 +271,17 @@ class _Choice:
         return f"{what}\n{why}"
 
 
-def regularization_for(epochs: float) -> dict[str, float]:
+def regularization_for(epochs: float, model: GPTConfig) -> dict[str, float]:
     """Settings against learning a text by heart that is seen more than once. Its long n-grams are
-    known first, so half of them are left out; and from two to five epochs, weight decay grows ten
+    known first, so half of them are left out; and from two to three epochs, weight decay grows ten
     times, and rows of n-grams begin to have one (tinyshakespeare).
     """
-    often = round(min(1.0, max(0.0, (epochs - 2) / 3)), 1)
-    return {
-        "ngram_dropout": min(0.5, round(0.25 * epochs, 1)) if epochs >= 0.5 else 0.0,
-        "weight_decay": round(0.1 * 10**often, 2),
-        "ngram_weight_decay": often,
-    }
+    often = round(min(1.0, max(0.0, epochs - 2)), 1)
+    chosen = {"weight_decay": round(0.1 * 10**often, 2)}
+    if model.ngram_rows:
+        dropout = min(0.5, round(0.25 * epochs, 1)) if epochs >= 0.5 else 0.0
+        chosen |= {"ngram_dropout": dropout, "ngram_weight_decay": often}
+    return chosen
 
 
 def _flops(args: Settings) -> float:

@@ -7,14 +7,14 @@ import torch
 from conftest import ROOT
 
 from checkpoint import read_checkpoint
-from config import to_dict
+from config import GPTConfig, to_dict
 from parallel.process_group import Ranks
 from runtime.setting_fields import UserError
 from settings.command_line import parse_settings
 from training import time_budget
 from training.deadline import seconds_to_end
 from training.flops import flops_per_token, numbers_in_matrices
-from training.time_budget import fit_to_time
+from training.time_budget import fit_to_time, regularization_for
 
 RATE = 5e10  # FLOP/s of the machine that the tests make up
 
@@ -62,7 +62,7 @@ def test_more_minutes_choose_larger_models(text):
 def test_the_planned_steps_and_evaluations_fill_the_time(text, minutes):
     flags, measured = text
     args = choose(flags, "--minutes", minutes)
-    assert args.open_end and args.lr_scheduler == "wsd"
+    assert args.most_steps and args.lr_scheduler == "wsd"
     tokens = args.global_batch_size * (args.seq_len - 1)
     step = args.global_batch_size * args.seq_len * flops_per_token(args.model, args.seq_len) / RATE
     step *= time_budget.COMPILED if args.compile == "on" else 1.0
@@ -70,11 +70,12 @@ def test_the_planned_steps_and_evaluations_fill_the_time(text, minutes):
     seconds = 3.0 + args.num_steps * step + evaluations * step * 30_000 / tokens / 3
     whole = 60 * float(minutes)
     assert whole - 10 - step <= seconds + seconds_to_end(args) <= whole
-    # What is trained is what was measured, but for its length, evaluations and compilation.
-    last = to_dict(next(m for m in reversed(measured) if m.model == args.model))
-    apart = {k for k, v in to_dict(args).items() if last[k] != v}
-    lengths = {"num_steps", "eval_steps", "save_steps", "log_steps", "open_end"}
-    lengths |= {"lr_scheduler", "decay_ratio"}
+    # What is trained is what was measured, but for its length, decay, evaluations and compilation.
+    shape = args.model.n_layers, args.model.d_model
+    last = next(m for m in reversed(measured) if (m.model.n_layers, m.model.d_model) == shape)
+    apart = {k for k, v in to_dict(args).items() if to_dict(last)[k] != v}
+    lengths = {"num_steps", "eval_steps", "save_steps", "log_steps", "most_steps"}
+    lengths |= {"lr_scheduler", "decay_ratio", *regularization_for(9.0, args.model)}
     assert apart <= lengths | {"eval_at_start", "chosen", "compile"}
 
 
@@ -86,16 +87,18 @@ def test_where_the_data_is_the_limit_more_time_goes_into_a_larger_model(text, mo
     assert numbers(short) < numbers(long) < numbers(longest) <= 20 * 270_000
     tokens = [a.num_steps * a.global_batch_size * (a.seq_len - 1) for a in (short, long, longest)]
     assert max(tokens) <= 5 * 270_000 and tokens[2] > 4.8 * 270_000
-    assert "ends before its time" in longest.chosen and not longest.open_end
+    assert "ends before its time" in longest.chosen and longest.num_steps == longest.most_steps
     assert (longest.model.ngram_dropout, longest.model.ngram_longest) == (0.5, 5)
     assert (longest.weight_decay, longest.ngram_weight_decay) == (1.0, 1.0)
 
 
 def test_a_text_that_is_seen_more_often_is_regularized_more():
-    found = [time_budget.regularization_for(e) for e in (0.1, 0.4, 1.0, 2.0, 3.5, 5.0, 40.0)]
+    model = GPTConfig(arch="modern", ngram_rows=10)
+    found = [regularization_for(epochs, model) for epochs in (0.1, 0.4, 1.0, 2.0, 2.5, 3.0, 40.0)]
     assert [f["ngram_dropout"] for f in found] == [0.0, 0.0, 0.2, 0.5, 0.5, 0.5, 0.5]
     assert [f["weight_decay"] for f in found] == [0.1, 0.1, 0.1, 0.1, 0.32, 1.0, 1.0]
     assert [f["ngram_weight_decay"] for f in found] == [0.0, 0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
+    assert regularization_for(3.0, GPTConfig()) == {"weight_decay": 1.0}
 
 
 def test_long_runs_have_larger_batches_and_smaller_rates(text):
@@ -125,7 +128,7 @@ def test_typed_flags_win_and_the_rest_goes_around_them(text):
     assert {k: found[k] for k in wanted} == wanted
     assert found["d_model"] in {width for _, width, _ in time_budget.SHAPES}
     steps = choose(flags, "--minutes", "5", "--num-steps", "9")
-    assert steps.num_steps == 9 and not steps.open_end
+    assert steps.num_steps == 9 and not steps.most_steps
     wide = choose(flags, "--minutes", "5", "--d-model", "100", "--n-heads", "5")
     assert (wide.model.d_model, wide.model.n_heads) == (100, 5)
     short = choose(flags, "--minutes", "5", "--max-position-embeddings", "200")
@@ -196,7 +199,7 @@ def test_a_run_of_a_few_seconds_ends_and_goes_on_with_what_was_chosen(program):
     assert "chosen for 0.2 minutes" in out and "because" in out
     run = read_checkpoint(program.folder / "c.pt")
     settings = run["settings"]
-    assert f"there is time for {settings['num_steps']:,} steps in all" in out
+    assert f"the run has {settings['num_steps']:,} steps in all" in out
     # The same settings without a clock give the same weights: the run does not depend on it.
     (program.folder / "again.py").write_text(AGAIN)
     program(str(program.folder / "again.py"), PYTHONPATH=str(ROOT))
