@@ -8,6 +8,7 @@ import pytest
 from config import Settings
 from corpus.data_kinds import ToyRandomDataset
 from parallel.process_group import Ranks
+from reporting.log_lines import time_kept
 from training.deadline import Deadline, seconds_to_end
 from training.optimizers import lr_at
 from training.step import RunState, due
@@ -111,6 +112,19 @@ def test_without_most_steps_or_resumed_nothing_changes():
 def test_a_run_that_is_late_already_ends_and_its_rates_fall_to_the_end():
     args, rates, _, _ = simulate(lambda step: 200.0 if step == 20 else 0.2)
     assert args.num_steps == math.ceil(20 / 0.5) and rates[-1] < 0.06
+
+
+def test_a_run_says_at_its_end_why_it_did_not_take_its_time():
+    def line(seconds, **changes):
+        args = dataclasses.replace(PLAN, **changes)
+        return time_kept(args, RunState(step=args.num_steps), seconds)
+
+    assert line(121.2) == ["took 2.02 of its 2 minutes"]
+    expected = "took 2.20 of its 2 minutes: since its last step was fixed, it has been slower than"
+    assert line(132) == [f"{expected} expected"]
+    assert line(108)[0].endswith("it has been faster than expected")
+    assert line(108, most_steps=400)[0].endswith("more epochs of these data may not help")
+    assert line(108, minutes=0.0) == line(108, resume=True) == []
 
 
 def test_a_constant_rate_ends_in_its_time_too():
