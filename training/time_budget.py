@@ -41,7 +41,8 @@ DECAY = 0.5  # part of the steps in which the learning rate falls
 MOST_EPOCHS = 5.0  # of the training data; more time than for that goes into a larger model
 MOST_NUMBERS = 15.0  # in the matrices of a model, for each token of the training data
 COMPILES_FROM = 5.0  # minutes: compiling takes 10 to 15 s
-COMPILED = 0.7  # time of a compiled step, as a part of one that is not
+# Time of a compiled step, as a part of one that is not; in bf16 on a CPU it converts less.
+COMPILED, COMPILED_BF16 = 0.7, 0.5
 MEASURING = 0.02  # part of the time for measuring, after the first and until the last has begun
 EVALUATING = 0.04  # part of the time for evaluations, where three take less than that
 
@@ -119,7 +120,7 @@ class _Choice:
         limit = MEASURING / 3 * self.seconds
         step = seconds_of_step(args, self.train, self.device, self.ranks, self.spread, limit)
         (us,) = self.ranks.agree(int(1e6 * step))
-        return max(1, us) / 1e6 * (COMPILED if self.compiles else 1.0)
+        return max(1, us) / 1e6 * (compiled_part(args) if self.compiles else 1.0)
 
     def _elapsed(self) -> float:
         """Seconds since the start, the same on all ranks: of the first to start."""
@@ -269,6 +270,11 @@ class _Choice:
         if early:
             why += f"; it ends before its time: over {MOST_EPOCHS:g} epochs may not help"
         return f"{what}\n{why}"
+
+
+def compiled_part(args: Settings) -> float:
+    """The time of a compiled step, as a part of one that is not."""
+    return COMPILED_BF16 if args.precision == "bf16" else COMPILED
 
 
 def regularization_for(epochs: float, model: GPTConfig) -> dict[str, float]:

@@ -14,7 +14,7 @@ from settings.command_line import parse_settings
 from training import time_budget
 from training.deadline import seconds_to_end
 from training.flops import flops_per_token, numbers_in_matrices
-from training.time_budget import fit_to_time, regularization_for
+from training.time_budget import compiled_part, fit_to_time, regularization_for
 
 RATE = 5e10  # FLOP/s of the machine that the tests make up
 
@@ -65,7 +65,7 @@ def test_the_planned_steps_and_evaluations_fill_the_time(text, minutes):
     assert args.most_steps and args.lr_scheduler == "wsd"
     tokens = args.global_batch_size * (args.seq_len - 1)
     step = args.global_batch_size * args.seq_len * flops_per_token(args.model, args.seq_len) / RATE
-    step *= time_budget.COMPILED if args.compile == "on" else 1.0
+    step *= compiled_part(args) if args.compile == "on" else 1.0
     evaluations = -(-args.num_steps // args.eval_steps)
     seconds = 3.0 + args.num_steps * step + evaluations * step * 30_000 / tokens / 3
     whole = 60 * float(minutes)
