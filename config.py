@@ -197,7 +197,8 @@ class Settings:
     minutes: float = flag(0.0, "choose the model and its training for so many minutes on this "
                           "device; 0 = do not", at_least=0)
     chosen: str = ""  # what --minutes chose, and why
-    most_steps: int = 0  # to which --minutes may raise num_steps while it runs; 0 = num_steps stays
+    open_end: bool = False  # whether num_steps is a plan that --minutes still changes
+    most_steps: int = 0  # to which it may raise num_steps; 0 = no limit
     threads: int = flag(0, "CPU threads of each process; 0 = cores / processes of this machine",
                         at_least=0)
     dry_run: bool = flag(False, "say what the run would take, after three measured steps, and end")

@@ -144,7 +144,7 @@ class RunLog:
         """Records that the run has another number of steps from now on."""
         self.args = self.clock.args = args
         self.output.bar.total = args.num_steps
-        changed = {"num_steps": args.num_steps}
+        changed = {"num_steps": args.num_steps, "open_end": args.open_end}
         self._write({"event": "settings", "step": state.step, "settings": changed})
 
     def after_step(self, state: RunState) -> None:

@@ -36,7 +36,7 @@ class Deadline:
 
     Until then, no step depends on num_steps (`lr_at` with wsd). So the run is in the end what
     it would have been with these settings from its start. A run without --minutes, one whose
-    settings leave num_steps as it is (`most_steps` is 0) and a resumed one never come near one.
+    settings leave num_steps as it is (`open_end`) and a resumed one never come near a deadline.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Deadline:
     ) -> None:
         """ranks: all ranks of the run; clock: seconds since the process began."""
         self.args, self.state, self.ranks, self.clock = args, state, ranks or Ranks(), clock
-        self.open = args.minutes > 0 and args.most_steps > 0 and not args.resume
+        self.open = args.open_end and not args.resume
         self.step, self.last = 0, 0.0  # the step and the time when the clock was last read
         self.end = 60 * args.minutes - seconds_to_end(args)
         self.steps = self.seconds = 0.0  # of the steps, the latest ones in full
@@ -101,6 +101,7 @@ class Deadline:
         args, state = dataclasses.replace(self.args, num_steps=-negative), self.state
         self.open = state.step + 1 <= _last_constant(args, -negative)
         if not self.open:
+            args = dataclasses.replace(args, open_end=False)
             state.pending_messages.append(
                 f"step {state.step}: the run has {args.num_steps:,} steps in all; from now on the "
                 "learning rate falls"
@@ -125,7 +126,7 @@ class Deadline:
         # the last. The first falls with n and the second rises: the best n is where they meet.
         n = max(1, int((most - each * done) / (each + evaluation)))
         last = max(int(min(most - k * evaluation, each * (done + k))) for k in (n, n + 1))
-        return max(first, min(last, args.most_steps))
+        return max(first, min(last, args.most_steps or last))
 
 
 def _decay(args: Settings) -> float:

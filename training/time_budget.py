@@ -231,10 +231,9 @@ class _Choice:
         # With three, the first is before the rate falls: it tells how long the others will take.
         evaluations = min(20, max(1 if self.seconds < 60 else 3, most))
         steps = max(2, int((left - evaluations * evaluation) / step))
-        most_steps = 1 << 40
-        if not self.fixed and "num_steps" not in typed:
-            most_steps = max(2, int(MOST_EPOCHS * self.data_tokens / batch))
-        early, steps = steps > most_steps, min(steps, most_steps)
+        most_steps = 0 if self.fixed else max(2, int(MOST_EPOCHS * self.data_tokens / batch))
+        early = 0 < most_steps < steps and "num_steps" not in typed
+        steps = most_steps if early else steps
         each = -(-steps // evaluations)
         saves = max(1, int(evaluations * 120.0 / self.seconds))  # evaluations between saves
         chosen: dict[str, Any] = {"num_steps": steps, "eval_steps": each}
@@ -246,7 +245,7 @@ class _Choice:
         values = {**to_dict(args), **{k: v for k, v in chosen.items() if k not in typed}}
         values["warmup_steps"] = min(values["warmup_steps"], values["num_steps"] // 10)
         open_end = "num_steps" not in typed and values["lr_scheduler"] in ("wsd", "none")
-        run = dataclasses.replace(from_dict(values), most_steps=most_steps if open_end else 0)
+        run = dataclasses.replace(from_dict(values), open_end=open_end, most_steps=most_steps)
         return dataclasses.replace(run, chosen=self._sentence(run, step, early))
 
     def _sentence(self, args: Settings, step: float, early: bool) -> str:
@@ -256,7 +255,7 @@ class _Choice:
         c, tokens = args.model, args.num_steps * args.global_batch_size * (args.seq_len - 1)
         rate = args.global_batch_size * (args.seq_len - 1) / step
         rows = f", {c.ngram_rows:,} rows for n-grams" if c.ngram_rows else ""
-        about = "some " if args.most_steps else ""
+        about = "some " if args.open_end else ""
         what = (
             f"chosen for {args.minutes:g} minutes: {c.n_layers} blocks of width {c.d_model}{rows}; "
             f"{about}{args.num_steps:,} steps of {args.global_batch_size} x {args.seq_len} tokens"

@@ -62,7 +62,7 @@ def test_more_minutes_choose_larger_models(text):
 def test_the_planned_steps_and_evaluations_fill_the_time(text, minutes):
     flags, measured = text
     args = choose(flags, "--minutes", minutes)
-    assert args.most_steps and args.lr_scheduler == "wsd"
+    assert args.open_end and args.lr_scheduler == "wsd"
     tokens = args.global_batch_size * (args.seq_len - 1)
     step = args.global_batch_size * args.seq_len * flops_per_token(args.model, args.seq_len) / RATE
     step *= compiled_part(args) if args.compile == "on" else 1.0
@@ -74,7 +74,7 @@ def test_the_planned_steps_and_evaluations_fill_the_time(text, minutes):
     shape = args.model.n_layers, args.model.d_model
     last = next(m for m in reversed(measured) if (m.model.n_layers, m.model.d_model) == shape)
     apart = {k for k, v in to_dict(args).items() if to_dict(last)[k] != v}
-    lengths = {"num_steps", "eval_steps", "save_steps", "log_steps", "most_steps"}
+    lengths = {"num_steps", "eval_steps", "save_steps", "log_steps", "open_end", "most_steps"}
     lengths |= {"lr_scheduler", "decay_ratio", *regularization_for(9.0, args.model)}
     assert apart <= lengths | {"eval_at_start", "chosen", "compile"}
 
@@ -128,7 +128,7 @@ def test_typed_flags_win_and_the_rest_goes_around_them(text):
     assert {k: found[k] for k in wanted} == wanted
     assert found["d_model"] in {width for _, width, _ in time_budget.SHAPES}
     steps = choose(flags, "--minutes", "5", "--num-steps", "9")
-    assert steps.num_steps == 9 and not steps.most_steps
+    assert steps.num_steps == 9 and not steps.open_end
     wide = choose(flags, "--minutes", "5", "--d-model", "100", "--n-heads", "5")
     assert (wide.model.d_model, wide.model.n_heads) == (100, 5)
     short = choose(flags, "--minutes", "5", "--max-position-embeddings", "200")
