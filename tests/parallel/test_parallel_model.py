@@ -57,6 +57,7 @@ def test_gradients_are_synchronised_once_per_optimizer_step(group, accumulation)
 
 
 MUON = "--arch modern --optimizer muon --ngram-rows 300 --ngram-optimizer rmsprop"
+MUON += " --ngram-weight-decay 0.5"
 
 
 @pytest.mark.long

@@ -69,7 +69,7 @@ TINY = """
 SGD, ADAMW = "--arch gpt2 --optimizer adamw --lr 0.5", "--arch gpt2 --optimizer adamw --lr 3e-3"
 MUON = """
     --arch modern --optimizer muon --lr 0.02 --ngram-rows 301 --ngram-longest 6
-    --ngram-optimizer rmsprop --lr-width 16
+    --ngram-optimizer rmsprop --ngram-weight-decay 0.5 --lr-width 16
 """
 
 

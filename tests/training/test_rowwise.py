@@ -23,7 +23,8 @@ from training.optimizers import (
 from training.step import RunState, train_step
 
 FLAGS = ["--arch", "modern", "--optimizer", "muon", "--ngram-rows", "60", "--lr", "0.02"]
-FLAGS += ["--ngram-optimizer", "rmsprop", "--ngram-longest", "5", "--vocab-size", "97"]
+FLAGS += "--ngram-optimizer rmsprop --ngram-weight-decay 0.5 --ngram-longest 5".split()
+FLAGS += ["--vocab-size", "97"]
 
 
 def table_with(rows=6, width=4, beta2=0.9, lr=0.1, decay=0.5):
