@@ -1,4 +1,4 @@
-"""What the README says to type works: its commands, its changes of the code, its use as a library."""
+"""What the pages say to type works: the README's commands and its use as a library, and the changes of the code that a guide shows."""
 
 import json
 import re
@@ -20,6 +20,7 @@ from settings.command_line import parse_settings
 from settings.eval_and_generate import EvalSettings, SampleSettings
 
 TEXT = (ROOT / "README.md").read_text()
+CHANGES = (ROOT / "docs/guides/change-the-code.md").read_text()
 COMMANDS = [
     shlex.split(line.split("  #")[0])
     for line in re.sub(r"\\\n\s*", "", TEXT).splitlines()
@@ -77,10 +78,10 @@ def run_python(folder, *words):
 
 @pytest.fixture
 def changed(tmp_path, request):
-    """A copy of the project with one of the changes that the README shows."""
+    """A copy of the project with one of the changes that the guide shows."""
     ignored = shutil.ignore_patterns(".*", "tests", "docs", "logs", "checkpoints", "runs")
     shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored)
-    (diff,) = [x for x in re.findall(r"```diff\n(.*?)```", TEXT, re.S) if request.param in x]
+    (diff,) = [x for x in re.findall(r"```diff\n(.*?)```", CHANGES, re.S) if request.param in x]
     subprocess.run(
         ["git", "apply", "-"], cwd=tmp_path / "copy", input=diff, text=True, check=True, timeout=60
     )
@@ -99,7 +100,7 @@ def records(folder):
 
 @pytest.mark.long
 @pytest.mark.parametrize("changed", ["adam_eps"], indirect=True)
-def test_the_new_setting_of_the_readme_works(changed):
+def test_the_new_setting_of_the_guide_works(changed):
     plain = records(run_of_toy(changed))
     assert plain[0]["settings"]["adam_eps"] == 1e-8
     other = records(run_of_toy(changed, "--adam-eps", "0.1"))
@@ -111,7 +112,7 @@ def test_the_new_setting_of_the_readme_works(changed):
 
 @pytest.mark.long
 @pytest.mark.parametrize("changed", ["rsqrt"], indirect=True)
-def test_the_new_schedule_of_the_readme_works(changed):
+def test_the_new_schedule_of_the_guide_works(changed):
     flags = ["--lr-scheduler", "rsqrt", "--lr", "1e-3", "--min-lr", "0", "--warmup-steps", "0"]
     rates = [r["lr"] for r in records(run_of_toy(changed, *flags)) if r["event"] == "train"]
     assert rates == pytest.approx([1e-3, 1e-3 / 2**0.5, 1e-3 / 3**0.5])
@@ -119,7 +120,7 @@ def test_the_new_schedule_of_the_readme_works(changed):
 
 @pytest.mark.long
 @pytest.mark.parametrize("changed", ["self.gate"], indirect=True)
-def test_the_other_mlp_of_the_readme_works(changed):
+def test_the_other_mlp_of_the_guide_works(changed):
     numbers = records(run_of_toy(changed))[0]["parameters"]
     run_python(changed, "train_minimal.py", *TOY[-4:], "--resume", "--num-steps", "4")
     code = "from model import GPTModel; from settings.command_line import parse_settings\n"
