@@ -52,7 +52,7 @@ def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
         restore(checkpoints, train.tokenizer)  # the run at its path, or given weights
     log = open_log(ranks, "train_ddp", args, state, device, model, train, val)
     batches, deadline = Prefetch(train, args, device, parallel), Deadline(args, state, val, ranks)
-    if starts_with_evaluation(state.step, model, val, args, device):
+    if starts_with_evaluation(state.step, val, args, device):
         log.eval(state, evaluate(model, val, args.batch_size, device, parallel))
     checkpoints.begin()  # from here on the checkpoint path belongs to this run
     signals.install()  # a signal to any rank ends the run after its step, with a checkpoint

@@ -45,7 +45,7 @@ def main(args: Settings, signals: StopSignals) -> int:
         restore(checkpoints, train.tokenizer)  # the run at its path, or given weights
     log = RunLog("train_minimal", args, state, device, model, train, val)
     batches, deadline = Prefetch(train, args, device), Deadline(args, state, val)
-    if starts_with_evaluation(state.step, model, val, args, device):
+    if starts_with_evaluation(state.step, val, args, device):
         log.eval(state, evaluate(model, val, args.batch_size, device))
     checkpoints.begin()  # from here on the checkpoint path belongs to this run
     signals.install()  # a signal now ends the run after its step, with a checkpoint

@@ -70,7 +70,7 @@ def dry_run(
         *_disk(args, model, optimizer),
         "",
         "time",
-        *_time(args, model, val, device, seconds, of_evaluation),
+        *_time(args, val, device, seconds, of_evaluation),
         f"  {rate:,.0f} tokens/s"
         + (
             f", mfu {rate * flops_per_token(args.model, args.seq_len) / peak / ranks.world:.0%}"
@@ -167,14 +167,9 @@ def _bytes(n: float) -> str:
 
 
 def _time(
-    args: Settings,
-    model: GPTModel,
-    val: TokenDataset,
-    device: Device,
-    seconds: float,
-    of_evaluation: float,
+    args: Settings, val: TokenDataset, device: Device, seconds: float, of_evaluation: float
 ) -> list[str]:
-    times = _evaluations(args) + starts_with_evaluation(0, model, val, args, device)
+    times = _evaluations(args) + starts_with_evaluation(0, val, args, device)
     steps, evaluations = args.num_steps * seconds, times * of_evaluation
     return [
         f"  {duration(steps + evaluations)}: {args.num_steps} steps of {seconds:.3g} s, "

@@ -60,12 +60,10 @@ def _memory(args: Settings, device: Device) -> str:
     return f"memory: training takes about {need}{there}"
 
 
-def notes_at_start(
-    args: Settings, step: int, model: GPTModel, val: TokenDataset, device: Device
-) -> list[str]:
+def notes_at_start(args: Settings, step: int, val: TokenDataset, device: Device) -> list[str]:
     """The lines about what may surprise in a run that starts, or resumes, at this step."""
     notes = [] if args.resume else notes_on_preset(args)
-    if not step and not starts_with_evaluation(0, model, val, args, device):
+    if not step and not starts_with_evaluation(0, val, args, device):
         notes.append("no evaluation before the first step (--eval-at-start on does one)")
     if args.resume and step == args.num_steps:
         notes.append(

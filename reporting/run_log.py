@@ -104,7 +104,7 @@ class RunLog:
             self._write(record_of_resume(state, run, run_as_known(self.metrics.kept)))
         else:
             self._write({"event": "run", **run})
-        notes = notes_at_start(args, state.step, model, val, device)
+        notes = notes_at_start(args, state.step, val, device)
         for line in [*notes, *self.reference.notes(run)]:
             self.output.line(line)
         if args.use_wandb:

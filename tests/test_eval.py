@@ -180,12 +180,12 @@ def test_data_are_named_and_rows_of_different_data_are_marked(tmp_path, capsys):
     ],
 )
 def test_a_run_evaluates_before_its_first_step_unless_that_takes_long(
-    tokens, parameters, device, flag, step, expected
+    tokens, parameters, device, flag, step, expected, monkeypatch
 ):
-    model = SimpleNamespace(num_parameters=lambda: parameters)
+    monkeypatch.setattr("training.evaluation.num_numbers", lambda config: (parameters, 0))
     there = Device(torch.device(device), "fp32", "test")
     args = toy_settings(eval_at_start=flag)
-    found = starts_with_evaluation(step, model, SimpleNamespace(num_tokens=tokens), args, there)
+    found = starts_with_evaluation(step, SimpleNamespace(num_tokens=tokens), args, there)
     assert found is expected
 
 

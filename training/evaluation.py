@@ -20,6 +20,7 @@ from model import GPTModel
 from parallel.context import SINGLE_PROCESS, ParallelContext
 from runtime.console import progress
 from runtime.device import Device
+from training.memory import num_numbers
 
 _LONG_ON_CPU = 1e12  # tokens x parameters; with 2 FLOP each, 20 s at 100 GFLOP/s
 
@@ -76,16 +77,14 @@ def evaluate(
     )
 
 
-def starts_with_evaluation(
-    step: int, model: GPTModel, val: TokenDataset, args: Settings, device: Device
-) -> bool:
+def starts_with_evaluation(step: int, val: TokenDataset, args: Settings, device: Device) -> bool:
     """Whether a run evaluates before its next update. A resumed run (step > 0) does not; a new one
     follows eval_at_start. With "auto" it does, except on a CPU where validation tokens x parameters
     exceed 1e12. No time is measured, so all ranks, and the same run tomorrow, decide alike.
     """
     if step or args.eval_at_start != "auto":
         return step == 0 and args.eval_at_start == "on"
-    work = val.num_tokens * model.num_parameters()
+    work = val.num_tokens * num_numbers(args.model)[0]
     return device.torch_device.type != "cpu" or work <= _LONG_ON_CPU
 
 

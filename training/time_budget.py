@@ -19,6 +19,7 @@ from runtime.start_time import seconds_since_start
 from settings.command_line import trainer_flags
 from training.compilation import why_not_compiled
 from training.deadline import evaluation_in_steps, seconds_to_end
+from training.evaluation import starts_with_evaluation
 from training.flops import flops_per_token, numbers_in_matrices
 from training.memory import num_numbers
 from training.step_speed import seconds_of_step
@@ -84,7 +85,7 @@ class _Choice:
         self.device = pick_device(args.device, args.precision, ranks.local_rank)
         tune(self.device, args.model.use_activation_checkpoint, args.deterministic)
         self.train, val, self.args = ranks.each(open_data, args)
-        self.data_tokens, self.val_tokens = self.train.num_tokens, val.num_tokens
+        self.val, self.data_tokens = val, self.train.num_tokens
         self.seconds = 60.0 * args.minutes
         self.fixed = "preset" in typed or bool(args.init_from)
         (short,) = ranks.agree(-int(min(free_memory_of(self.device), 1e18)))
@@ -117,7 +118,7 @@ class _Choice:
         """The measured seconds of a step, those of the slowest rank, and of a compiled model if the
         run is compiled.
         """
-        limit = MEASURING / 3 * self.seconds
+        limit = MEASURING * self.seconds / (1 if self.fixed else 3)  # three shapes, as a rule
         step = seconds_of_step(args, self.train, self.device, self.ranks, self.spread, limit)
         (us,) = self.ranks.agree(int(1e6 * step))
         return max(1, us) / 1e6 * (compiled_part(args) if self.compiles else 1.0)
@@ -225,12 +226,13 @@ class _Choice:
     def _with_steps(self, args: Settings, step: float) -> Settings:
         """The settings with as many steps, evaluations and saves as there is time for."""
         typed, batch = self.typed, args.global_batch_size * (args.seq_len - 1)
-        evaluation = evaluation_in_steps(args, self.val_tokens) * step
+        evaluation = evaluation_in_steps(args, self.val.num_tokens) * step
         left = self.seconds - self._elapsed() - seconds_to_end(args)
         most = int(EVALUATING * self.seconds / evaluation)
         # With three, the first is before the rate falls: it tells how long the others will take.
         evaluations = min(20, max(1 if self.seconds < 60 else 3, most))
-        steps = max(2, int((left - evaluations * evaluation) / step))
+        first = self.fixed and starts_with_evaluation(0, self.val, args, self.device)
+        steps = max(2, int((left - (evaluations + first) * evaluation) / step))
         most_steps = 0 if self.fixed else max(2, int(MOST_EPOCHS * self.data_tokens / batch))
         early = 0 < most_steps < steps and "num_steps" not in typed
         steps = most_steps if early else steps

@@ -149,6 +149,14 @@ def test_with_a_preset_only_the_length_is_chosen(text):
     }
 
 
+def test_the_evaluation_before_the_first_step_of_a_preset_is_counted(text):
+    flags, _ = text
+    preset = ["--minutes", "4", "--preset", "quickstart"]
+    with_it, without = (choose(flags, *preset, "--eval-at-start", x) for x in ("on", "off"))
+    evaluation = 30_000 / (24 * 127) / 3  # in steps of 24 x 128: a third of the work of a step
+    assert without.num_steps - with_it.num_steps == pytest.approx(evaluation, abs=1)
+
+
 def test_nothing_is_chosen_without_minutes_or_for_a_run_that_goes_on(text):
     flags, measured = text
     args = parse_settings("train_minimal", flags)
