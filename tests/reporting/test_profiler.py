@@ -34,36 +34,48 @@ def profiled(steps, *flags):
 
 
 def trace(path="logs/train_minimal_trace.json"):
-    """The ranges in a trace: of each profiled step, its milliseconds, and those of each range."""
-    events = json.loads(open(path).read())["traceEvents"]
-    ranges = [e for e in events if e.get("cat") == "user_annotation" and e["ph"] == "X"]
+    """The ranges in a trace: of each profiled step, its milliseconds, those of each range, and which
+    part of the torch operations that its thread began lie in no range.
+    """
+    events = [e for e in json.loads(open(path).read())["traceEvents"] if e["ph"] == "X"]
+    ranges = [e for e in events if e.get("cat") == "user_annotation"]
     found = {}
     for step in ranges:
         if not step["name"].startswith("ProfilerStep#"):
             continue
-        first, last = step["ts"], step["ts"] + step["dur"]
+        inside = [e for e in ranges if e["name"] in RANGES and within(e["ts"], step)]
         parts = dict.fromkeys(RANGES, 0.0)
-        for e in ranges:
-            if e["name"] in parts and first <= e["ts"] and e["ts"] + e["dur"] <= last:
-                parts[e["name"]] += e["dur"] / 1e3
-        found[step["name"]] = step["dur"] / 1e3, parts
+        for e in inside:
+            parts[e["name"]] += e["dur"] / 1e3
+        begun = [
+            e["ts"]
+            for e in events
+            if e.get("cat") == "cpu_op" and e["tid"] == step["tid"] and within(e["ts"], step)
+        ]
+        outside = [ts for ts in begun if not any(within(ts, e) for e in inside)]
+        found[step["name"]] = step["dur"] / 1e3, parts, len(outside) / len(begun)
     return found
 
 
+def within(ts, event):
+    return event["ts"] <= ts <= event["ts"] + event["dur"]
+
+
 def assert_whole(found):
-    """The ranges fill a step but for 5 %. On a busy machine one of three may have waited between two
-    of them: for a core, or up to 5 ms for the thread that reads the next batch.
+    """The ranges hold the work of a step: all but 2 % of its operations (the sum of gradients' norms
+    and the like), and no time twice. The share of time is not asserted: between two ranges a step
+    may wait for a core, or 5 ms for the interpreter, which the thread that reads batches holds.
     """
-    shares = sorted(sum(parts.values()) / step for step, parts in found.values())
-    print("of each step in a range:", shares)
-    assert len(shares) == 3 and shares[1] >= 0.95 and shares[2] <= 1
+    assert len(found) == 3
+    for step, parts, outside in found.values():
+        assert sum(parts.values()) <= step and outside <= 0.02
 
 
 def test_the_four_ranges_add_up_to_each_step(folder):
     profiled(9, "--log-steps", "100", "--eval-steps", "100")
     found = trace()
     assert list(found) == ["ProfilerStep#5", "ProfilerStep#6", "ProfilerStep#7"]
-    for _, parts in found.values():
+    for _, parts, _ in found.values():
         assert parts["log"] == 0 and all(parts[name] > 0 for name in RANGES[:4])
     assert_whole(found)
 
@@ -71,7 +83,7 @@ def test_the_four_ranges_add_up_to_each_step(folder):
 def test_with_a_record_of_each_step_the_log_is_a_range_too(folder):
     profiled(9, "--log-steps", "1", "--eval-steps", "100")
     found = trace()
-    for _, parts in found.values():
+    for _, parts, _ in found.values():
         assert parts["log"] > 0
     assert_whole(found)
 
@@ -81,7 +93,7 @@ def test_the_log_names_the_trace_and_what_took_most_of_the_time(folder, capsys):
     out = capsys.readouterr().out
     (said,) = re.findall(r"profile of updates 6 to 8: ([\d.]+) ms a step \((.*)\); (\S+)", out)
     assert said[2] == "logs/train_minimal_trace.json"
-    steps = [step for step, _ in trace().values()]
+    steps = [step for step, *_ in trace().values()]
     assert float(said[0]) == pytest.approx(sum(steps) / 3, rel=0.01)
     parts = {name: float(ms) for name, ms in (part.split() for part in said[1].split(", "))}
     assert list(parts) == [*RANGES, "rest"]
@@ -125,6 +137,6 @@ def test_the_ranges_of_one_of_two_processes_add_up_too(program, folder):
     program("train_ddp.py", *flags.split(), ranks=2)
     found = trace("logs/train_ddp_trace.json")
     assert len(found) == 3
-    for _, parts in found.values():
+    for _, parts, _ in found.values():
         assert parts["agree"] > 0
     assert_whole(found)
