@@ -63,12 +63,21 @@ def within(ts, event):
 
 def assert_whole(found):
     """The ranges hold the work of a step: all but 2 % of its operations (the sum of gradients' norms
-    and the like), and no time twice. The share of time is not asserted: between two ranges a step
-    may wait for a core, or 5 ms for the interpreter, which the thread that reads batches holds.
+    and the like), and no time twice.
     """
     assert len(found) == 3
     for step, parts, outside in found.values():
         assert sum(parts.values()) <= step and outside <= 0.02
+
+
+def assert_filled(found):
+    """The ranges fill a step but for 5 %. On a busy machine one of three may have waited between two
+    of them: for a core, or up to 5 ms for the thread that reads the next batch. (With two processes
+    more of them wait: there, only the operations tell.)
+    """
+    shares = sorted(sum(parts.values()) / step for step, parts, _ in found.values())
+    print("of each step in a range:", shares)
+    assert len(shares) == 3 and shares[1] >= 0.95
 
 
 def test_the_four_ranges_add_up_to_each_step(folder):
@@ -78,6 +87,7 @@ def test_the_four_ranges_add_up_to_each_step(folder):
     for _, parts, _ in found.values():
         assert parts["log"] == 0 and all(parts[name] > 0 for name in RANGES[:4])
     assert_whole(found)
+    assert_filled(found)
 
 
 def test_with_a_record_of_each_step_the_log_is_a_range_too(folder):
@@ -86,6 +96,7 @@ def test_with_a_record_of_each_step_the_log_is_a_range_too(folder):
     for _, parts, _ in found.values():
         assert parts["log"] > 0
     assert_whole(found)
+    assert_filled(found)
 
 
 def test_the_log_names_the_trace_and_what_took_most_of_the_time(folder, capsys):
