@@ -84,8 +84,8 @@ class _Choice:
         self.typed, self.ranks, self.spread = typed, ranks, spread
         self.device = pick_device(args.device, args.precision, ranks.local_rank)
         tune(self.device, args.model.use_activation_checkpoint, args.deterministic)
-        self.train, val, self.args = ranks.each(open_data, args)
-        self.val, self.data_tokens = val, self.train.num_tokens
+        self.train, self.val, self.args = ranks.each(open_data, args)
+        self.data_tokens = self.train.num_tokens
         self.seconds = 60.0 * args.minutes
         self.fixed = "preset" in typed or bool(args.init_from)
         (short,) = ranks.agree(-int(min(free_memory_of(self.device), 1e18)))
