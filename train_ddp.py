@@ -33,7 +33,6 @@ from training.time_budget import fit_to_time
 
 
 def main(args: Settings, signals: StopSignals, ranks: Ranks) -> int:
-    """Trains a run, new or resumed, until its last step or a signal; returns the exit code."""
     device = pick_device(args.device, args.precision, ranks.local_rank)
     tune(device, args.model.use_activation_checkpoint, args.deterministic)
     train, val, args = ranks.each(open_data, args)  # fills in args.vocab_size

@@ -28,7 +28,6 @@ from training.time_budget import fit_to_time
 
 
 def main(args: Settings, signals: StopSignals) -> int:
-    """Trains a run, new or resumed, until its last step or a signal; returns the exit code."""
     device = pick_device(args.device, args.precision)
     tune(device, args.model.use_activation_checkpoint, args.deterministic)
     train, val, args = open_data(args)  # fills in args.vocab_size
