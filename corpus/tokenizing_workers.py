@@ -88,12 +88,22 @@ def encode_in_order(
                 first, ids = waiting.popleft()
                 yield first, ids.result()
         except BrokenExecutor as reason:
+            _unblock(pool)
             raise UserError(
                 "a worker was killed, perhaps for want of memory; start again to continue, with "
                 "fewer --workers"
             ) from reason
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _unblock(pool: Executor) -> None:
+    """Lets a pool with a killed worker end: a pool of Python before 3.11.5 waits for ever if it was
+    writing a piece of text for a worker, and nobody reads that pipe any more (CPython's issue
+    94777). Later versions close the pipe themselves.
+    """
+    if sys.version_info < (3, 11, 5):
+        pool._call_queue._reader.close()  # type: ignore[attr-defined]
 
 
 def _work(piece: list[Text]) -> bytes:
