@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ _SAMPLE = (
 
 def read_sentencepiece(path: Path) -> HuggingFaceTokenizer:
     """The tokenizer of a .model file, whose ids are compared with those of SentencePiece on a
-    sample of text. Documents end with the token that the file has for that (`</s>`). Raises
-    UserError.
+    sample of text. They differ only where a unigram model has two splits of a text that are equally
+    probable, such as "= ==" and "== =" of "===". Documents end with the token that the file has for
+    that (`</s>`). Raises UserError.
     """
     try:
         import sentencepiece
@@ -53,7 +55,7 @@ def read_sentencepiece(path: Path) -> HuggingFaceTokenizer:
         raise UserError(f"{path}: a piece or its score is damaged ({str(reason)[:80]})") from reason
     made = read_tokenizer_json(text, str(path), {"eos_token": end, **config_beside(path)})
     wanted, found = original.encode(_SAMPLE), made.encode(_SAMPLE).tolist()
-    if wanted != found:
+    if wanted != found and not _equally_probable(original, wanted, found):
         where = next(
             (i for i, pair in enumerate(zip(wanted, found, strict=False)) if pair[0] != pair[1]),
             min(len(wanted), len(found)),
@@ -64,6 +66,17 @@ def read_sentencepiece(path: Path) -> HuggingFaceTokenizer:
             "its own library into 1-D .npy files of ids for --train-npy, with --vocab-size"
         )
     return made
+
+
+def _equally_probable(original: Any, *splits: list[int]) -> bool:
+    """Whether two lists of ids are splits of the same text whose log probabilities differ by less
+    than rounding: SentencePiece adds them up in float32 and Hugging Face in float64, so that either
+    may find the other one better.
+    """
+    first, second = (math.fsum(map(original.get_score, ids)) for ids in splits)
+    return original.decode(splits[0]) == original.decode(splits[1]) and math.isclose(
+        first, second, rel_tol=1e-6
+    )
 
 
 def _tokenizer_json(model: Any) -> Parts:
