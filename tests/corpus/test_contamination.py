@@ -220,7 +220,9 @@ def test_allow_leak_trains_and_says_so(tmp_path, prose):
 
 
 def test_the_default_corpus_is_accepted_whatever_a_version_of_it_repeats(tmp_path, monkeypatch):
-    assert opened(tmp_path)[0].notes == []
-    monkeypatch.setattr(leak, "leaked_share", lambda *_: 0.5)
-    (note,) = opened(tmp_path, "--val-max-tokens", "200000")[0].notes
-    assert "50% of the different text" in note
+    for note in opened(tmp_path)[0].notes:  # 29 % with Debian's Python 3.11.2, 3 % with 3.11.7
+        assert "of the different text of the validation data" in note
+    for share, said in ((0.03, []), (0.5, ["50% of the different text"])):
+        monkeypatch.setattr(leak, "leaked_share", lambda *_, share=share: share)
+        notes = opened(tmp_path, "--cache-dir", str(tmp_path / str(share)))[0].notes
+        assert [note[:25] for note in notes] == said
