@@ -102,7 +102,7 @@ def _unblock(pool: Executor) -> None:
     writing a piece of text for a worker, and nobody reads that pipe any more (CPython's issue
     94777). Later versions close the pipe themselves.
     """
-    if sys.version_info < (3, 11, 5):
+    if sys.version_info < (3, 11, 5) and isinstance(pool, ProcessPoolExecutor):
         pool._call_queue._reader.close()  # type: ignore[attr-defined]
 
 
