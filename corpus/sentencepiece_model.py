@@ -55,7 +55,8 @@ def read_sentencepiece(path: Path) -> HuggingFaceTokenizer:
         raise UserError(f"{path}: a piece or its score is damaged ({str(reason)[:80]})") from reason
     made = read_tokenizer_json(text, str(path), {"eos_token": end, **config_beside(path)})
     wanted, found = original.encode(_SAMPLE), made.encode(_SAMPLE).tolist()
-    if wanted != found and not _equally_probable(original, wanted, found):
+    unigram = model.trainer_spec.model_type == _UNIGRAM
+    if wanted != found and not (unigram and _equally_probable(original, wanted, found)):
         where = next(
             (i for i, pair in enumerate(zip(wanted, found, strict=False)) if pair[0] != pair[1]),
             min(len(wanted), len(found)),
@@ -68,15 +69,15 @@ def read_sentencepiece(path: Path) -> HuggingFaceTokenizer:
     return made
 
 
-def _equally_probable(original: Any, *splits: list[int]) -> bool:
-    """Whether two lists of ids are splits of the same text whose log probabilities differ by less
-    than rounding: SentencePiece adds them up in float32 and Hugging Face in float64, so that either
-    may find the other one better.
+def _equally_probable(original: Any, wanted: list[int], found: list[int]) -> bool:
+    """Whether these ids of a unigram model are splits of the same text, and their log probabilities
+    differ by no more than rounding: SentencePiece adds them up in float32 and Hugging Face in
+    float64, so that each may prefer another one.
     """
-    first, second = (math.fsum(map(original.get_score, ids)) for ids in splits)
-    return original.decode(splits[0]) == original.decode(splits[1]) and math.isclose(
-        first, second, rel_tol=1e-6
-    )
+    if original.decode(wanted) != original.decode(found):
+        return False
+    first, second = (math.fsum(map(original.get_score, ids)) for ids in (wanted, found))
+    return math.isclose(first, second, rel_tol=1e-6)
 
 
 def _tokenizer_json(model: Any) -> Parts:
