@@ -220,8 +220,12 @@ def test_allow_leak_trains_and_says_so(tmp_path, prose):
 
 
 def test_the_default_corpus_is_accepted_whatever_a_version_of_it_repeats(tmp_path, monkeypatch):
-    for note in opened(tmp_path)[0].notes:  # 29 % with Debian's Python 3.11.2, 3 % with 3.11.7
-        assert "of the different text of the validation data" in note
+    train, val, _ = opened(tmp_path)
+    held_out, rest = (d.source.read(d.start, d.num_tokens).tobytes() for d in (val, train))
+    pieces = {held_out[i : i + 200] for i in range(0, len(held_out), 4000)}
+    repeated = sum(piece in rest for piece in pieces) / len(pieces)
+    # 29 % with Debian's Python 3.11.2, 3 % with 3.11.7
+    assert train.notes == [] or (repeated > 0.15 and "of the different text" in train.notes[0])
     for share, said in ((0.03, []), (0.5, ["50% of the different text"])):
         monkeypatch.setattr(leak, "leaked_share", lambda *_, share=share: share)
         notes = opened(tmp_path, "--cache-dir", str(tmp_path / str(share)))[0].notes
