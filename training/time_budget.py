@@ -128,19 +128,25 @@ class _Choice:
         return self.ranks.agree(int(1000 * seconds_since_start()))[0] / 1000
 
     def _shapes(self) -> list[dict[str, Any]]:
-        """The shapes to choose from, without what the user typed. Raises UserError if the flags
-        that were typed go with none of them.
+        """The shapes to choose from, without what the user typed. Where that is both blocks and
+        width, there is one: its context is that of the nearest width.
         """
         if self.fixed:
             return [{}]
         found: list[dict[str, Any]] = []
-        for n_layers, width, context in SHAPES:
-            heads = max(2, self.typed.get("d_model", width) // 64)
+        shapes = list(SHAPES)
+        if {"n_layers", "d_model"} <= self.typed.keys():
+            wide = self.typed["d_model"]
+            shapes = [min(SHAPES, key=lambda shape: abs(math.log(shape[1] / wide)))]
+        for n_layers, width, context in shapes:
+            wide = self.typed.get("d_model", width)
+            most = max(2, wide // 64)  # heads of even size (for the rotations), some 64
+            heads = next((n for n in range(most, 1, -1) if wide % (2 * n) == 0), 1)
             shape = {"n_layers": n_layers, "d_model": width, "n_heads": heads, "d_ff": 0}
             longest = self.typed.get("max_position_embeddings") or context
             shape |= {"seq_len": min(context, longest), "max_position_embeddings": 0}
             shape = {k: v for k, v in shape.items() if k not in self.typed}
-            if self.typed.get("d_model", width) % self.typed.get("n_heads", heads):
+            if wide % self.typed.get("n_heads", heads):
                 continue
             if shape not in found:
                 found.append(shape)

@@ -137,6 +137,18 @@ def test_typed_flags_win_and_the_rest_goes_around_them(text):
     assert plain.model.ngram_rows == 0
 
 
+@pytest.mark.parametrize(
+    ("blocks", "width", "context"), [(2, 64, 128), (3, 256, 256), (5, 400, 512)]
+)
+def test_a_typed_shape_has_the_context_of_the_nearest_width(text, blocks, width, context):
+    flags, measured = text
+    shape = ["--n-layers", str(blocks), "--d-model", str(width)]
+    args = choose(flags, "--minutes", "2", *shape)
+    assert (args.model.n_layers, args.model.d_model, args.seq_len) == (blocks, width, context)
+    assert len(measured) == 1
+    assert choose(flags, "--minutes", "2", *shape, "--seq-len", "32").seq_len == 32
+
+
 def test_with_a_preset_only_the_length_is_chosen(text):
     flags, _ = text
     args = choose(flags, "--minutes", "4", "--preset", "quickstart")
