@@ -136,8 +136,8 @@ class _Choice:
         found: list[dict[str, Any]] = []
         shapes = list(SHAPES)
         if {"n_layers", "d_model"} <= self.typed.keys():
-            wide = self.typed["d_model"]
-            shapes = [min(SHAPES, key=lambda shape: abs(math.log(shape[1] / wide)))]
+            typed = self.typed["d_model"]
+            shapes = [min(SHAPES, key=lambda shape: abs(math.log(shape[1] / typed)))]
         for n_layers, width, context in shapes:
             wide = self.typed.get("d_model", width)
             most = max(2, wide // 64)  # heads of even size (for the rotations), some 64
@@ -146,9 +146,7 @@ class _Choice:
             longest = self.typed.get("max_position_embeddings") or context
             shape |= {"seq_len": min(context, longest), "max_position_embeddings": 0}
             shape = {k: v for k, v in shape.items() if k not in self.typed}
-            if wide % self.typed.get("n_heads", heads):
-                continue
-            if shape not in found:
+            if wide % self.typed.get("n_heads", heads) == 0 and shape not in found:
                 found.append(shape)
         return found or [{}]
 
